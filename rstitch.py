@@ -1,0 +1,724 @@
+"""rstitch: one answer, written token by token by a small and a large language model.
+
+A small model (SLM) writes most of a chain of thought cheaply; a large one (LLM) writes the tokens that matter. This file is the
+method of two papers: R-Stitch (arXiv 2507.17307) hands over where the SLM's next-token entropy is high, R2R (arXiv 2505.21600)
+where a trained router expects the two models to diverge.
+
+The idea that keeps it small: a problem is ONE token sequence with TWO cursors into it, one per model. A cursor says how much of
+the sequence the model's KV cache has read. Prefill, catching up after a switch and plain decoding are then one operation:
+
+    model m reads the tokens between its cursor and the end, and proposes the next token.
+
+Switching models is running the other one. Discarding a token is not appending it: it was never read, so nothing is rolled back.
+What a router decides is only who reads next (Algorithm 1 of R-Stitch; H is the entropy of the proposing model):
+
+    active   router says            the proposed token is         next active
+    SLM      stay   (H <= tau)      kept                          SLM
+    SLM      leave  (H >  tau)      discarded: never read         LLM, which writes this position
+    LLM      stay   (H >  tau)      kept                          LLM
+    LLM      leave  (H <= tau)      kept                          SLM
+
+Glossary (code name, paper symbol, unit, default):
+
+    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache slots; logit columns; hidden size
+    entropy            H_t of R-Stitch Eq. 1, in nats. The paper divides by log V; here the unit is always named
+    tau                threshold on the entropy, R-Stitch section 3; normalised to [0, 1] unless unit="nats"; 0.02
+    window             number of steps whose entropies are averaged before comparing with tau; 1 (the paper)
+    SLM, LLM = 0, 1    the two sources of tokens
+    kept               appended to the answer; an SLM proposal over the threshold is not
+    position           index of a token in the answer, 0 for the first
+    cursor             L of R-Stitch Algorithm 1: tokens a model has read of a row, prompt included
+    n_inf, n_kv        N_inf, N_kv of the R-Stitch latency model: tokens a call reads, tokens its cache held before
+
+    python rstitch.py "Ann has 596 coins. Then Ann has 7 times as many. How many coins does Ann have?"
+    python rstitch.py --slm SMALL --llm LARGE "question"      # any Hugging Face names or paths with one tokenizer
+"""
+import argparse
+import hashlib
+import inspect
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+SLM, LLM = 0, 1
+NAMES = ("SLM", "LLM")
+
+
+# ---- 1. Uncertainty and sampling -----------------------------------------------------------------------------------------
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of the next-token distribution in nats, float32: (..., V) -> (...).
+
+    R-Stitch Eq. 1 without its division by log V. Taken in float32 because bfloat16 arithmetic costs up to 0.04 nats at
+    V = 152k, more than the thresholds of interest; p log p is 0 where p underflows or a logit is -inf.
+    """
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits; temperature 0 is greedy, whatever the rest. The filters mean what they mean in
+    `transformers`: temperature first, then the top_k largest, then the smallest set that holds top_p of what is left."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < math.inf):
+            raise ValueError(f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or more")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k!r}: expected an integer, 0 (off) or more")
+        if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """The warped distribution, float32: (n, V) -> (n, V)."""
+        logits = logits.float() / self.temperature
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        probs = logits.softmax(-1)
+        if self.top_p < 1:
+            p, order = probs.sort(descending=True)
+            before = p.cumsum(-1) - p  # mass of the likelier tokens: a token goes once they alone hold top_p
+            probs = probs.masked_fill((before >= self.top_p).scatter(-1, order, before >= self.top_p), 0.0)
+        return probs
+
+    def draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """One token per row, (n, V) and (n,) in [0, 1) -> (n,), by inverting the CDF.
+
+        The uniforms come from outside, so a draw depends neither on the batch nor on the order of the calls. A token of
+        probability 0 is never drawn, even where a parallel cumulative sum is not quite monotone.
+        """
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probs = self.probabilities(logits)
+        cdf = probs.cumsum(-1).masked_fill(probs == 0, 0.0)
+        total = cdf.amax(-1)
+        target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+        return (cdf > target[:, None]).to(torch.uint8).argmax(-1)  # the first True
+
+
+GREEDY = Sampling()
+
+
+# ---- 2. Cached models ----------------------------------------------------------------------------------------------------
+# Slot t of row b holds the token at position t of row b, so rows stand at different lengths and a mask is just "slot <= position".
+
+
+BLOCK = 64  # attention reads the live part of the cache, cut to a multiple of this
+SHORT = 32  # reads up to this many tokens share a call whatever their lengths
+CHUNK = 2048  # tokens in one forward call at most
+
+
+@dataclass
+class Place:
+    """Where the current read goes: rows (n,), positions (n, S), the cache rows as an index that avoids copies, live slots."""
+
+    rows: torch.Tensor = None
+    positions: torch.Tensor = None
+    select: slice | torch.Tensor = None
+    live: int = 0
+
+
+class StitchLayer(CacheLayerMixin):
+    """Keys and values of one layer, (B, H, T, D) each, allocated once and written in place at per-row positions."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, place: Place, batch_size: int, slots: int):
+        super().__init__()
+        self.place, self.shape = place, (batch_size, slots)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        B, T = self.shape
+        self.keys = key_states.new_zeros(B, key_states.shape[1], T, key_states.shape[3])
+        self.values = value_states.new_zeros(B, value_states.shape[1], T, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write (n, H, S, D) at the read's positions; return the live part of the rows that read, (n, H, live, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, positions = self.place.rows[:, None], self.place.positions  # (n, 1), (n, S)
+        self.keys[rows, :, positions] = key_states.transpose(1, 2)  # (n, S, H, D)
+        self.values[rows, :, positions] = value_states.transpose(1, 2)
+        live, select = self.place.live, self.place.select
+        return self.keys[:, :, :live][select], self.values[:, :, :live][select]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.place.live, 0
+
+    def get_seq_length(self) -> int:
+        return self.place.live
+
+    def get_max_length(self) -> int:
+        return self.shape[1]
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+
+class Output(NamedTuple):
+    """What a read returns, per row: raw logits (n, V) float32, last hidden state (n, D), drawn token (n,), entropy (n,)."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    token: torch.Tensor
+    entropy: torch.Tensor
+
+
+def check_servable(model) -> None:
+    """ValueError by name for what cannot stand at different positions in different rows, before any work."""
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    accepts = inspect.signature(model.forward).parameters
+    missing = [a for a in ("position_ids", "attention_mask", "past_key_values", "logits_to_keep") if a not in accepts]
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    attention = config._attn_implementation
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only model")
+    if getattr(model, "_is_stateful", False) or kinds:
+        raise ValueError(f"{name} keeps a state that is no key-value cache ({', '.join(sorted(kinds)) or 'state-space'}): "
+                         "expected attention layers only")
+    if missing or model.get_output_embeddings() is None:
+        raise ValueError(f"{name} cannot be served: its forward takes no {', '.join(missing) or 'output embeddings'}")
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(f"{name} uses attn_implementation={attention!r}: expected 'sdpa' or 'eager'")
+    if model.training:
+        raise ValueError(f"{name} is in training mode: call .eval() first")
+
+
+class CachedLM:
+    """One model, one preallocated cache, one cursor per row.
+
+    `cursor[b]` tokens of row b have been read: they, and nothing else, are what row b attends to. Pass one to `stitch` instead
+    of a model to keep its allocation from call to call; `close()` detaches it from the model.
+    """
+
+    def __init__(self, model, batch_size: int, max_len: int):
+        check_servable(model)
+        self.model, self.batch_size, self.max_len = model, batch_size, max_len
+        config = model.config.get_text_config(decoder=True)
+        slots = -(-max_len // BLOCK) * BLOCK
+        self.cursor = [0] * batch_size
+        self.place = Place()
+        self.layers = [StitchLayer(self.place, batch_size, slots) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=self.layers)
+        self.layer_types = getattr(config, "layer_types", None)
+        self.window = getattr(config, "sliding_window", None)
+        self.vocab = model.get_output_embeddings().weight.shape[0]
+        self.ids = torch.zeros(max(batch_size * SHORT, CHUNK), dtype=torch.long, device=model.device)
+        self.positions = torch.zeros_like(self.ids)
+        self.rows = torch.zeros(batch_size, dtype=torch.long, device=model.device)
+        self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
+        self.hidden = None
+        self.hook = model.get_output_embeddings().register_forward_pre_hook(self._catch_hidden)
+
+    def _catch_hidden(self, module, args) -> None:
+        self.hidden = args[0][:, -1]  # (n, D): what the output embedding reads is the last hidden state in every architecture
+
+    def close(self) -> None:
+        self.hook.remove()
+
+    def reset(self) -> None:
+        """Forget every row. Zeroed, because a masked slot still meets a weight of 0, and 0 x NaN is NaN."""
+        self.cursor = [0] * self.batch_size
+        for layer in self.layers:
+            layer.reset()
+
+    def mask(self, positions: torch.Tensor, live: int):
+        """Additive attention mask (n, 1, S, live) for tokens at positions (n, S); a dict by layer type where models want one."""
+        slots, here = torch.arange(live, device=positions.device), positions[:, None, :, None]
+        hidden = torch.finfo(self.model.dtype).min
+
+        def additive(visible):
+            return torch.zeros((), dtype=self.model.dtype, device=visible.device).masked_fill(~visible, hidden)
+
+        full = slots <= here
+        near = full & (slots > here - self.window) if self.window else full
+        if self.layer_types is None:
+            return additive(near)
+        return {kind: additive(near if kind == "sliding_attention" else full) for kind in set(self.layer_types)}
+
+    def step(self, n: int, S: int, live: int, vocab: int, sampling: Sampling) -> Output:
+        """One forward call on what lies in the static buffers. No host sync and no shape that depends on data."""
+        ids, place = self.ids[:n * S].view(n, S), self.place
+        place.rows, place.positions, place.live = self.rows[:n], self.positions[:n * S].view(n, S), live
+        out = self.model(input_ids=ids, position_ids=place.positions, attention_mask=self.mask(place.positions, live),
+                         past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1, :vocab].float()  # (n, V)
+        return Output(logits, self.hidden, sampling.draw(logits, self.uniform[:n]), entropy(logits))
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], vocab: int | None = None,
+             sampling: Sampling = GREEDY, uniform: Sequence[float] | None = None) -> Output:
+        """Each row reads its tokens, one or more, and proposes the next one.
+
+        Ragged reads are aligned on the right, so the last column is the last token of every row. A pad repeats the row's first
+        token at that token's position: it computes and writes what the token itself does, so it needs no slot of its own.
+        """
+        longest = max(map(len, tokens))
+        if longest > CHUNK:
+            (row,), (line,) = rows, tokens
+            for start in range(0, longest - CHUNK, CHUNK):
+                self.read([row], [line[start:start + CHUNK]])
+            tokens = [line[(longest - 1) // CHUNK * CHUNK:]]
+            longest = len(tokens[0])
+        n, S = len(rows), 1 << (longest - 1).bit_length() if longest <= SHORT else longest
+        starts = [self.cursor[row] for row in rows]
+        pads = [S - len(line) for line in tokens]
+        ids = [[line[0]] * pad + list(line) for pad, line in zip(pads, tokens)]
+        positions = [[start] * pad + list(range(start, start + S - pad)) for pad, start in zip(pads, starts)]
+        self.ids[:n * S] = torch.tensor(ids).flatten()
+        self.positions[:n * S] = torch.tensor(positions).flatten()
+        self.rows[:n] = torch.tensor(rows)
+        if uniform is not None:
+            self.uniform[:n] = torch.tensor(uniform)
+        contiguous = list(rows) == list(range(rows[0], rows[0] + n))
+        self.place.select = slice(rows[0], rows[0] + n) if contiguous else self.rows[:n]
+        for row, line in zip(rows, tokens):
+            self.cursor[row] += len(line)
+        live = -(-max(self.cursor[row] for row in rows) // BLOCK) * BLOCK
+        return self.step(n, S, live, vocab or self.vocab, sampling)
+
+
+# ---- 3. Routers ----------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """What a router sees of one forward call, about the n rows that read (tensors valid until it returns; clone to keep)."""
+
+    rows: list[int]  # which rows of the batch
+    seeds: list[int]  # their seeds, for random decisions that do not depend on the batch
+    logits: torch.Tensor  # (n, V) float32, raw, of the common vocabulary
+    hidden: torch.Tensor  # (n, D) of the model that read
+    token: torch.Tensor  # (n,) the proposal
+    entropy: torch.Tensor  # (n,) nats
+    position: torch.Tensor  # (n,) index of the proposal in the answer
+    context: torch.Tensor  # (n,) tokens before the proposal, prompt included
+    history: torch.Tensor  # (n, window - 1) entropies of the row's last kept tokens, whoever wrote them; NaN where there are fewer
+
+
+@dataclass(frozen=True)
+class EntropyRouter:
+    """R-Stitch: leave the SLM where its entropy exceeds tau, leave the LLM where its own does not (Algorithm 1, Eq. 1).
+
+    tau is normalised by log V (the paper) or in nats. `window` > 1 compares the mean over the row's last kept tokens and the
+    current proposal; discarded proposals do not count, and a switch does not start the window anew. `tau_back` is the LLM's
+    threshold for handing back, tau unless given. Both are ours.
+    """
+
+    tau: float = 0.02
+    unit: str = "normalized"
+    window: int = 1
+    tau_back: float | None = None
+
+    def __post_init__(self):
+        if self.unit not in ("normalized", "nats"):
+            raise ValueError(f"unit={self.unit!r}: expected 'normalized' (divided by log V) or 'nats'")
+        for name, tau in (("tau", self.tau), ("tau_back", self.tau if self.tau_back is None else self.tau_back)):
+            if not isinstance(tau, (int, float)) or not 0 <= tau < math.inf or (self.unit == "normalized" and tau > 1):
+                bound = "in [0, 1], normalised by log V" if self.unit == "normalized" else "of nats, 0 or more"
+                raise ValueError(f"{name}={tau!r}: expected a number {bound}")
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"window={self.window!r}: expected an integer, 1 or more")
+
+    def uncertainty(self, step: Step) -> torch.Tensor:
+        """(n,) the windowed entropy in the unit of tau."""
+        H = torch.cat([step.history, step.entropy[:, None]], 1).nanmean(1)
+        return H / math.log(step.logits.shape[-1]) if self.unit == "normalized" else H
+
+    def leave_slm(self, step: Step) -> torch.Tensor:
+        return self.uncertainty(step) > self.tau
+
+    def leave_llm(self, step: Step) -> torch.Tensor:
+        return self.uncertainty(step) <= (self.tau if self.tau_back is None else self.tau_back)
+
+
+class SLMOnly:
+    """The SLM alone: the cheap end of every comparison."""
+
+    first = SLM
+
+    def leave_slm(self, step: Step) -> torch.Tensor:
+        return torch.zeros_like(step.token, dtype=torch.bool)
+
+    leave_llm = leave_slm
+
+
+class LLMOnly(SLMOnly):
+    """The LLM alone: it writes the first token and never leaves."""
+
+    first = LLM
+
+
+@dataclass(frozen=True)
+class RandomRouter:
+    """Leave the SLM with probability p, stay with the LLM with probability `stay`: the baseline at an equal LLM share.
+
+    With stay = s the LLM writes a share p / (p + 1 - s) of the tokens in the long run: it visits at a fraction p of the SLM's
+    proposals and stays 1 / (1 - s) tokens.
+    """
+
+    p: float
+    stay: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("p", "stay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a probability in [0, 1]")
+
+    def flip(self, step: Step, model: int, p: float) -> torch.Tensor:
+        positions = step.position.tolist()
+        flips = [random.Random(f"{self.seed} {seed} {t} {model}").random() < p for seed, t in zip(step.seeds, positions)]
+        return torch.tensor(flips, device=step.token.device)
+
+    def leave_slm(self, step: Step) -> torch.Tensor:
+        return self.flip(step, SLM, self.p)
+
+    def leave_llm(self, step: Step) -> torch.Tensor:
+        return self.flip(step, LLM, 1 - self.stay)
+
+
+# ---- 4. Stitching --------------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """One logical forward pass of one model about one row, even if it was read in chunks."""
+
+    model: int  # SLM or LLM
+    position: int  # index in the answer of the token it proposed
+    n_inf: int  # tokens read by this call (pads excluded)
+    n_kv: int  # tokens in the model's cache before it
+    token: int  # the proposal
+    entropy: float  # nats, of the raw distribution over the common vocabulary
+    kept: bool  # False: an SLM proposal that the router discarded
+
+
+@dataclass
+class Stitched:
+    """What `stitch` returns. B rows, P longest prompt, N longest answer."""
+
+    sequences: torch.Tensor  # (B, P+N) long: prompts padded on the left, answers on the right
+    source: torch.Tensor  # (B, N) int8: SLM, LLM, or -1 for padding
+    entropy: torch.Tensor  # (B, N) float32, nats, of the model that wrote the token; NaN for padding
+    calls: list[list[Call]]  # per row, in order
+    seed: list[int]  # the row seeds: seed=result.seed repeats the result
+
+
+@dataclass
+class Row:
+    """The state of one problem: one sequence, and who reads it next. The cursors live in the two CachedLMs."""
+
+    index: int
+    seed: int
+    ids: list[int]
+    n_prompt: int
+    active: int
+    uniform: list[list[float]]  # per position, one draw for the SLM and one for the LLM
+    calls: list[Call] = field(default_factory=list)
+    kept: list[Call] = field(default_factory=list)  # those whose token was appended, one per answer token
+    done: bool = False
+
+
+def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
+    """One seed per row: row i of an integer seed draws from (seed, i), a list is taken as it is, None draws one."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**63)
+    if isinstance(seed, int):
+        return [int.from_bytes(hashlib.sha256(f"{seed} {i}".encode()).digest()[:7], "big") for i in range(B)]
+    if len(seed) != B:
+        raise ValueError(f"seed has {len(seed)} entries: expected one integer per row, {B}")
+    return [int(s) for s in seed]
+
+
+def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
+    """Split rows into reads of similar length, so that one row's long read pads nobody else's.
+
+    Reads of up to SHORT tokens always share a call: there the weights are read once for all, and pads are cheaper than calls.
+    """
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row.ids) - lm.cursor[row.index]):
+        unread = len(row.ids) - lm.cursor[row.index]
+        if groups:
+            shortest = len(groups[-1][0].ids) - lm.cursor[groups[-1][0].index]
+            if unread <= SHORT or (unread <= 1.25 * shortest and unread * (len(groups[-1]) + 1) <= CHUNK):
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return [sorted(group, key=lambda row: row.index) for group in groups]
+
+
+def next_model(rows: list[Row], last: int) -> int:
+    """Who runs next: the other model than last time, if any row waits for it. Free to choose: no result depends on it."""
+    waiting = {row.active for row in rows}
+    return 1 - last if 1 - last in waiting else last
+
+
+def windows(rows: list[Row], width: int, device) -> torch.Tensor:
+    """(n, width) entropies of each row's last kept tokens, NaN where there are fewer."""
+    lines = []
+    for row in rows:
+        recent = [call.entropy for call in row.kept[-width:]] if width else []
+        lines.append([math.nan] * (width - len(recent)) + recent)
+    return torch.tensor(lines, dtype=torch.float32, device=device)
+
+
+def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampling: Sampling) -> list[Call]:
+    """`model` reads what it has not read of each row and proposes a token; the router decides who goes on (Algorithm 1)."""
+    device = lm.ids.device
+    n_kv = [lm.cursor[row.index] for row in rows]
+    unread = [row.ids[start:] for row, start in zip(rows, n_kv)]
+    position = [len(row.ids) - row.n_prompt for row in rows]
+    uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
+    out = lm.read([row.index for row in rows], unread, vocab, sampling, uniform)
+    step = Step(rows=[row.index for row in rows], seeds=[row.seed for row in rows], logits=out.logits, hidden=out.hidden,
+                token=out.token, entropy=out.entropy, position=torch.tensor(position, device=device),
+                context=torch.tensor([len(row.ids) for row in rows], device=device),
+                history=windows(rows, getattr(router, "window", 1) - 1, device))
+    leave = (router.leave_slm if model == SLM else router.leave_llm)(step)
+    tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # the one host sync
+    calls = []
+    for row, tokens_read, start, t, token, H, left in zip(rows, unread, n_kv, position, tokens, entropies, leaves):
+        calls.append(Call(model, t, len(tokens_read), start, int(token), H, kept=not (model == SLM and left)))
+        row.calls.append(calls[-1])
+        if calls[-1].kept:
+            row.ids.append(int(token))
+            row.kept.append(calls[-1])
+        if left:
+            row.active = 1 - model
+    return calls
+
+
+@torch.no_grad()
+def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.Tensor | None = None, max_new_tokens: int,
+           temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
+           pad_token_id: int | None = None, seed: int | Sequence[int] | None = None,
+           on_token: Callable[[int, Call], None] | None = None,
+           stop: Callable[[int, list[int]], bool] | None = None) -> Stitched:
+    """Answer each prompt with two models (R-Stitch Algorithm 1), the router deciding who writes which token.
+
+    slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts, padded on the left where
+    attention_mask (B, P) is 0. eos_token_id: None takes those of both models' generation configs; pad_token_id: None takes
+    theirs, else the first EOS, else 0. on_token(row, call) sees every forward pass in each row's order; stop(row, ids) ends a
+    row after the token that makes it true, ids being the answer so far. Returns a `Stitched`.
+
+    Departs from the paper: any batch size (each row has its own active model, and gets what it would get alone); proposals are
+    compared in float32; where the models' logit widths differ the common columns are used. ValueError for what cannot be run.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected an integer, 1 or more")
+    prompts = unpadded(input_ids, attention_mask)
+    B, longest = len(prompts), max(map(len, prompts)) + max_new_tokens
+    seeds = row_seeds(seed, B)
+    lms = [lm if isinstance(lm, CachedLM) else CachedLM(lm, B, longest) for lm in (slm, llm)]
+    try:
+        for name, lm in zip(NAMES, lms):
+            check_fits(name, lm, B, longest)
+            lm.reset()
+        vocab = min(lm.vocab for lm in lms)
+        eos = end_tokens(eos_token_id, lms)
+        rows = [Row(i, seeds[i], list(ids), len(ids), getattr(router, "first", SLM), []) for i, ids in enumerate(prompts)]
+        for row in rows if temperature else []:
+            generator = torch.Generator().manual_seed(row.seed)
+            row.uniform = torch.rand(max_new_tokens, 2, generator=generator).tolist()
+        live, model = rows, 1 - getattr(router, "first", SLM)
+        while live:
+            model = next_model(live, model)
+            for group in similar_lengths([row for row in live if row.active == model], lms[model]):
+                for row, call in zip(group, advance(model, lms[model], group, router, vocab, sampling)):
+                    if call.kept:
+                        row.done = (call.token in eos or len(row.kept) == max_new_tokens
+                                    or stop is not None and bool(stop(row.index, row.ids[row.n_prompt:])))
+                    if on_token is not None:
+                        on_token(row.index, call)
+            live = [row for row in live if not row.done]
+    finally:
+        for given, lm in zip((slm, llm), lms):
+            if lm is not given:
+                lm.close()
+    if pad_token_id is None:
+        pads = [lm.model.generation_config.pad_token_id for lm in lms]
+        pad_token_id = next((p for p in [*pads, *sorted(eos)] if p is not None), 0)
+    return collect(rows, pad_token_id, input_ids.device)
+
+
+def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """The prompts without their left padding; ValueError or TypeError for what is no batch of prompts."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids is {getattr(input_ids, 'dtype', type(input_ids).__name__)}: expected a tensor of token ids, int64")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least 1 x 1")
+    if attention_mask is None:
+        return input_ids.tolist()
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: expected that of input_ids, {tuple(input_ids.shape)}")
+    mask = attention_mask.bool()
+    if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise ValueError("attention_mask has a 0 after a 1: expected padding on the left only, and no empty prompt")
+    return [ids[keep].tolist() for ids, keep in zip(input_ids, mask)]
+
+
+def check_fits(name: str, lm: CachedLM, B: int, length: int) -> None:
+    """ValueError where a batch of B rows of `length` tokens, answer included, exceeds a cache or a model's context."""
+    context = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or length
+    if B > lm.batch_size or length > lm.max_len:
+        raise ValueError(f"input_ids needs {B} rows of {length} tokens: the {name}'s CachedLM holds {lm.batch_size} of {lm.max_len}")
+    if length > context:
+        raise ValueError(f"max_new_tokens brings the longest row to {length} tokens: the {name}'s context is {context}")
+
+
+def end_tokens(eos_token_id, lms: list[CachedLM]) -> set[int]:
+    """The tokens that end an answer: those given, else every EOS of either model."""
+    given = [eos_token_id] if eos_token_id is not None else [lm.model.generation_config.eos_token_id for lm in lms]
+    return {e for entry in given if entry is not None for e in ([entry] if isinstance(entry, int) else entry)}
+
+
+def collect(rows: list[Row], pad_token_id: int, device) -> Stitched:
+    """Pad the rows into one `Stitched`."""
+    B, P = len(rows), max(row.n_prompt for row in rows)
+    N = max(len(row.kept) for row in rows)
+    sequences = torch.full((B, P + N), pad_token_id, dtype=torch.long)
+    source = torch.full((B, N), -1, dtype=torch.int8)
+    H = torch.full((B, N), math.nan)
+    for row in rows:
+        n = len(row.kept)
+        sequences[row.index, P - row.n_prompt:P + n] = torch.tensor(row.ids)
+        source[row.index, :n] = torch.tensor([call.model for call in row.kept], dtype=torch.int8)
+        H[row.index, :n] = torch.tensor([call.entropy for call in row.kept])
+    return Stitched(sequences.to(device), source.to(device), H.to(device), [row.calls for row in rows], [row.seed for row in rows])
+
+
+# ---- 8. Command line -----------------------------------------------------------------------------------------------------
+
+
+POCKET = Path(__file__).parent / "analysis" / "models"
+COLOURS = {SLM: "\033[36m", LLM: "\033[33m", "discarded": "\033[2;9m", "plain": "\033[0m"}
+
+
+def check_same_tokenizer(slm_tokenizer, llm_tokenizer) -> None:
+    """ValueError naming the first token id at which two vocabularies differ: stitching passes ids from one model to the other."""
+    slm_ids, llm_ids = ({i: token for token, i in t.get_vocab().items()} for t in (slm_tokenizer, llm_tokenizer))
+    for i in sorted(slm_ids.keys() | llm_ids.keys()):
+        if slm_ids.get(i) != llm_ids.get(i):
+            raise ValueError(f"--slm and --llm have different tokenizers: token {i} is {slm_ids.get(i)!r} for the SLM and "
+                             f"{llm_ids.get(i)!r} for the LLM; expected one vocabulary")
+
+
+def load_pair(slm: str, llm: str, device: str, dtype: str):
+    """(SLM, LLM, tokenizer) from Hugging Face names or paths. Safetensors only, no code from the checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizers = [AutoTokenizer.from_pretrained(name) for name in (slm, llm)]
+    check_same_tokenizer(*tokenizers)
+    models = [AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device).eval() for name in (slm, llm)]
+    return *models, tokenizers[1]
+
+
+def encode(tokenizer, question: str) -> torch.Tensor:
+    """(1, P) prompt ids: the question as a user's message where the tokenizer has a chat template, else as it stands."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": question}]
+        question = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer(question, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).input_ids
+
+
+class Printer:
+    """Prints tokens as they are written: coloured by writer and with discarded ones struck through on a terminal, plain elsewhere."""
+
+    def __init__(self, tokenizer, out=None):
+        self.tokenizer = tokenizer
+        self.out = sys.stdout if out is None else out
+        self.colour = self.out.isatty() and "NO_COLOR" not in os.environ
+        self.ids: list[int] = []
+        self.start = self.shown = 0  # ids[start:shown] is on the screen and decides how the next piece reads
+        if self.colour:
+            print(f"{COLOURS[SLM]}SLM{COLOURS['plain']} {COLOURS[LLM]}LLM{COLOURS['plain']} "
+                  f"{COLOURS['discarded']}discarded{COLOURS['plain']}", file=self.out)
+
+    def __call__(self, row: int, call: Call) -> None:
+        ids = self.ids[self.start:] + [call.token]
+        before = self.tokenizer.decode(self.ids[self.start:self.shown], skip_special_tokens=True)
+        piece = self.tokenizer.decode(ids, skip_special_tokens=True)[len(before):]
+        whole = not piece.endswith("\ufffd")  # a character may span tokens: wait for the rest of it
+        if call.kept:
+            self.ids.append(call.token)
+            if whole and piece:
+                self.start, self.shown = self.shown, len(self.ids)
+        if whole and (call.kept or self.colour):
+            style = COLOURS[call.model] + ("" if call.kept else COLOURS["discarded"])
+            self.out.write(f"{style}{piece}{COLOURS['plain']}" if self.colour else piece)
+            self.out.flush()
+
+
+def summary(calls: list[Call], seconds: float) -> str:
+    """One line about one row: "61 tokens (LLM 23.0 %), 7 switches, 0.42 s, 145 tokens/s"."""
+    kept = [call.model for call in calls if call.kept]
+    switches = sum(a.model != b.model for a, b in zip(calls, calls[1:]))
+    return (f"{len(kept)} tokens (LLM {100 * sum(kept) / len(kept):.1f} %), {switches} switches, {seconds:.2f} s, "
+            f"{len(kept) / seconds:.0f} tokens/s")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Answer a question with a small and a large language model, stitched token by token.")
+    add = parser.add_argument
+    add("question", help="the problem to solve")
+    add("--slm", default=str(POCKET / "slm"), help="small model, a Hugging Face name or path (default: the pocket pair's)")
+    add("--llm", default=str(POCKET / "llm"), help="large model with the same tokenizer (default: the pocket pair's)")
+    add("--router", choices=["entropy", "slm", "llm", "random"], default="entropy", help="who decides which model writes (default: %(default)s)")
+    add("--tau", type=float, help="entropy threshold of --router entropy, in [0, 1]: entropy in nats divided by log V (default: 0.02)")
+    add("--p", type=float, help="probability per token, in [0, 1], that --router random calls the LLM (default: 0.1)")
+    add("--max-new-tokens", type=int, default=1024, help="longest answer, in tokens (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="probability mass to sample from, in (0, 1]; needs --temperature (default: %(default)s)")
+    add("--seed", type=int, default=0, help="integer that decides every random draw (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device of both models (default: %(default)s)")
+    add("--dtype", help="float32, bfloat16, ... or auto, the checkpoint's (default: float32 on a CPU, else auto)")
+    return parser
+
+
+def build_router(router: str, tau: float | None, p: float | None, seed: int):
+    """The router that the command line names; ValueError for an option that it would ignore."""
+    if tau is not None and router != "entropy":
+        raise ValueError(f"--tau {tau} belongs to --router entropy, not to --router {router}")
+    if p is not None and router != "random":
+        raise ValueError(f"--p {p} belongs to --router random, not to --router {router}")
+    return {"entropy": lambda: EntropyRouter(0.02 if tau is None else tau), "slm": SLMOnly, "llm": LLMOnly,
+            "random": lambda: RandomRouter(0.1 if p is None else p, seed=seed)}[router]()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.top_p < 1 and not args.temperature:
+            raise ValueError(f"--top-p {args.top_p} needs a --temperature above 0")
+        router = build_router(args.router, args.tau, args.p, args.seed)
+        dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+        slm, llm, tokenizer = load_pair(args.slm, args.llm, args.device, dtype)
+        ids = encode(tokenizer, args.question)
+        unknown = [] if tokenizer.unk_token_id is None else (ids[0] == tokenizer.unk_token_id).nonzero()
+        if len(unknown):
+            print(f"note: {len(unknown)} words of the question are unknown to the tokenizer", file=sys.stderr)
+        start = time.perf_counter()
+        result = stitch(slm, llm, ids, router, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                        top_p=args.top_p, seed=args.seed, on_token=Printer(tokenizer))
+        print("\n" + summary(result.calls[0], time.perf_counter() - start))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
