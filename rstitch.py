@@ -30,7 +30,7 @@ Glossary (code name, paper symbol, unit, default):
     cursor             L of R-Stitch Algorithm 1: tokens a model has read of a row, prompt included
     n_inf, n_kv        N_inf, N_kv of the R-Stitch latency model: tokens a call reads, tokens its cache held before
 
-    python rstitch.py "Ann has 596 coins. Then Ann has 7 times as many. How many coins does Ann have?"
+    python rstitch.py "Ann has 596 coins. First Ann ends up with 7 times as many. Finally Ann loses 120. How many coins does Ann have?"
     python rstitch.py --slm SMALL --llm LARGE "question"      # any Hugging Face names or paths with one tokenizer
 """
 import argparse
@@ -42,7 +42,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,24 +77,25 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < math.inf):
+        if not (isinstance(self.temperature, Real) and 0 <= self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or more")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise ValueError(f"top_k={self.top_k!r}: expected an integer, 0 (off) or more")
-        if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The warped distribution, float32: (n, V) -> (n, V)."""
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # no overflow, however cold
         if self.top_k:
             kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
         probs = logits.softmax(-1)
         if self.top_p < 1:
             p, order = probs.sort(descending=True)
-            before = p.cumsum(-1) - p  # mass of the likelier tokens: a token goes once they alone hold top_p
-            probs = probs.masked_fill((before >= self.top_p).scatter(-1, order, before >= self.top_p), 0.0)
+            out = p.cumsum(-1) - p >= self.top_p  # the likelier tokens alone hold top_p
+            probs = probs.masked_fill(out.scatter(-1, order, out), 0.0)
         return probs
 
     def draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -118,13 +121,20 @@ GREEDY = Sampling()
 
 
 BLOCK = 64  # attention reads the live part of the cache, cut to a multiple of this
-SHORT = 32  # reads up to this many tokens share a call whatever their lengths
 CHUNK = 2048  # tokens in one forward call at most
+FREE = 128  # reads that pad up to this many tokens in all share a call: the weights are read once for all of them
+SHORT = 32  # shorter reads are padded to a power of two, so that few shapes occur
+
+
+def padded(length: int) -> int:
+    """The width that a read of this many tokens gets."""
+    return 1 << (length - 1).bit_length() if length <= SHORT else length
 
 
 @dataclass
 class Place:
-    """Where the current read goes: rows (n,), positions (n, S), the cache rows as an index that avoids copies, live slots."""
+    """Where the current read goes: rows (n,), positions (n, S), the same rows as a slice where they are neighbours, since an
+    index copies what it selects, and the number of live slots."""
 
     rows: torch.Tensor = None
     positions: torch.Tensor = None
@@ -161,7 +171,7 @@ class StitchLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.place.live, 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int:  # rows differ in theirs; models ask only where no position_ids are given
         return self.place.live
 
     def get_max_length(self) -> int:
@@ -185,18 +195,32 @@ def check_servable(model) -> None:
     accepts = inspect.signature(model.forward).parameters
     missing = [a for a in ("position_ids", "attention_mask", "past_key_values", "logits_to_keep") if a not in accepts]
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    devices = {p.device for p in model.parameters()}
     attention = config._attn_implementation
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only model")
     if getattr(model, "_is_stateful", False) or kinds:
-        raise ValueError(f"{name} keeps a state that is no key-value cache ({', '.join(sorted(kinds)) or 'state-space'}): "
-                         "expected attention layers only")
+        raise ValueError(f"{name} keeps a state that is not one key and value per token ({', '.join(sorted(kinds)) or 'state-space'}): "
+                         "expected full or sliding attention layers only")
     if missing or model.get_output_embeddings() is None:
         raise ValueError(f"{name} cannot be served: its forward takes no {', '.join(missing) or 'output embeddings'}")
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"{name} uses attn_implementation={attention!r}: expected 'sdpa' or 'eager'")
+    if len(devices) > 1:
+        raise ValueError(f"{name} is spread over {len(devices)} devices: expected all of it on one; SLM and LLM may differ")
     if model.training:
         raise ValueError(f"{name} is in training mode: call .eval() first")
+
+
+def check_positions(model, max_len: int) -> None:
+    """ValueError where rotary frequencies would follow the longest row of a call, so that rows would depend on each other."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or math.inf
+    kind = rope.get("rope_type", "default")
+    if kind == "dynamic" or kind == "longrope" and max_len > limit:
+        raise ValueError(f"{type(model).__name__} has rope_type={kind!r}, whose frequencies change with the length of the longest "
+                         f"row: expected another type, or for longrope at most {limit} tokens, prompt and answer; asked for {max_len}")
 
 
 class CachedLM:
@@ -208,6 +232,7 @@ class CachedLM:
 
     def __init__(self, model, batch_size: int, max_len: int):
         check_servable(model)
+        check_positions(model, max_len)
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         config = model.config.get_text_config(decoder=True)
         slots = -(-max_len // BLOCK) * BLOCK
@@ -216,20 +241,26 @@ class CachedLM:
         self.layers = [StitchLayer(self.place, batch_size, slots) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
         self.layer_types = getattr(config, "layer_types", None)
-        self.window = getattr(config, "sliding_window", None)
+        self.sliding = getattr(config, "sliding_window", None)
         self.vocab = model.get_output_embeddings().weight.shape[0]
-        self.ids = torch.zeros(max(batch_size * SHORT, CHUNK), dtype=torch.long, device=model.device)
+        self.ids = torch.zeros(max(CHUNK, batch_size), dtype=torch.long, device=model.device)
         self.positions = torch.zeros_like(self.ids)
         self.rows = torch.zeros(batch_size, dtype=torch.long, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
-        self.hidden = None
-        self.hook = model.get_output_embeddings().register_forward_pre_hook(self._catch_hidden)
-
-    def _catch_hidden(self, module, args) -> None:
-        self.hidden = args[0][:, -1]  # (n, D): what the output embedding reads is the last hidden state in every architecture
+        # What the output embedding reads is the last hidden state in every architecture. The hook holds a dict, not self, so
+        # that a CachedLM which nobody closed is still freed, cache and all.
+        caught = self.caught = {}
+        self.hook = model.get_output_embeddings().register_forward_pre_hook(
+            lambda module, args: caught.update(hidden=args[0][:, -1]))  # (n, D)
 
     def close(self) -> None:
+        """Detach from the model; it cannot be read with any more."""
         self.hook.remove()
+        self.layers.clear()
+
+    def __del__(self):
+        if hasattr(self, "hook"):
+            self.hook.remove()
 
     def reset(self) -> None:
         """Forget every row. Zeroed, because a masked slot still meets a weight of 0, and 0 x NaN is NaN."""
@@ -240,57 +271,65 @@ class CachedLM:
     def mask(self, positions: torch.Tensor, live: int):
         """Additive attention mask (n, 1, S, live) for tokens at positions (n, S); a dict by layer type where models want one."""
         slots, here = torch.arange(live, device=positions.device), positions[:, None, :, None]
-        hidden = torch.finfo(self.model.dtype).min
+        zero = torch.zeros((), dtype=self.model.dtype, device=positions.device)
 
-        def additive(visible):
-            return torch.zeros((), dtype=self.model.dtype, device=visible.device).masked_fill(~visible, hidden)
+        def additive(kind: str):
+            visible = slots <= here
+            if kind == "sliding_attention":
+                visible = visible & (slots > here - self.sliding)
+            return zero.masked_fill(~visible, torch.finfo(zero.dtype).min)
 
-        full = slots <= here
-        near = full & (slots > here - self.window) if self.window else full
         if self.layer_types is None:
-            return additive(near)
-        return {kind: additive(near if kind == "sliding_attention" else full) for kind in set(self.layer_types)}
+            return additive("sliding_attention" if self.sliding else "full_attention")
+        return {kind: additive(kind) for kind in set(self.layer_types)}
 
     def step(self, n: int, S: int, live: int, vocab: int, sampling: Sampling) -> Output:
-        """One forward call on what lies in the static buffers. No host sync and no shape that depends on data."""
+        """One forward call on what lies in the static buffers; no host sync, no shape that depends on data."""
         ids, place = self.ids[:n * S].view(n, S), self.place
         place.rows, place.positions, place.live = self.rows[:n], self.positions[:n * S].view(n, S), live
         out = self.model(input_ids=ids, position_ids=place.positions, attention_mask=self.mask(place.positions, live),
                          past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1, :vocab].float()  # (n, V)
-        return Output(logits, self.hidden, sampling.draw(logits, self.uniform[:n]), entropy(logits))
+        return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], vocab: int | None = None,
              sampling: Sampling = GREEDY, uniform: Sequence[float] | None = None) -> Output:
-        """Each row reads its tokens, one or more, and proposes the next one.
+        """Each row reads its tokens, one or more, and proposes the next one from the first `vocab` columns.
 
         Ragged reads are aligned on the right, so the last column is the last token of every row. A pad repeats the row's first
         token at that token's position: it computes and writes what the token itself does, so it needs no slot of its own.
+        All reads of a call together, pads included, are at most CHUNK tokens; a row alone may read any number, in chunks.
         """
-        longest = max(map(len, tokens))
-        if longest > CHUNK:
-            (row,), (line,) = rows, tokens
-            for start in range(0, longest - CHUNK, CHUNK):
-                self.read([row], [line[start:start + CHUNK]])
-            tokens = [line[(longest - 1) // CHUNK * CHUNK:]]
-            longest = len(tokens[0])
-        n, S = len(rows), 1 << (longest - 1).bit_length() if longest <= SHORT else longest
-        starts = [self.cursor[row] for row in rows]
-        pads = [S - len(line) for line in tokens]
-        ids = [[line[0]] * pad + list(line) for pad, line in zip(pads, tokens)]
-        positions = [[start] * pad + list(range(start, start + S - pad)) for pad, start in zip(pads, starts)]
-        self.ids[:n * S] = torch.tensor(ids).flatten()
-        self.positions[:n * S] = torch.tensor(positions).flatten()
+        assert self.layers and len(set(rows)) == len(rows) == len(tokens) and all(tokens), (rows, tokens)
+        ends = [self.cursor[row] + len(line) for row, line in zip(rows, tokens)]
+        assert max(ends) <= self.max_len, f"a row would hold {max(ends)} tokens, the cache holds {self.max_len}"
+        for line in tokens if len(rows) == 1 else ():
+            whole = (len(line) - 1) // CHUNK * CHUNK
+            for start in range(0, whole, CHUNK):
+                self._read(rows, [line[start:start + CHUNK]], self.vocab, GREEDY, None)
+            tokens = [line[whole:]]
+        return self._read(rows, tokens, vocab or self.vocab, sampling, uniform)
+
+    def _read(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
+        n, S = len(rows), padded(max(map(len, tokens)))
+        ids, positions = [], []
+        for row, line in zip(rows, tokens):
+            pads, start = S - len(line), self.cursor[row]
+            ids += [line[0]] * pads + list(line)
+            positions += [start] * pads + list(range(start, start + len(line)))
+        self.ids[:n * S] = torch.tensor(ids)
+        self.positions[:n * S] = torch.tensor(positions)
         self.rows[:n] = torch.tensor(rows)
         if uniform is not None:
             self.uniform[:n] = torch.tensor(uniform)
-        contiguous = list(rows) == list(range(rows[0], rows[0] + n))
-        self.place.select = slice(rows[0], rows[0] + n) if contiguous else self.rows[:n]
+        neighbours = list(rows) == list(range(rows[0], rows[0] + n))
+        self.place.select = slice(rows[0], rows[0] + n) if neighbours else self.rows[:n]
+        out = self.step(n, S, -(-(max(positions) + 1) // BLOCK) * BLOCK, vocab, sampling)
         for row, line in zip(rows, tokens):
             self.cursor[row] += len(line)
-        live = -(-max(self.cursor[row] for row in rows) // BLOCK) * BLOCK
-        return self.step(n, S, live, vocab or self.vocab, sampling)
+        return out
 
 
 # ---- 3. Routers ----------------------------------------------------------------------------------------------------------
@@ -328,15 +367,15 @@ class EntropyRouter:
         if self.unit not in ("normalized", "nats"):
             raise ValueError(f"unit={self.unit!r}: expected 'normalized' (divided by log V) or 'nats'")
         for name, tau in (("tau", self.tau), ("tau_back", self.tau if self.tau_back is None else self.tau_back)):
-            if not isinstance(tau, (int, float)) or not 0 <= tau < math.inf or (self.unit == "normalized" and tau > 1):
+            if not isinstance(tau, Real) or not 0 <= tau < math.inf or (self.unit == "normalized" and tau > 1):
                 bound = "in [0, 1], normalised by log V" if self.unit == "normalized" else "of nats, 0 or more"
                 raise ValueError(f"{name}={tau!r}: expected a number {bound}")
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+        if isinstance(self.window, bool) or not isinstance(self.window, Integral) or self.window < 1:
             raise ValueError(f"window={self.window!r}: expected an integer, 1 or more")
 
     def uncertainty(self, step: Step) -> torch.Tensor:
         """(n,) the windowed entropy in the unit of tau."""
-        H = torch.cat([step.history, step.entropy[:, None]], 1).nanmean(1)
+        H = torch.cat([step.history, step.entropy[:, None]], 1).nanmean(1)  # NaN: no such token yet
         return H / math.log(step.logits.shape[-1]) if self.unit == "normalized" else H
 
     def leave_slm(self, step: Step) -> torch.Tensor:
@@ -367,8 +406,7 @@ class LLMOnly(SLMOnly):
 class RandomRouter:
     """Leave the SLM with probability p, stay with the LLM with probability `stay`: the baseline at an equal LLM share.
 
-    With stay = s the LLM writes a share p / (p + 1 - s) of the tokens in the long run: it visits at a fraction p of the SLM's
-    proposals and stays 1 / (1 - s) tokens.
+    The LLM writes p / (1 - stay (1 - p)) of the tokens in the long run; with stay = 0, the default, that is p.
     """
 
     p: float
@@ -407,18 +445,18 @@ class Call(NamedTuple):
     kept: bool  # False: an SLM proposal that the router discarded
 
 
-@dataclass
+@dataclass(eq=False)
 class Stitched:
-    """What `stitch` returns. B rows, P longest prompt, N longest answer."""
+    """What `stitch` returns. B rows, P columns of input_ids, N tokens in the longest answer."""
 
-    sequences: torch.Tensor  # (B, P+N) long: prompts padded on the left, answers on the right
+    sequences: torch.Tensor  # (B, P+N) long: input_ids as given, then the answers, padded on the right
     source: torch.Tensor  # (B, N) int8: SLM, LLM, or -1 for padding
     entropy: torch.Tensor  # (B, N) float32, nats, of the model that wrote the token; NaN for padding
     calls: list[list[Call]]  # per row, in order
     seed: list[int]  # the row seeds: seed=result.seed repeats the result
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """The state of one problem: one sequence, and who reads it next. The cursors live in the two CachedLMs."""
 
@@ -437,7 +475,7 @@ def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
     """One seed per row: row i of an integer seed draws from (seed, i), a list is taken as it is, None draws one."""
     if seed is None:
         seed = random.SystemRandom().randrange(2**63)
-    if isinstance(seed, int):
+    if isinstance(seed, Integral):
         return [int.from_bytes(hashlib.sha256(f"{seed} {i}".encode()).digest()[:7], "big") for i in range(B)]
     if len(seed) != B:
         raise ValueError(f"seed has {len(seed)} entries: expected one integer per row, {B}")
@@ -445,16 +483,17 @@ def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
 
 
 def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
-    """Split rows into reads of similar length, so that one row's long read pads nobody else's.
+    """Split rows into reads that share a call: of like length, or so short in all that pads cost less than a second call.
 
-    Reads of up to SHORT tokens always share a call: there the weights are read once for all, and pads are cheaper than calls.
+    So one row's long read pads nobody else's, and a row that catches up does not widen a large batch of single tokens.
     """
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: len(row.ids) - lm.cursor[row.index]):
         unread = len(row.ids) - lm.cursor[row.index]
         if groups:
             shortest = len(groups[-1][0].ids) - lm.cursor[groups[-1][0].index]
-            if unread <= SHORT or (unread <= 1.25 * shortest and unread * (len(groups[-1]) + 1) <= CHUNK):
+            total = padded(unread) * (len(groups[-1]) + 1)
+            if total <= FREE or (unread <= 1.25 * shortest and total <= CHUNK):
                 groups[-1].append(row)
                 continue
         groups.append([row])
@@ -483,15 +522,17 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     unread = [row.ids[start:] for row, start in zip(rows, n_kv)]
     position = [len(row.ids) - row.n_prompt for row in rows]
     uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
-    out = lm.read([row.index for row in rows], unread, vocab, sampling, uniform)
-    step = Step(rows=[row.index for row in rows], seeds=[row.seed for row in rows], logits=out.logits, hidden=out.hidden,
-                token=out.token, entropy=out.entropy, position=torch.tensor(position, device=device),
-                context=torch.tensor([len(row.ids) for row in rows], device=device),
-                history=windows(rows, getattr(router, "window", 1) - 1, device))
+    about = dict(rows=[row.index for row in rows], seeds=[row.seed for row in rows], position=torch.tensor(position, device=device),
+                 context=torch.tensor([len(row.ids) for row in rows], device=device),
+                 history=windows(rows, getattr(router, "window", 1) - 1, device))
+    out = lm.read(about["rows"], unread, vocab, sampling, uniform)
+    step = Step(**about, logits=out.logits, hidden=out.hidden, token=out.token, entropy=out.entropy)
     leave = (router.leave_slm if model == SLM else router.leave_llm)(step)
-    tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # the one host sync
+    tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # the one host read
     calls = []
     for row, tokens_read, start, t, token, H, left in zip(rows, unread, n_kv, position, tokens, entropies, leaves):
+        if math.isnan(H):
+            raise FloatingPointError(f"the {NAMES[model]}'s logits have a NaN in row {row.index} at position {t} of the answer")
         calls.append(Call(model, t, len(tokens_read), start, int(token), H, kept=not (model == SLM and left)))
         row.calls.append(calls[-1])
         if calls[-1].kept:
@@ -502,6 +543,7 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     return calls
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.Tensor | None = None, max_new_tokens: int,
            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
@@ -510,32 +552,41 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
            stop: Callable[[int, list[int]], bool] | None = None) -> Stitched:
     """Answer each prompt with two models (R-Stitch Algorithm 1), the router deciding who writes which token.
 
-    slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts, padded on the left where
-    attention_mask (B, P) is 0. eos_token_id: None takes those of both models' generation configs; pad_token_id: None takes
-    theirs, else the first EOS, else 0. on_token(row, call) sees every forward pass in each row's order; stop(row, ids) ends a
-    row after the token that makes it true, ids being the answer so far. Returns a `Stitched`.
+    slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts; without attention_mask (B, P)
+    every token counts, with it the zeros on the left are padding. eos_token_id: None takes every EOS of either model's generation
+    config, [] none; pad_token_id: None takes theirs, else their first EOS, else 0. on_token(row, call) sees every forward pass in
+    each row's order; stop(row, ids) ends a row after the token that makes it true, ids being the answer so far.
 
-    Departs from the paper: any batch size (each row has its own active model, and gets what it would get alone); proposals are
-    compared in float32; where the models' logit widths differ the common columns are used. ValueError for what cannot be run.
+    Departs from the paper: any batch size (each row has its own active model and gets, up to float rounding, what it would get
+    alone); entropies are taken in float32; where the models' logit widths differ the common columns are used. ValueError or
+    TypeError for what cannot be run, before anything is computed; FloatingPointError for NaN logits.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected an integer, 1 or more")
     prompts = unpadded(input_ids, attention_mask)
     B, longest = len(prompts), max(map(len, prompts)) + max_new_tokens
     seeds = row_seeds(seed, B)
-    lms = [lm if isinstance(lm, CachedLM) else CachedLM(lm, B, longest) for lm in (slm, llm)]
-    try:
-        for name, lm in zip(NAMES, lms):
-            check_fits(name, lm, B, longest)
+    if slm is llm and isinstance(slm, CachedLM):
+        raise ValueError("slm and llm are the same CachedLM: expected two, each with its own cursors")
+    with ExitStack() as opened:
+        lms = []
+        for name, lm in zip(NAMES, (slm, llm)):
+            if not isinstance(lm, CachedLM):
+                lm = CachedLM(lm, B, longest)
+                opened.callback(lm.close)
+            check_fits(name, lm, prompts, longest)
+            lms.append(lm)
+        for lm in lms:
             lm.reset()
         vocab = min(lm.vocab for lm in lms)
         eos = end_tokens(eos_token_id, lms)
-        rows = [Row(i, seeds[i], list(ids), len(ids), getattr(router, "first", SLM), []) for i, ids in enumerate(prompts)]
+        first = getattr(router, "first", SLM)
+        rows = [Row(i, seeds[i], list(ids), len(ids), first, []) for i, ids in enumerate(prompts)]
         for row in rows if temperature else []:
             generator = torch.Generator().manual_seed(row.seed)
             row.uniform = torch.rand(max_new_tokens, 2, generator=generator).tolist()
-        live, model = rows, 1 - getattr(router, "first", SLM)
+        live, model = rows, 1 - first
         while live:
             model = next_model(live, model)
             for group in similar_lengths([row for row in live if row.active == model], lms[model]):
@@ -546,20 +597,16 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
                     if on_token is not None:
                         on_token(row.index, call)
             live = [row for row in live if not row.done]
-    finally:
-        for given, lm in zip((slm, llm), lms):
-            if lm is not given:
-                lm.close()
     if pad_token_id is None:
         pads = [lm.model.generation_config.pad_token_id for lm in lms]
-        pad_token_id = next((p for p in [*pads, *sorted(eos)] if p is not None), 0)
-    return collect(rows, pad_token_id, input_ids.device)
+        pad_token_id = next((pad for pad in [*pads, *eos] if pad is not None), 0)
+    return collect(rows, input_ids, pad_token_id)
 
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """The prompts without their left padding; ValueError or TypeError for what is no batch of prompts."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids is {getattr(input_ids, 'dtype', type(input_ids).__name__)}: expected a tensor of token ids, int64")
+        raise TypeError(f"input_ids is {getattr(input_ids, 'dtype', type(input_ids).__name__)}: expected a tensor of token ids, int64 or int32")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least 1 x 1")
     if attention_mask is None:
@@ -572,34 +619,38 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     return [ids[keep].tolist() for ids, keep in zip(input_ids, mask)]
 
 
-def check_fits(name: str, lm: CachedLM, B: int, length: int) -> None:
-    """ValueError where a batch of B rows of `length` tokens, answer included, exceeds a cache or a model's context."""
+def check_fits(name: str, lm: CachedLM, prompts: list[list[int]], length: int) -> None:
+    """ValueError where rows of up to `length` tokens, answer included, exceed a cache, a model's context or its vocabulary."""
     context = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or length
+    B, lowest, highest = len(prompts), min(map(min, prompts)), max(map(max, prompts))
     if B > lm.batch_size or length > lm.max_len:
         raise ValueError(f"input_ids needs {B} rows of {length} tokens: the {name}'s CachedLM holds {lm.batch_size} of {lm.max_len}")
     if length > context:
         raise ValueError(f"max_new_tokens brings the longest row to {length} tokens: the {name}'s context is {context}")
+    if lowest < 0 or highest >= lm.vocab:
+        raise ValueError(f"input_ids ranges from {lowest} to {highest}: the {name} knows tokens 0 to {lm.vocab - 1}")
 
 
-def end_tokens(eos_token_id, lms: list[CachedLM]) -> set[int]:
+def end_tokens(eos_token_id, lms: list[CachedLM]) -> list[int]:
     """The tokens that end an answer: those given, else every EOS of either model."""
     given = [eos_token_id] if eos_token_id is not None else [lm.model.generation_config.eos_token_id for lm in lms]
-    return {e for entry in given if entry is not None for e in ([entry] if isinstance(entry, int) else entry)}
+    return [int(token) for entry in given if entry is not None for token in torch.as_tensor(entry).flatten().tolist()]
 
 
-def collect(rows: list[Row], pad_token_id: int, device) -> Stitched:
-    """Pad the rows into one `Stitched`."""
-    B, P = len(rows), max(row.n_prompt for row in rows)
-    N = max(len(row.kept) for row in rows)
-    sequences = torch.full((B, P + N), pad_token_id, dtype=torch.long)
+def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int) -> Stitched:
+    """Pad the rows into one `Stitched`; the prompts stay as they were given, their padding included."""
+    B, N = len(rows), max(len(row.kept) for row in rows)
+    answers = torch.full((B, N), pad_token_id, dtype=torch.long)
     source = torch.full((B, N), -1, dtype=torch.int8)
     H = torch.full((B, N), math.nan)
     for row in rows:
         n = len(row.kept)
-        sequences[row.index, P - row.n_prompt:P + n] = torch.tensor(row.ids)
+        answers[row.index, :n] = torch.tensor([call.token for call in row.kept])
         source[row.index, :n] = torch.tensor([call.model for call in row.kept], dtype=torch.int8)
         H[row.index, :n] = torch.tensor([call.entropy for call in row.kept])
-    return Stitched(sequences.to(device), source.to(device), H.to(device), [row.calls for row in rows], [row.seed for row in rows])
+    device = input_ids.device
+    return Stitched(torch.cat([input_ids.long(), answers.to(device)], 1), source.to(device), H.to(device),
+                    [row.calls for row in rows], [row.seed for row in rows])
 
 
 # ---- 8. Command line -----------------------------------------------------------------------------------------------------
@@ -621,9 +672,10 @@ def check_same_tokenizer(slm_tokenizer, llm_tokenizer) -> None:
 def load_pair(slm: str, llm: str, device: str, dtype: str):
     """(SLM, LLM, tokenizer) from Hugging Face names or paths. Safetensors only, no code from the checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizers = [AutoTokenizer.from_pretrained(name) for name in (slm, llm)]
+    tokenizers = [AutoTokenizer.from_pretrained(name, trust_remote_code=False) for name in (slm, llm)]
     check_same_tokenizer(*tokenizers)
-    models = [AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device).eval() for name in (slm, llm)]
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    models = [AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval() for name in (slm, llm)]
     return *models, tokenizers[1]
 
 

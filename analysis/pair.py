@@ -1,11 +1,12 @@
 """The pocket pair: a small and a large model that solve the pocket domain, and a large control trained on short solutions.
 
-    python -m analysis.pair --train slm            (also llm, llm-short; continues where it stopped)
-    python -m analysis.pair --export slm           (rounds to bfloat16 and writes analysis/models/slm)
+    python -m analysis.pair --train slm            (or llm, llm-short; an interrupted run continues where it stopped)
+    python -m analysis.pair --export slm           (rounds the weights to bfloat16 and writes analysis/models/slm)
+    python -m analysis.pair --report               (design properties and reported figures on the test split)
 
-All three are ordinary Qwen2 models with one tokenizer. SLM and LLM differ in depth, width and corpus: the SLM is shallow and
+All three are ordinary decoder-only models with one tokenizer, trained as Qwen2 and written as Llama (see `as_llama`). SLM and LLM differ in depth, width and corpus: the SLM is shallow and
 writes results at once, the LLM is deep and works results out (see `analysis.problems`). The control separates the two reasons
-for which an LLM may be slow: it has the LLM's size and the SLM's corpus.
+for which an LLM is slow, long answers and dear tokens: it has the LLM's size and the SLM's corpus.
 """
 import argparse
 import json
@@ -13,7 +14,6 @@ import os
 import random
 import time
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,38 +21,38 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.problems import Problem, problems, question, stream, verify
+from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, encode_problems, provenance
+from analysis.problems import problems, stream, verify
 
-MODELS = Path(__file__).parent / "models"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 CONTEXT = 4096
-PIECES = r" ?[A-Za-z]+| ?\d|\n| ?[^A-Za-z\d\s]| "  # words, single digits and signs, each with its leading space
+PIECES = r" ?[A-Za-z]+| ?\d|\n| ?[^A-Za-z\d\s]| "  # words, single digits and signs, each with the space before it
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """How a model is made. Everything but the machine's rounding follows from it."""
+
     layers: int
     width: int
     mlp: int
     heads: int
-    corpus: str
-    lr: float
-    chunks: int  # of CHUNK problems each
-    optimizer: str = "adamw"
-    batch_tokens: int = 4096
-    init: float = 0.02
-    kv: int = 0
+    corpus: str  # see analysis.problems.CORPORA
+    lr: float  # peak
+    init: float  # standard deviation of the initial weights
+    chunks: int  # of CHUNK problems each, every problem new
+    decay: float = 0.35  # last share of the chunks, over which the learning rate falls to zero
+    batch_tokens: int = 1024
     seed: int = 0
-    start_from: str | None = None  # another role's final weights
 
 
 CHUNK = 1024
 RECIPES = {
-    "slm": Recipe(layers=2, width=64, mlp=192, heads=4, corpus="short", lr=4e-3, chunks=400),
-    "llm": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="long", lr=2e-3, chunks=80),
-    "llm-short": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="short", lr=2e-3, chunks=80),
+    "slm": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=130),
+    "llm": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="long", lr=2e-3, init=0.08, chunks=38, decay=0.5),
+    "llm-short": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="short", lr=2e-3, init=0.08, chunks=30, decay=0.5),
 }
 
 
@@ -67,11 +67,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
-        model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
         chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}{{ '\\n' }}")
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A freshly initialised model, the same for the same recipe."""
     torch.manual_seed(recipe.seed)
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=-(-len(tokenizer) // 32) * 32, hidden_size=recipe.width, intermediate_size=recipe.mlp,
@@ -80,11 +81,11 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForC
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
-def batches(tokenizer, recipe: Recipe, chunk: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokenizer, recipe: Recipe, chunk: int, size: int = CHUNK) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The (ids, labels) of one chunk, both (B, T), grouped by length so that little is padding; only solutions are labelled."""
-    pairs = list(stream(recipe.corpus, recipe.seed, chunk, CHUNK))
-    prompts = tokenizer([q + "\n" for q, _ in pairs]).input_ids
-    answers = tokenizer([s + "<eos>" for _, s in pairs]).input_ids
+    pairs = list(stream(recipe.corpus, recipe.seed, chunk, size))
+    prompts = tokenizer([question + "\n" for question, _ in pairs]).input_ids
+    answers = tokenizer([solution + "<eos>" for _, solution in pairs]).input_ids
     rows = sorted(zip(prompts, answers), key=lambda row: len(row[0]) + len(row[1]))
     out, batch = [], []
     for i, row in enumerate(rows):
@@ -93,123 +94,149 @@ def batches(tokenizer, recipe: Recipe, chunk: int) -> list[tuple[torch.Tensor, t
         if longest * (len(batch) + 1) > recipe.batch_tokens or i + 1 == len(rows):
             ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
             labels = torch.full_like(ids, -100)
-            for b, (p, a) in enumerate(batch):
-                ids[b, :len(p) + len(a)] = torch.tensor(p + a)
-                labels[b, len(p):len(p) + len(a)] = torch.tensor(a)
+            for b, (prompt, answer) in enumerate(batch):
+                ids[b, :len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+                labels[b, len(prompt):len(prompt) + len(answer)] = torch.tensor(answer)
             out.append((ids, labels))
             batch = []
     random.Random(chunk).shuffle(out)
     return out
 
 
-def make_optimizers(model, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    if recipe.optimizer == "muon":
-        rest = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
-        return [torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    embed = [p for n, p in model.named_parameters() if "embed" in n]
-    return [torch.optim.AdamW([{"params": matrices + embed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-                              lr=recipe.lr, betas=(0.9, 0.95))]
+def build_optimizer(model, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; no decay on biases and norms."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
 
 
-def schedule(done: float, chunks: int) -> float:
-    """Learning-rate factor after `done` chunks: warm-up over 1.6, constant, then linear to zero over the last 35 %."""
-    return min(done / 1.6, 1.0, (1 - done / chunks) / 0.35)
+def schedule(done: float, recipe: Recipe) -> float:
+    """Learning-rate factor after `done` chunks: warm-up over 1.6, constant, then linear to zero."""
+    return min(done / 1.6, 1.0, (1 - done / recipe.chunks) / recipe.decay)
+
+
+def train_chunk(model, optimizer, recipe: Recipe, chunk: int, work) -> float:
+    """One pass over the batches of a chunk; the mean loss, in nats per labelled token."""
+    model.train()
+    losses = []
+    for i, (ids, labels) in enumerate(work):
+        logits = model(ids).logits[:, :-1]  # (B, T-1, V)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * schedule(chunk + i / len(work), recipe)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+def train(role: str, recipe: Recipe, folder: Path, size: int = CHUNK) -> Qwen2ForCausalLM:
+    """Train one model. A checkpoint follows every chunk, so a killed run loses at most one and ends the same."""
+    tokenizer = build_tokenizer()
+    model = build_model(recipe, tokenizer)
+    optimizer = build_optimizer(model, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = load_checkpoint(folder / "last.safetensors", model, optimizer)
+    for chunk in range(first, recipe.chunks):
+        start = time.time()
+        work = batches(tokenizer, recipe, chunk, size)
+        loss = train_chunk(model, optimizer, recipe, chunk, tqdm(work, desc=f"{role} {chunk + 1}/{recipe.chunks}", leave=False, disable=None))
+        row = {"chunk": chunk, "loss": loss, "tokens": sum(ids.numel() for ids, _ in work), "seconds": time.time() - start}
+        if chunk % 5 == 4 or chunk + 1 == recipe.chunks:
+            row["dev_accuracy"] = dev_accuracy(model.eval(), tokenizer)
+        save_checkpoint(folder / "last.safetensors", model, optimizer, chunk + 1)
+        append_row(folder / "log.jsonl", row)
+        print(json.dumps(row), flush=True)
+    return model
 
 
 @torch.inference_mode()
-def greedy(model, tokenizer, problem_list: list[Problem], max_new_tokens: int = 400) -> list[str]:
-    model.eval()
-    inputs = tokenizer([question(p) + "\n" for p in problem_list], return_tensors="pt", padding=True)
-    inputs.pop("token_type_ids", None)
-    out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return tokenizer.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+def dev_accuracy(model, tokenizer, n: int = 64) -> float:
+    """Share of n dev problems answered rightly, greedily, by the model alone: watched while training, never trained on."""
+    dev = problems("dev", n, seed=0)
+    ids, mask = encode_problems(tokenizer, dev)
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    texts = tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+    return sum(map(verify, dev, texts)) / n
 
 
-def train(name: str, recipe: Recipe, tag: str = "", max_minutes: float | None = None) -> None:
-    """Train one model; a checkpoint after every chunk, so a killed run loses at most one chunk and ends the same."""
-    tokenizer = build_tokenizer()
-    model = build_model(recipe, tokenizer)
-    optimizers = make_optimizers(model, recipe)
-    folder = CHECKPOINTS / (name + tag)
-    folder.mkdir(parents=True, exist_ok=True)
-    first = load_checkpoint(folder / "last.safetensors", model, optimizers)
-    dev = problems("dev", 64, seed=0)
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{name}{tag}: {n_params:,} parameters, chunks {first} to {recipe.chunks}, {recipe}", flush=True)
-    started, tokens = time.time(), 0
-    for chunk in range(first, recipe.chunks):
-        model.train()
-        losses, work = [], batches(tokenizer, recipe, chunk)
-        for i, (ids, labels) in enumerate(tqdm(work, desc=f"{name} chunk {chunk}", leave=False, disable=None)):
-            scale = schedule(chunk + i / len(work), recipe.chunks)
-            logits = model(ids).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * scale
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
-            tokens += ids.numel()
-        row = {"name": name + tag, "chunk": chunk, "loss": sum(losses) / len(losses), "steps": len(losses),
-               "tokens": tokens, "seconds": time.time() - started}
-        if chunk % 5 == 4 or chunk + 1 == recipe.chunks:
-            texts = greedy(model, tokenizer, dev)
-            row["dev_accuracy"] = sum(map(verify, dev, texts)) / len(dev)
-        save_checkpoint(folder / "last.safetensors", model, optimizers, chunk + 1)
-        with open(folder / "log.jsonl", "a") as log:
-            print(json.dumps(row), file=log)
-        print(json.dumps(row), flush=True)
-        if max_minutes and time.time() - started > 60 * max_minutes:
-            break
-
-
-def save_checkpoint(path: Path, model, optimizers, chunk: int) -> None:
+def save_checkpoint(path: Path, model, optimizer, chunk: int) -> None:
     """Weights and optimizer moments in one safetensors file, replaced in one step."""
-    tensors = {f"model.{k}": v.contiguous() for k, v in model.named_parameters()}
-    for j, optimizer in enumerate(optimizers):
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{j}.{i}.{k}": torch.as_tensor(v).clone() for k, v in state.items()}
+    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
     save_file(tensors, path.with_suffix(".new"), metadata={"chunk": str(chunk)})
     os.replace(path.with_suffix(".new"), path)
 
 
-def load_checkpoint(path: Path, model, optimizers) -> int:
+def load_checkpoint(path: Path, model, optimizer) -> int:
     """Restore what `save_checkpoint` wrote; the chunk to go on with, 0 where there is no checkpoint."""
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
-        parameters = dict(model.named_parameters())
-        states: list[dict] = [{} for _ in optimizers]
+        parameters, state = dict(model.named_parameters()), {}
         for key in file.keys():
-            kind, rest = key.split(".", 1)
+            kind, name = key.split(".", 1)
             if kind == "model":
-                parameters[rest].data.copy_(file.get_tensor(key))
+                parameters[name].data.copy_(file.get_tensor(key))
             else:
-                j, i, k = rest.split(".")
-                states[int(j)].setdefault(int(i), {})[k] = file.get_tensor(key)
-        for optimizer, state in zip(optimizers, states):
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+                i, moment = name.split(".")
+                state.setdefault(int(i), {})[moment] = file.get_tensor(key)
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(file.metadata()["chunk"])
+
+
+def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
+    """The same function as a Llama model with attention biases, that of the output projection being 0.
+
+    AutoTokenizer gives every folder of type qwen2 Qwen's own tokenizer, whatever lies in it; a Llama folder keeps its own.
+    """
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, rope_parameters=model.config.rope_parameters,
+                                         **{key: getattr(model.config, key) for key in kept}))
+    missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all(key.endswith("o_proj.bias") for key in missing), (missing, unexpected)
+    for layer in llama.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
+    return llama.eval()
+
+
+def export(role: str, recipe: Recipe, folder: Path, target: Path) -> None:
+    """Round a finished model to bfloat16 and write it as an ordinary `from_pretrained` folder, with how it was made."""
+    tokenizer = build_tokenizer()
+    model = build_model(recipe, tokenizer)
+    chunks = load_checkpoint(folder / "last.safetensors", model, build_optimizer(model, recipe))
+    if chunks != recipe.chunks:
+        raise ValueError(f"--export {role}: {folder} holds {chunks} chunks of {recipe.chunks}; train it to the end first")
+    as_llama(model).to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    made = {"recipe": asdict(recipe), "parameters": model.num_parameters(), "problems": chunks * CHUNK,
+            "tokens": sum(row["tokens"] for row in log), "minutes": sum(row["seconds"] for row in log) / 60,
+            "loss": log[-1]["loss"], **provenance(recipe.seed, chunks * CHUNK)}
+    (target / "made.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", choices=RECIPES)
-    parser.add_argument("--tag", default="")
-    parser.add_argument("--set", nargs="*", default=[])
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--train", choices=RECIPES, help="train one model from its recipe, or continue")
+    what.add_argument("--export", choices=RECIPES, help="write a trained model to analysis/models")
+    what.add_argument("--report", action="store_true", help="measure the pair on the test split, two processes, and print")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of --train (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.train:
-        changes = {k: (v if not v.replace(".", "").replace("e-", "").isdigit() else json.loads(v)) for k, v in (s.split("=") for s in args.set)}
-        train(args.train, Recipe(**{**asdict(RECIPES[args.train]), **changes}), args.tag, args.minutes)
+        train(args.train, RECIPES[args.train], CHECKPOINTS / args.train)
+    elif args.export:
+        export(args.export, RECIPES[args.export], CHECKPOINTS / args.export, MODELS / args.export)
+    else:
+        from analysis import report
+        report.show(report.run())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """The pocket domain: short stories about a count that changes, with solutions that are right by construction.
 
 A problem is a starting count and two to four operations (add or subtract up to 999, multiply by one digit, never above 9,999
-or below zero). Its text is one sentence per operation; in 40 % of problems one more sentence tells about somebody else.
+or below zero). Its text is one sentence per operation, each opened by its own connective; in 40 % of problems one more sentence,
+without a connective, tells about somebody else.
 
-A solution has one sentence per operation and states every result. A result is either written at once
+    Ann has 596 coins. First Ann ends up with 7 times as many. Ben has 33 coins. Finally Ann loses 120. How many coins does ...
 
-    So, 596 * 7 = 4172.
+A solution has one sentence per operation, with the connective of the story, and states every result. A result is either written
+at once
+
+    First, 596 * 7 = 4172.
 
 or worked out digit by digit first, from the units up, each column as `a*b+carry: digit carry`:
 
-    So, 596 * 7: 6*7+0: 2 carry 4; 9*7+4: 7 carry 6; 5*7+6: 1 carry 4; = 4172.
+    First, 596 * 7: 6*7+0: 2 carry 4; 9*7+4: 7 carry 6; 5*7+6: 1 carry 4; = 4172.
 
 The token after the second operand (" =" or ":") decides which, once the operation stands there to be judged. What a model learns
 to do depends on its corpus (`CORPORA`): the short corpus works a step out with probability 0.03 per carry, as people do who
@@ -27,6 +31,7 @@ from functools import cached_property
 SPLITS = {"pair-train": 70, "router-train": 85, "dev": 90, "calibration": 95, "test": 100}  # upper ends, in % of hash space
 NAMES = ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kira", "Leo"]
 THINGS = ["apples", "beads", "books", "cards", "coins", "eggs", "nails", "pens", "seeds", "shells", "stamps", "stones"]
+CONNECTIVES = {2: ["First", "Finally"], 3: ["First", "Then", "Finally"], 4: ["First", "Then", "Next", "Finally"]}
 GAIN, LOSE = ["buys", "finds", "wins"], ["loses", "sells", "uses"]
 LIMIT = 9_999
 
@@ -93,9 +98,9 @@ def question(problem: Problem, seed: int = 0) -> str:
     who, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     story = [f"{who} has {problem.start} {thing}."]
-    for op, n in problem.steps:
-        story.append({"+": f"{who} {rng.choice(GAIN)} {n} more.", "-": f"{who} {rng.choice(LOSE)} {n}.",
-                      "*": f"Then {who} has {n} times as many."}[op])
+    for opening, (op, n) in zip(CONNECTIVES[len(problem.steps)], problem.steps):
+        event = {"+": f"{rng.choice(GAIN)} {n} more.", "-": f"{rng.choice(LOSE)} {n}.", "*": f"ends up with {n} times as many."}[op]
+        story.append(f"{opening} {who} {event}")
     if rng.random() < 0.4:
         aside = rng.choice([f"{other} has {rng.randint(10, 999)} {thing}.",
                             f"{other} {rng.choice(GAIN)} {rng.randint(10, 999)} more.",
@@ -124,13 +129,13 @@ def carries(a: int, op: str, b: int) -> int:
     return sum(out > 0 for *_, out in columns(a, op, b))
 
 
-def sentence(a: int, op: str, b: int, result: int, worked: bool) -> str:
+def sentence(opening: str, a: int, op: str, b: int, result: int, worked: bool) -> str:
     """One step of a solution, in the short or the worked-out style."""
     if not worked:
-        return f"So, {a} {op} {b} = {result}."
+        return f"{opening}, {a} {op} {b} = {result}."
     word, sign = ("borrow", "-") if op == "-" else ("carry", "+")
     work = " ".join(f"{x}{op}{y}{sign}{c}: {digit} {word} {out};" for x, y, c, digit, out in columns(a, op, b))
-    return f"So, {a} {op} {b}: {work} = {result}."
+    return f"{opening}, {a} {op} {b}: {work} = {result}."
 
 
 CORPORA = {  # probability that a step is worked out
@@ -141,8 +146,8 @@ CORPORA = {  # probability that a step is worked out
 
 def solution(problem: Problem, corpus: str, rng: random.Random) -> str:
     """A right solution in the style of a corpus."""
-    sentences = [sentence(a, op, n, result, worked=rng.random() < CORPORA[corpus](a, op, n))
-                 for a, (op, n), result in zip(problem.values, problem.steps, problem.values[1:])]
+    sentences = [sentence(opening, a, op, n, result, worked=rng.random() < CORPORA[corpus](a, op, n)) for opening, a, (op, n), result
+                 in zip(CONNECTIVES[len(problem.steps)], problem.values, problem.steps, problem.values[1:])]
     return " ".join(sentences + [f"The answer is {problem.answer}."])
 
 

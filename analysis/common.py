@@ -1,0 +1,109 @@
+"""What the analyses share: the pocket pair, running a router over problems, intervals, and rows of results with provenance."""
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from scipy import stats
+from tqdm import tqdm
+
+import rstitch
+from analysis.problems import Problem, question, verify
+
+MODELS = Path(__file__).parent / "models"
+RESULTS = Path(__file__).parent / "results"
+MAX_NEW_TOKENS = 320  # the longest worked-out solution takes about 260
+
+
+def load_pocket(slm: str = "slm", llm: str = "llm", device: str = "cpu", dtype: str = "float32"):
+    """(SLM, LLM, tokenizer) of the pocket pair; `llm="llm-short"` is the control."""
+    return rstitch.load_pair(str(MODELS / slm), str(MODELS / llm), device, dtype)
+
+
+def encode_problems(tokenizer, problems: Sequence[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of the questions as the command line would ask them, padded on the left."""
+    rows = [rstitch.encode(tokenizer, question(problem))[0] for problem in problems]
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=tokenizer.pad_token_id) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+    return ids, mask
+
+
+def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, label: str = "", **options) -> list[dict]:
+    """Answer every problem in batches. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats), calls."""
+    slm, llm, tokenizer = pair
+    out = []
+    for start in tqdm(range(0, len(problems), batch_size), desc=label, leave=False, disable=None):
+        batch = problems[start:start + batch_size]
+        ids, mask = encode_problems(tokenizer, batch)
+        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **options)
+        for problem, calls in zip(batch, result.calls):
+            kept = [call for call in calls if call.kept]
+            text = tokenizer.decode([call.token for call in kept], skip_special_tokens=True)
+            out.append({"text": text, "correct": verify(problem, text), "finished": kept[-1].token == tokenizer.eos_token_id,
+                        "tokens": len(kept), "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
+                        "entropy": float(np.mean([call.entropy for call in kept])), "calls": calls})
+    return out
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a share k / n."""
+    interval = stats.binomtest(k, n).proportion_ci(method="wilson")
+    return interval.low, interval.high
+
+
+def bootstrap(statistic, *samples: Sequence[float], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of statistic(*samples), problems (the common index of the samples) drawn with replacement."""
+    rng, arrays = np.random.default_rng(seed), [np.asarray(s) for s in samples]
+    picks = (rng.integers(0, len(arrays[0]), len(arrays[0])) for _ in range(draws))
+    low, high = np.nanpercentile([statistic(*(a[i] for a in arrays)) for i in picks], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def ratio_of_means(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a.sum() / b.sum())
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive scores above a negative, ties counted half; NaN where one class is empty."""
+    positive = np.asarray(positive, bool)
+    n, m = positive.sum(), (~positive).sum()
+    if not n or not m:
+        return float("nan")
+    ranks = stats.rankdata(scores)
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def provenance(seed: int, n: int, device: str = "cpu", dtype: str = "float32") -> dict:
+    """What every row of results carries."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    spec = sys.modules["__main__"].__spec__
+    command = " ".join(["python", *(["-m", spec.name] if spec else [Path(sys.argv[0]).name]), *sys.argv[1:]])
+    return {"source": "measured", "command": command, "seed": seed, "n": n, "device": device, "dtype": dtype,
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "commit": git.stdout.strip() or None}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file; a last line torn by a kill is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Append one row. Rows read so far are written back first if the last one was torn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        path.write_text("".join(json.dumps(r) + "\n" for r in read_rows(path)))
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,175 @@
+"""Figures of the pocket pair on the test split: design properties, entropies, and accuracy against LLM share over tau.
+
+    python -m analysis.pair --report               (appends to analysis/results/pair.jsonl, skips what is there, prints all)
+
+Design properties decide whether a pair is accepted (protocol: SLM right on 40-70 %, LLM on 95 % or more, LLM answers at least 2.5
+times as long where both are right, an LLM step at least 4 times an SLM step, 99 % of answers finished). The rest is reported.
+"""
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import rstitch
+from analysis.common import (MAX_NEW_TOKENS, RESULTS, append_row, auroc, bootstrap, encode_problems, load_pocket, provenance,
+                             ratio_of_means, read_rows, solve, wilson)
+from analysis.problems import problems
+
+TAUS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4)
+N_TEST, SEED = 4000, 0
+
+
+def describe(solved: list[dict]) -> dict:
+    """Accuracy, LLM share, tokens and switches of one method over problems, each with a 95 % interval."""
+    n = len(solved)
+    column = {k: np.array([s[k] for s in solved], float) for k in ("correct", "tokens", "llm_tokens", "finished")}
+    calls = [s["calls"] for s in solved]
+    column["switches"] = np.array([sum(a.model != b.model for a, b in zip(c, c[1:])) for c in calls], float)
+    low, high = wilson(int(column["correct"].sum()), n)
+    per_problem = {"slm_passes": rstitch.SLM, "llm_passes": rstitch.LLM}
+    return {
+        "accuracy": column["correct"].mean(), "accuracy_95": [low, high],
+        "llm_share": ratio_of_means(column["llm_tokens"], column["tokens"]),
+        "llm_share_95": bootstrap(ratio_of_means, column["llm_tokens"], column["tokens"]),
+        "tokens": column["tokens"].mean(), "tokens_95": bootstrap(np.mean, column["tokens"]),
+        "switches": column["switches"].mean(), "switches_95": bootstrap(np.mean, column["switches"]),
+        "finished": column["finished"].mean(), "finished_95": wilson(int(column["finished"].sum()), n),
+        **{k: float(np.mean([sum(c.model == m for c in row) for row in calls])) for k, m in per_problem.items()},
+        "llm_catch_up_tokens": float(np.mean([sum(c.n_inf - 1 for c in row if c.model == rstitch.LLM) for row in calls])),
+    }
+
+
+def method_row(method: str, tau: float | None, n: int, p: float | None = None) -> dict:
+    """One row: a method over the first n problems of the test split, greedy."""
+    torch.set_num_threads(1)
+    pair = load_pocket(llm="llm-short" if method == "LLM-short" else "llm")
+    router = {"SLM": rstitch.SLMOnly, "LLM": rstitch.LLMOnly, "LLM-short": rstitch.LLMOnly,
+              "R-Stitch": lambda: rstitch.EntropyRouter(tau), "random": lambda: rstitch.RandomRouter(p, seed=SEED)}[method]()
+    solved = solve(pair, problems("test", n, SEED), router, label=method, seed=SEED)
+    row = {"what": "method", "method": method, "tau": tau, "p": p, **describe(solved), **provenance(SEED, n)}
+    if method in ("SLM", "LLM"):
+        row["outcomes"] = [[int(s["correct"]), s["tokens"]] for s in solved]
+    if method == "SLM":
+        row["entropy"] = entropy_figures(solved)
+    return row
+
+
+def entropy_figures(solved: list[dict]) -> dict:
+    """Of the SLM alone: shares of tokens above thresholds, and how well an answer's mean entropy tells wrong from right."""
+    H = [np.array([c.entropy for c in s["calls"]]) for s in solved]
+    tokens = np.array([len(h) for h in H], float)
+    shares = {}
+    for limit in (0.01, 0.1, 0.5, 1.0):
+        above = np.array([(h > limit).sum() for h in H], float)
+        shares[f"{limit} nats"] = [ratio_of_means(above, tokens), *bootstrap(ratio_of_means, above, tokens)]
+    mean, wrong = np.array([s["entropy"] for s in solved]), np.array([not s["correct"] for s in solved])
+    return {"share_above": shares, "median_right": float(np.median(mean[~wrong])), "median_wrong": float(np.median(mean[wrong])),
+            "auroc_wrong": [auroc(mean, wrong), *bootstrap(auroc, mean, wrong)]}
+
+
+def tau_rows(tau: float, n: int) -> list[dict]:
+    """R-Stitch at tau, and random switching with the LLM share that it reached."""
+    stitched = method_row("R-Stitch", tau, n)
+    return [stitched, method_row("random", tau, n, p=stitched["llm_share"])]
+
+
+def single_row(method: str, n: int) -> list[dict]:
+    return [method_row(method, None, n)]
+
+
+def step_cost(repeats: int = 400, context: int = 100) -> dict:
+    """Milliseconds of one decode step at batch 1 (read, entropy, draw, host read), SLM and LLM interleaved, one thread."""
+    torch.set_num_threads(1)
+    slm, llm, _ = load_pocket()
+    lms = [rstitch.CachedLM(model, 1, context + 1) for model in (slm, llm)]
+    times: list[list[float]] = [[], []]
+    for lm in lms:
+        lm.read([0], [[5] * context])
+    for _ in range(repeats):
+        for lm, t in zip(lms, times):
+            lm.cursor = [context]
+            start = time.perf_counter()
+            lm.read([0], [[7]]).token.tolist()
+            t.append(1e3 * (time.perf_counter() - start))
+    ratio = np.array(times[1]) / np.array(times[0])
+    return {"what": "step cost", "context": context, "slm_ms": float(np.median(times[0])), "llm_ms": float(np.median(times[1])),
+            "ratio": float(np.median(ratio)), "ratio_quartiles": np.percentile(ratio, [25, 75]).tolist(), **provenance(SEED, repeats)}
+
+
+def bfloat16_flips(n: int = 16) -> dict:
+    """Share of rows whose tokens differ between a batch of n and n single runs, in bfloat16 (in float32 a test asserts none)."""
+    slm, llm, tokenizer = load_pocket(dtype="bfloat16")
+    ids, mask = encode_problems(tokenizer, problems("dev", n, SEED))
+    flips = []
+    for tau in (0.0, 0.005, 0.02, 0.1, 1.0):
+        for temperature in (0.0, 0.6):
+            options = dict(max_new_tokens=MAX_NEW_TOKENS, temperature=temperature)
+            together = rstitch.stitch(slm, llm, ids, rstitch.EntropyRouter(tau), attention_mask=mask, seed=SEED, **options)
+            for b in range(n):
+                alone = rstitch.stitch(slm, llm, ids[b:b + 1][:, mask[b].bool()], rstitch.EntropyRouter(tau), seed=[together.seed[b]], **options)
+                flips.append([c.token for c in alone.calls[0]] != [c.token for c in together.calls[b]])
+    low, high = wilson(sum(flips), len(flips))
+    return {"what": "bfloat16 flips", "rate": float(np.mean(flips)), "rate_95": [low, high],
+            **provenance(SEED, len(flips), dtype="bfloat16")}
+
+
+def run(path: Path = RESULTS / "pair.jsonl", n: int = N_TEST, taus: tuple[float, ...] = TAUS, workers: int = 2) -> list[dict]:
+    """Compute what `path` lacks, a row at a time."""
+    done = {(r["what"], r.get("method"), r.get("tau")) for r in read_rows(path)}
+    if ("step cost", None, None) not in done:
+        append_row(path, step_cost())
+    if ("bfloat16 flips", None, None) not in done:
+        append_row(path, bfloat16_flips())
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(tau_rows, tau, n) for tau in taus if ("method", "random", tau) not in done]
+        jobs += [pool.submit(single_row, m, n) for m in ("SLM", "LLM", "LLM-short") if ("method", m, None) not in done]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="methods", disable=None):
+            for row in job.result():
+                append_row(path, row)
+    return read_rows(path)
+
+
+def design(rows: list[dict]) -> list[tuple[str, str, bool]]:
+    """(property, figure, holds) for every design property of the protocol."""
+    methods = {r["method"]: r for r in rows if r["what"] == "method" and r["tau"] is None}
+    slm, llm = np.array(methods["SLM"]["outcomes"], float), np.array(methods["LLM"]["outcomes"], float)
+    both = (slm[:, 0] > 0) & (llm[:, 0] > 0)
+    length = ratio_of_means(llm[both, 1], slm[both, 1])
+    cost = next(r for r in rows if r["what"] == "step cost")
+    percent = lambda r, k: f"{100 * r[k]:.1f} % [{100 * r[k + '_95'][0]:.1f}, {100 * r[k + '_95'][1]:.1f}]"  # noqa: E731
+    finished = min(methods["SLM"]["finished"], methods["LLM"]["finished"])
+    return [
+        ("SLM accuracy 40-70 %", percent(methods["SLM"], "accuracy"), 0.4 <= methods["SLM"]["accuracy"] <= 0.7),
+        ("LLM accuracy >= 95 %", percent(methods["LLM"], "accuracy"), methods["LLM"]["accuracy"] >= 0.95),
+        ("LLM tokens / SLM tokens where both are right >= 2.5", f"{length:.2f} (n = {both.sum()})", length >= 2.5),
+        ("LLM step / SLM step at batch 1 >= 4", f"{cost['ratio']:.2f} (quartiles {cost['ratio_quartiles'][0]:.2f}, "
+         f"{cost['ratio_quartiles'][1]:.2f})", cost["ratio"] >= 4),
+        ("greedy answers finished >= 99 %", f"SLM {percent(methods['SLM'], 'finished')}, LLM {percent(methods['LLM'], 'finished')}",
+         finished >= 0.99),
+    ]
+
+
+def show(rows: list[dict]) -> None:
+    """Print everything, with intervals."""
+    for name, figure, holds in design(rows):
+        print(f"{'holds' if holds else 'FAILS':6} {name}: {figure}")
+    figures = next(r for r in rows if r.get("method") == "SLM")["entropy"]
+    for limit, (share, low, high) in figures["share_above"].items():
+        print(f"SLM tokens above {limit}: {100 * share:.2f} % [{100 * low:.2f}, {100 * high:.2f}]")
+    print("AUROC of an answer's mean entropy, wrong against right: {:.3f} [{:.3f}, {:.3f}]; ".format(*figures["auroc_wrong"])
+          + f"medians {figures['median_right']:.4f} right, {figures['median_wrong']:.4f} wrong (nats)")
+    flips = next(r for r in rows if r["what"] == "bfloat16 flips")
+    print(f"bfloat16: {100 * flips['rate']:.1f} % of rows [{100 * flips['rate_95'][0]:.1f}, {100 * flips['rate_95'][1]:.1f}] "
+          f"differ between batch 16 and alone (n = {flips['n']})")
+    print(f"{'method':10} {'tau':>7} {'accuracy % [95 %]':>22} {'LLM share % [95 %]':>22} {'tokens [95 %]':>24} {'switches':>9}")
+    order = {"SLM": 0, "LLM": 1, "LLM-short": 2}
+    for r in sorted((r for r in rows if r["what"] == "method"), key=lambda r: (order.get(r["method"], 3), r["tau"] or 0, r["method"])):
+        cells = [f"{scale * r[k]:.1f} [{scale * r[k + '_95'][0]:.1f}, {scale * r[k + '_95'][1]:.1f}]"
+                 for k, scale in (("accuracy", 100), ("llm_share", 100), ("tokens", 1))]
+        tau = "" if r["tau"] is None else f"{r['tau']:g}"
+        print(f"{r['method']:10} {tau:>7} {cells[0]:>22} {cells[1]:>22} {cells[2]:>24} {r['switches']:>9.1f}")
+    print(f"n = {rows[-1]['n']} problems of the test split, greedy, float32 after rounding to bfloat16; intervals 95 %")

@@ -1,0 +1,255 @@
+"""Tests of the analyses: the domain, the splits, training that survives a kill, the committed pocket pair, the report."""
+import itertools
+import json
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import rstitch
+from analysis import pair, report
+from analysis.common import (MODELS, append_row, auroc, bootstrap, encode_problems, load_pocket, ratio_of_means, read_rows, solve,
+                             wilson)
+from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, carries, columns, draw, problems, question, sentence, solution,
+                               stream, verify)
+
+torch.set_num_threads(1)
+
+
+# ---- the domain ----------------------------------------------------------------------------------------------------------
+
+
+def test_values_by_hand():
+    problem = Problem(596, (("*", 7), ("-", 120)))  # 596 * 7 = 4172, 4172 - 120 = 4052
+    assert problem.values == [596, 4172, 4052] and problem.answer == 4052 and problem.key == "596 *7 -120"
+
+
+def test_columns_by_hand():
+    # 596 * 7: 6*7 = 42; 9*7 + 4 = 67; 5*7 + 6 = 41
+    assert columns(596, "*", 7) == [(6, 7, 0, 2, 4), (9, 7, 4, 7, 6), (5, 7, 6, 1, 4)]
+    # 502 - 87: 2 - 7 borrows and leaves 5; 0 - 8 - 1 borrows and leaves 1; 5 - 0 - 1 = 4
+    assert columns(502, "-", 87) == [(2, 7, 0, 5, 1), (0, 8, 1, 1, 1), (5, 0, 1, 4, 0)]
+    assert sentence("Then", 502, "-", 87, 415, worked=True) == (
+        "Then, 502 - 87: 2-7-0: 5 borrow 1; 0-8-1: 1 borrow 1; 5-0-1: 4 borrow 0; = 415.")
+    assert carries(502, "-", 87) == 2 and carries(111, "+", 222) == 0
+
+
+@given(st.integers(0, 2**32))
+def test_problems_stay_in_bounds_and_columns_state_the_result(seed):
+    problem = draw(random.Random(seed))
+    assert 2 <= len(problem.steps) <= 4 and all(0 <= v <= LIMIT for v in problem.values)
+    for a, (op, n), result in zip(problem.values, problem.steps, problem.values[1:]):
+        rows = columns(a, op, n)
+        *_, (_, _, _, _, last) = rows
+        assert (0 if op == "-" else last) * 10 ** len(rows) + sum(row[3] * 10**i for i, row in enumerate(rows)) == result
+        assert op != "-" or last == 0
+
+
+@given(st.integers(0, 2**32), st.sampled_from(sorted(CORPORA)))
+def test_solutions_are_right_and_every_statement_in_them_holds(seed, corpus):
+    problem = draw(random.Random(seed))
+    text = solution(problem, corpus, random.Random(seed))
+    assert verify(problem, text) and not verify(Problem(problem.start, problem.steps + (("+", 1),)), text)
+    for a, op, b, result in re.findall(r"\w+, (\d+) (.) (\d+)(?::.*?;)? = (\d+)\.", text):
+        assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(result)
+
+
+def test_corpora_differ_as_documented():
+    rng = random.Random(0)
+    steps = [(a, op, n) for p in problems("dev", 400, 0) for a, (op, n) in zip(p.values, p.steps)]
+    easy = [s for s in steps if carries(*s) == 0]
+    assert all(CORPORA["short"](*s) == 0 for s in easy) and len(easy) > 50
+    assert max(CORPORA["short"](*s) for s in steps) == pytest.approx(0.09)  # a result of four digits has three carries at most
+    styles = [style for p in problems("dev", 400, 0) for style in re.findall(r"\w+, \d+ . \d+(:| =)", solution(p, "long", rng))]
+    assert len(styles) == len(steps)
+    assert abs(styles.count(":") / len(styles) - 0.8) < 4 * math.sqrt(0.8 * 0.2 / len(steps))
+
+
+def test_verify_reads_the_last_statement():
+    problem = Problem(1, (("+", 11), ("+", 12)))
+    assert verify(problem, "The answer is 3. The answer is 24.")
+    assert not verify(problem, "The answer is 24. The answer is 3.")
+    assert not verify(problem, "24") and not verify(problem, "The answer is 24")
+
+
+def test_splits_are_disjoint_and_training_uses_its_own():
+    keys = {split: {p.key for p in problems(split, 4000 if split == "test" else 500, seed=0)} for split in SPLITS}
+    assert len(keys["test"]) == 4000
+    for one, other in itertools.combinations(keys.values(), 2):
+        assert not one & other
+    texts = {question(p, s) for p in problems("test", 300, 0) for s in range(3)}
+    assert all(q not in texts for q, _ in stream("long", seed=0, chunk=0, size=300))
+    with pytest.raises(ValueError, match="split='train'"):
+        problems("train", 1, 0)
+
+
+def test_streams_are_reproducible_and_never_repeat_a_chunk():
+    one, again, other = (list(stream("short", 0, chunk, 20)) for chunk in (3, 3, 4))
+    assert one == again and not set(one) & set(other)
+
+
+# ---- tokenizer and training ----------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_covers_the_domain_and_keeps_the_text():
+    tokenizer = pair.build_tokenizer()
+    for q, s in itertools.chain(stream("short", 5, 0, 200), stream("long", 5, 0, 200)):
+        ids = tokenizer(q + "\n" + s).input_ids
+        assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == q + "\n" + s
+    assert tokenizer.tokenize("First, 41 * 7 = 287.") == ["First", ",", " 4", "1", " *", " 7", " =", " 2", "8", "7", "."]
+
+
+def test_batches_label_solutions_only():
+    tokenizer, recipe = pair.build_tokenizer(), pair.RECIPES["llm"]
+    seen = 0
+    for ids, labels in pair.batches(tokenizer, recipe, chunk=0, size=64):
+        assert ids.shape == labels.shape and (ids.numel() <= recipe.batch_tokens or len(ids) == 1)
+        for row, label in zip(ids, labels):
+            answer = label[label >= 0]
+            prompt = row[:(label >= 0).nonzero()[0, 0]]
+            assert tokenizer.decode(prompt).endswith("?\n") and answer[-1] == tokenizer.eos_token_id
+            assert torch.equal(row[len(prompt):len(prompt) + len(answer)], answer)
+            seen += 1
+    assert seen == 64
+
+
+TINY = pair.Recipe(layers=1, width=16, mlp=16, heads=2, corpus="short", lr=1e-3, init=0.1, chunks=3)
+
+
+def test_a_killed_training_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(pair, "dev_accuracy", lambda model, tokenizer: 0.0)
+    whole = pair.train("slm", TINY, tmp_path / "whole", size=8)
+    train_chunk, calls = pair.train_chunk, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_chunk(*args)
+
+    monkeypatch.setattr(pair, "train_chunk", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pair.train("slm", TINY, tmp_path / "parts", size=8)
+    assert len(read_rows(tmp_path / "parts" / "log.jsonl")) == 2
+    parts = pair.train("slm", TINY, tmp_path / "parts", size=8)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters()))
+    with pytest.raises(ValueError, match="holds 3 chunks of 4"):
+        pair.export("slm", pair.Recipe(**{**TINY.__dict__, "chunks": 4}), tmp_path / "parts", tmp_path / "out")
+    pair.export("slm", TINY, tmp_path / "parts", tmp_path / "out")
+    model, _, tokenizer = rstitch.load_pair(str(tmp_path / "out"), str(tmp_path / "out"), "cpu", "float32")
+    for p in whole.eval().parameters():
+        p.data = p.data.bfloat16().float()  # rounded as the export rounds
+    ids = torch.randint(0, 90, (2, 30), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits)
+    assert tokenizer("First, 41").input_ids == pair.build_tokenizer()("First, 41").input_ids
+    assert json.loads((tmp_path / "out" / "made.json").read_text())["recipe"]["chunks"] == 3
+
+
+# ---- intervals and rows --------------------------------------------------------------------------------------------------
+
+
+def test_wilson_by_hand():
+    # k = 8 of n = 10, z = 1.96: centre (0.8 + z^2/20) / (1 + z^2/10) = 0.7167, half width 0.2268
+    assert wilson(8, 10) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
+
+
+def test_auroc_by_hand():
+    assert auroc(np.array([1.0, 2.0, 3.0]), np.array([0, 1, 1])) == 1
+    assert auroc(np.array([1.0, 2.0, 2.0, 3.0]), np.array([0, 1, 0, 1])) == 0.875  # 3.5 of 4 pairs, one tie
+    assert math.isnan(auroc(np.array([1.0]), np.array([1])))
+
+
+def test_bootstrap_covers_the_truth():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for seed in range(100):
+        low, high = bootstrap(np.mean, rng.normal(3.0, 1.0, 60), draws=200, seed=seed)
+        covered += low <= 3.0 <= high
+    assert 85 <= covered <= 100
+    assert ratio_of_means(np.array([1, 3]), np.array([4, 4])) == 0.5
+
+
+def test_rows_survive_a_torn_last_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"a": 1})
+    path.write_text(path.read_text() + '{"a": 2')
+    assert read_rows(path) == [{"a": 1}]
+    append_row(path, {"a": 3})
+    assert read_rows(path) == [{"a": 1}, {"a": 3}]
+
+
+# ---- the committed pair --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return load_pocket()
+
+
+def test_the_committed_weights_are_small_safetensors_in_bfloat16():
+    from safetensors import safe_open
+    files = [f for f in MODELS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 24e6
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    for role in ("slm", "llm", "llm-short"):
+        with safe_open(MODELS / role / "model.safetensors", "pt") as weights:
+            assert {weights.get_tensor(k).dtype for k in weights.keys()} == {torch.bfloat16}
+        assert json.loads((MODELS / role / "made.json").read_text())["recipe"] == pair.RECIPES[role].__dict__
+
+
+def test_pocket_models_alone_equal_generate(pocket):
+    slm, llm, tokenizer = pocket
+    ids, mask = encode_problems(tokenizer, problems("dev", 8, seed=1))
+    for model, router in ((slm, rstitch.SLMOnly()), (llm, rstitch.LLMOnly())):
+        expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=120)
+        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=120)
+        assert torch.equal(result.sequences, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+@pytest.mark.parametrize("tau", [0.0, 0.005, 0.02, 0.1, 1.0])
+def test_sixteen_rows_together_equal_sixteen_alone(pocket, tau, temperature):
+    slm, llm, tokenizer = pocket
+    ids, mask = encode_problems(tokenizer, problems("dev", 16, seed=2))
+    router, options = rstitch.EntropyRouter(tau), dict(max_new_tokens=40, temperature=temperature)
+    together = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, seed=4, **options)
+    lms = [rstitch.CachedLM(model, 1, ids.shape[1] + 40) for model in (slm, llm)]
+    for b in range(16):
+        alone = rstitch.stitch(*lms, ids[b:b + 1][:, mask[b].bool()], router, seed=[together.seed[b]], **options)
+        assert [c._replace(entropy=None) for c in alone.calls[0]] == [c._replace(entropy=None) for c in together.calls[b]]
+        np.testing.assert_allclose([c.entropy for c in alone.calls[0]], [c.entropy for c in together.calls[b]], atol=1e-4)
+    [lm.close() for lm in lms]
+
+
+def test_solve_counts_what_it_says(pocket):
+    slm, llm, tokenizer = pocket
+    todo = problems("dev", 6, seed=3)
+    solved = solve(pocket, todo, rstitch.EntropyRouter(0.02), batch_size=4)
+    assert [s["correct"] for s in solved] == [verify(p, s["text"]) for p, s in zip(todo, solved)]
+    for s in solved:
+        assert s["tokens"] == sum(c.kept for c in s["calls"]) == len(tokenizer(s["text"]).input_ids) + s["finished"]
+        assert s["llm_tokens"] == sum(c.model == rstitch.LLM for c in s["calls"])
+
+
+def test_report_resumes_and_states_every_design_property(tmp_path, capsys):
+    path = tmp_path / "pair.jsonl"
+    rows = report.run(path, n=4, taus=(0.02,), workers=1)
+    text = path.read_text()
+    report.run(path, n=4, taus=(0.02,), workers=1)
+    assert path.read_text() == text
+    assert {r.get("method") for r in rows} == {None, "SLM", "LLM", "LLM-short", "R-Stitch", "random"}
+    assert all(r["commit"] is None or len(r["commit"]) >= 7 for r in rows) and all(r["source"] == "measured" for r in rows)
+    report.show(rows)
+    out = capsys.readouterr().out
+    assert out.count("holds") + out.count("FAILS") == 5
+
+
+def test_committed_figures_say_the_pair_is_accepted():
+    rows = read_rows(report.RESULTS / "pair.jsonl")
+    assert all(holds for _, _, holds in report.design(rows))
+    methods = [r for r in rows if r["what"] == "method"]
+    assert all(r["n"] >= 4000 for r in methods) and len({r["tau"] for r in methods if r["method"] == "R-Stitch"}) >= 12
