@@ -2,11 +2,12 @@
 
     python -m analysis.pair --train slm            (or llm, llm-short; an interrupted run continues where it stopped)
     python -m analysis.pair --export slm           (rounds the weights to bfloat16 and writes analysis/models/slm)
-    python -m analysis.pair --report               (design properties and reported figures on the test split)
+    python -m analysis.pair --report design        (the models alone on the test split: is the pair accepted?)
+    python -m analysis.pair --report               (that, and the stitched pair over tau)
 
 All three are ordinary decoder-only models with one tokenizer, trained as Qwen2 and written as Llama (see `as_llama`). SLM and LLM differ in depth, width and corpus: the SLM is shallow and
 writes results at once, the LLM is deep and works results out (see `analysis.problems`). The control separates the two reasons
-for which an LLM is slow, long answers and dear tokens: it has the LLM's size and the SLM's corpus.
+for which an LLM is slow, long answers and dear tokens: it is the LLM, trained further on the SLM's corpus.
 """
 import argparse
 import json
@@ -46,13 +47,16 @@ class Recipe:
     decay: float = 0.35  # last share of the chunks, over which the learning rate falls to zero
     batch_tokens: int = 1024
     seed: int = 0
+    start: str | None = None  # role whose trained weights this one starts from
 
 
 CHUNK = 1024
 RECIPES = {
-    "slm": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=130),
+    "slm-first": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=190),
+    "slm-second": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=90, decay=0.65, seed=1, start="slm-first"),
+    "slm": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=1.2e-3, init=0.1, chunks=36, decay=1.0, seed=2, start="slm-second"),
     "llm": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="long", lr=2e-3, init=0.08, chunks=38, decay=0.5),
-    "llm-short": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="short", lr=2e-3, init=0.08, chunks=30, decay=0.5),
+    "llm-short": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="short", lr=2e-3, init=0.08, chunks=24, decay=0.5, start="llm"),
 }
 
 
@@ -140,6 +144,8 @@ def train(role: str, recipe: Recipe, folder: Path, size: int = CHUNK) -> Qwen2Fo
     optimizer = build_optimizer(model, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     first = load_checkpoint(folder / "last.safetensors", model, optimizer)
+    if recipe.start and not first and not load_checkpoint(folder.parent / recipe.start / "last.safetensors", model):
+        raise ValueError(f"--train {role} starts from {recipe.start}, which has no checkpoint: train {recipe.start} first")
     for chunk in range(first, recipe.chunks):
         start = time.time()
         work = batches(tokenizer, recipe, chunk, size)
@@ -172,8 +178,8 @@ def save_checkpoint(path: Path, model, optimizer, chunk: int) -> None:
     os.replace(path.with_suffix(".new"), path)
 
 
-def load_checkpoint(path: Path, model, optimizer) -> int:
-    """Restore what `save_checkpoint` wrote; the chunk to go on with, 0 where there is no checkpoint."""
+def load_checkpoint(path: Path, model, optimizer=None) -> int:
+    """Restore what `save_checkpoint` wrote; the chunk to go on with, 0 where there is no checkpoint. Weights only without optimizer."""
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
@@ -185,7 +191,8 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
             else:
                 i, moment = name.split(".")
                 state.setdefault(int(i), {})[moment] = file.get_tensor(key)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if optimizer is not None:
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(file.metadata()["chunk"])
 
 
@@ -209,7 +216,7 @@ def export(role: str, recipe: Recipe, folder: Path, target: Path) -> None:
     """Round a finished model to bfloat16 and write it as an ordinary `from_pretrained` folder, with how it was made."""
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
-    chunks = load_checkpoint(folder / "last.safetensors", model, build_optimizer(model, recipe))
+    chunks = load_checkpoint(folder / "last.safetensors", model)
     if chunks != recipe.chunks:
         raise ValueError(f"--export {role}: {folder} holds {chunks} chunks of {recipe.chunks}; train it to the end first")
     as_llama(model).to(torch.bfloat16).save_pretrained(target)
@@ -225,8 +232,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--train", choices=RECIPES, help="train one model from its recipe, or continue")
-    what.add_argument("--export", choices=RECIPES, help="write a trained model to analysis/models")
-    what.add_argument("--report", action="store_true", help="measure the pair on the test split, two processes, and print")
+    what.add_argument("--export", choices=["slm", "llm", "llm-short"], help="write a trained model to analysis/models")
+    what.add_argument("--report", nargs="?", const="all", choices=["all", "design"], help="measure on the test split, two processes, and print")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of --train (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -236,7 +243,7 @@ def main() -> None:
         export(args.export, RECIPES[args.export], CHECKPOINTS / args.export, MODELS / args.export)
     else:
         from analysis import report
-        report.show(report.run())
+        report.show(report.run(taus=report.TAUS if args.report == "all" else ()))
 
 
 if __name__ == "__main__":

@@ -125,8 +125,8 @@ def run(path: Path = RESULTS / "pair.jsonl", n: int = N_TEST, taus: tuple[float,
     if ("bfloat16 flips", None, None) not in done:
         append_row(path, bfloat16_flips())
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(tau_rows, tau, n) for tau in taus if ("method", "random", tau) not in done]
-        jobs += [pool.submit(single_row, m, n) for m in ("SLM", "LLM", "LLM-short") if ("method", m, None) not in done]
+        jobs = [pool.submit(single_row, m, n) for m in ("LLM", "SLM", "LLM-short") if ("method", m, None) not in done]
+        jobs += [pool.submit(tau_rows, tau, n) for tau in taus if ("method", "random", tau) not in done]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="methods", disable=None):
             for row in job.result():
                 append_row(path, row)
