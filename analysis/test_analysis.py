@@ -254,7 +254,12 @@ def test_report_resumes_and_states_every_design_property(tmp_path, capsys):
 
 def test_committed_figures_carry_their_provenance():
     rows = read_rows(report.RESULTS / "pair.jsonl")
-    assert {"SLM", "LLM-short"} <= {r.get("method") for r in rows}
+    assert {"SLM", "LLM", "LLM-short"} <= {r.get("method") for r in rows}
     for r in rows:
         assert r["source"] == "measured" and r["command"].startswith("python -m analysis.pair --report")
         assert r["n"] >= 4000 or r["what"] != "method"
+
+
+def test_committed_design_properties_hold_but_for_the_slm():
+    failing = [name for name, _, holds in report.design(read_rows(report.RESULTS / "pair.jsonl")) if not holds]
+    assert failing == ["SLM accuracy 40-70 %"]  # known: see analysis/models/README.md
