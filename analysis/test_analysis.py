@@ -241,6 +241,9 @@ def test_solve_counts_what_it_says(pocket):
 
 def test_report_resumes_and_states_every_design_property(tmp_path, capsys):
     path = tmp_path / "pair.jsonl"
+    for row in read_rows(report.RESULTS / "pair.jsonl"):
+        if row["what"] != "method":  # what takes minutes comes from the committed rows, and must not be computed again
+            append_row(path, row)
     rows = report.run(path, n=4, taus=(0.02,), workers=1)
     text = path.read_text()
     report.run(path, n=4, taus=(0.02,), workers=1)
