@@ -1,8 +1,8 @@
 """rstitch: one answer, written token by token by a small and a large language model.
 
 A small model (SLM) writes most of a chain of thought cheaply; a large one (LLM) writes the tokens that matter. This file is the
-method of two papers: R-Stitch (arXiv 2507.17307) hands over where the SLM's next-token entropy is high, R2R (arXiv 2505.21600)
-where a trained router expects the two models to diverge.
+method of R-Stitch (arXiv 2507.17307), which hands over where the SLM's next-token entropy is high; any other rule is a router of
+a few lines (section 3).
 
 The idea that keeps it small: a problem is ONE token sequence with TWO cursors into it, one per model. A cursor says how much of
 the sequence the model's KV cache has read. Prefill, catching up after a switch and plain decoding are then one operation:
@@ -445,6 +445,11 @@ class Call(NamedTuple):
     kept: bool  # False: an SLM proposal that the router discarded
 
 
+def count_switches(calls: Sequence[Call]) -> int:
+    """How often the active model of a row changed, in either direction."""
+    return sum(a.model != b.model for a, b in zip(calls, calls[1:]))
+
+
 @dataclass(eq=False)
 class Stitched:
     """What `stitch` returns. B rows, P columns of input_ids, N tokens in the longest answer."""
@@ -487,13 +492,14 @@ def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
 
     So one row's long read pads nobody else's, and a row that catches up does not widen a large batch of single tokens.
     """
+    def unread(row: Row) -> int:
+        return len(row.ids) - lm.cursor[row.index]
+
     groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.ids) - lm.cursor[row.index]):
-        unread = len(row.ids) - lm.cursor[row.index]
+    for row in sorted(rows, key=unread):
         if groups:
-            shortest = len(groups[-1][0].ids) - lm.cursor[groups[-1][0].index]
-            total = padded(unread) * (len(groups[-1]) + 1)
-            if total <= FREE or (unread <= 1.25 * shortest and total <= CHUNK):
+            total = padded(unread(row)) * (len(groups[-1]) + 1)
+            if total <= FREE or (unread(row) <= 1.25 * unread(groups[-1][0]) and total <= CHUNK):
                 groups[-1].append(row)
                 continue
         groups.append([row])
@@ -718,8 +724,7 @@ class Printer:
 def summary(calls: list[Call], seconds: float) -> str:
     """One line about one row: "61 tokens (LLM 23.0 %), 7 switches, 0.42 s, 145 tokens/s"."""
     kept = [call.model for call in calls if call.kept]
-    switches = sum(a.model != b.model for a, b in zip(calls, calls[1:]))
-    return (f"{len(kept)} tokens (LLM {100 * sum(kept) / len(kept):.1f} %), {switches} switches, {seconds:.2f} s, "
+    return (f"{len(kept)} tokens (LLM {100 * sum(kept) / len(kept):.1f} %), {count_switches(calls)} switches, {seconds:.2f} s, "
             f"{len(kept) / seconds:.0f} tokens/s")
 
 

@@ -28,17 +28,16 @@ def describe(solved: list[dict]) -> dict:
     n = len(solved)
     column = {k: np.array([s[k] for s in solved], float) for k in ("correct", "tokens", "llm_tokens", "finished")}
     calls = [s["calls"] for s in solved]
-    column["switches"] = np.array([sum(a.model != b.model for a, b in zip(c, c[1:])) for c in calls], float)
-    low, high = wilson(int(column["correct"].sum()), n)
-    per_problem = {"slm_passes": rstitch.SLM, "llm_passes": rstitch.LLM}
+    column["switches"] = np.array([rstitch.count_switches(row) for row in calls], float)
     return {
-        "accuracy": column["correct"].mean(), "accuracy_95": [low, high],
+        "accuracy": column["correct"].mean(), "accuracy_95": wilson(int(column["correct"].sum()), n),
         "llm_share": ratio_of_means(column["llm_tokens"], column["tokens"]),
         "llm_share_95": bootstrap(ratio_of_means, column["llm_tokens"], column["tokens"]),
         "tokens": column["tokens"].mean(), "tokens_95": bootstrap(np.mean, column["tokens"]),
         "switches": column["switches"].mean(), "switches_95": bootstrap(np.mean, column["switches"]),
         "finished": column["finished"].mean(), "finished_95": wilson(int(column["finished"].sum()), n),
-        **{k: float(np.mean([sum(c.model == m for c in row) for row in calls])) for k, m in per_problem.items()},
+        "slm_passes": float(np.mean([sum(c.model == rstitch.SLM for c in row) for row in calls])),
+        "llm_passes": float(np.mean([sum(c.model == rstitch.LLM for c in row) for row in calls])),
         "llm_catch_up_tokens": float(np.mean([sum(c.n_inf - 1 for c in row if c.model == rstitch.LLM) for row in calls])),
     }
 
@@ -112,8 +111,7 @@ def bfloat16_flips(n: int = 16) -> dict:
             for b in range(n):
                 alone = rstitch.stitch(slm, llm, ids[b:b + 1][:, mask[b].bool()], rstitch.EntropyRouter(tau), seed=[together.seed[b]], **options)
                 flips.append([c.token for c in alone.calls[0]] != [c.token for c in together.calls[b]])
-    low, high = wilson(sum(flips), len(flips))
-    return {"what": "bfloat16 flips", "rate": float(np.mean(flips)), "rate_95": [low, high],
+    return {"what": "bfloat16 flips", "rate": float(np.mean(flips)), "rate_95": wilson(sum(flips), len(flips)),
             **provenance(SEED, len(flips), dtype="bfloat16")}
 
 
