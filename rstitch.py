@@ -133,12 +133,11 @@ def padded(length: int) -> int:
 
 @dataclass
 class Place:
-    """Where the current read goes: rows (n,), positions (n, S), the same rows as a slice where they are neighbours, since an
-    index copies what it selects, and the number of live slots."""
+    """Where the current read goes: its rows, a slice where they are neighbours (an index (n,) copies what it selects), its slots
+    (n, 1, S, 1) and the number of live slots."""
 
-    rows: torch.Tensor = None
-    positions: torch.Tensor = None
-    select: slice | torch.Tensor = None
+    rows: slice | torch.Tensor = None
+    slots: torch.Tensor = None
     live: int = 0
 
 
@@ -150,7 +149,7 @@ class StitchLayer(CacheLayerMixin):
 
     def __init__(self, place: Place, batch_size: int, slots: int):
         super().__init__()
-        self.place, self.shape = place, (batch_size, slots)
+        self.place, self.shape, self.viewed = place, (batch_size, slots), None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, T = self.shape
@@ -162,11 +161,19 @@ class StitchLayer(CacheLayerMixin):
         """Write (n, H, S, D) at the read's positions; return the live part of the rows that read, (n, H, live, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, positions = self.place.rows[:, None], self.place.positions  # (n, 1), (n, S)
-        self.keys[rows, :, positions] = key_states.transpose(1, 2)  # (n, S, H, D)
-        self.values[rows, :, positions] = value_states.transpose(1, 2)
-        live, select = self.place.live, self.place.select
-        return self.keys[:, :, :live][select], self.values[:, :, :live][select]
+        rows, slots, live = self.place.rows, self.place.slots, self.place.live
+        if isinstance(rows, slice):
+            if self.viewed != (rows, live):  # making two views costs as much as writing a token
+                self.viewed, self.views = (rows, live), (self.keys[rows, :, :live], self.values[rows, :, :live])
+            keys, values = self.views
+            slots = slots.expand_as(key_states)
+            keys.scatter_(2, slots, key_states)
+            values.scatter_(2, slots, value_states)
+            return keys, values
+        here = rows[:, None], slice(None), slots[:, 0, :, 0]
+        self.keys[here] = key_states.transpose(1, 2)  # (n, S, H, D)
+        self.values[here] = value_states.transpose(1, 2)
+        return self.keys[rows, :, :live], self.values[rows, :, :live]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.place.live, 0
@@ -243,9 +250,8 @@ class CachedLM:
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
         self.vocab = model.get_output_embeddings().weight.shape[0]
-        self.ids = torch.zeros(max(CHUNK, batch_size), dtype=torch.long, device=model.device)
-        self.positions = torch.zeros_like(self.ids)
-        self.rows = torch.zeros(batch_size, dtype=torch.long, device=model.device)
+        self.inputs = torch.zeros(2, max(CHUNK, batch_size), dtype=torch.long, device=model.device)  # token ids, positions
+        self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
         # What the output embedding reads is the last hidden state in every architecture. The hook holds a dict, not self, so
         # that a CachedLM which nobody closed is still freed, cache and all.
@@ -270,24 +276,23 @@ class CachedLM:
 
     def mask(self, positions: torch.Tensor, live: int):
         """Additive attention mask (n, 1, S, live) for tokens at positions (n, S); a dict by layer type where models want one."""
-        slots, here = torch.arange(live, device=positions.device), positions[:, None, :, None]
-        zero = torch.zeros((), dtype=self.model.dtype, device=positions.device)
+        slots, here, dtype = self.slots[:live], positions[:, None, :, None], self.model.dtype
 
         def additive(kind: str):
-            visible = slots <= here
+            masked = slots > here
             if kind == "sliding_attention":
-                visible = visible & (slots > here - self.sliding)
-            return zero.masked_fill(~visible, torch.finfo(zero.dtype).min)
+                masked = masked | (slots <= here - self.sliding)
+            return masked.to(dtype) * torch.finfo(dtype).min
 
         if self.layer_types is None:
             return additive("sliding_attention" if self.sliding else "full_attention")
         return {kind: additive(kind) for kind in set(self.layer_types)}
 
-    def step(self, n: int, S: int, live: int, vocab: int, sampling: Sampling) -> Output:
+    def step(self, rows: slice | torch.Tensor, n: int, S: int, live: int, vocab: int, sampling: Sampling) -> Output:
         """One forward call on what lies in the static buffers; no host sync, no shape that depends on data."""
-        ids, place = self.ids[:n * S].view(n, S), self.place
-        place.rows, place.positions, place.live = self.rows[:n], self.positions[:n * S].view(n, S), live
-        out = self.model(input_ids=ids, position_ids=place.positions, attention_mask=self.mask(place.positions, live),
+        ids, positions = self.inputs[:, :n * S].view(2, n, S)
+        self.place.rows, self.place.slots, self.place.live = rows, positions[:, None, :, None], live
+        out = self.model(input_ids=ids, position_ids=positions, attention_mask=self.mask(positions, live),
                          past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1, :vocab].float()  # (n, V)
         return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
@@ -313,23 +318,31 @@ class CachedLM:
         return self._read(rows, tokens, vocab or self.vocab, sampling, uniform)
 
     def _read(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
-        n, S = len(rows), padded(max(map(len, tokens)))
-        ids, positions = [], []
-        for row, line in zip(rows, tokens):
-            pads, start = S - len(line), self.cursor[row]
+        S, reading = padded(max(map(len, tokens))), dict(zip(rows, tokens))
+        span = range(min(rows), max(rows) + 1)
+        idle = len(span) - len(rows)
+        # A few idle rows between those that read cost less than copying the cache of those that do. An idle row writes the slot
+        # at its cursor, which nobody sees before the row's next read writes it; a full row, its last slot: it has no next read.
+        together = idle <= len(rows) and idle * S <= FREE
+        called = list(span) if together else list(rows)
+        n, ids, positions = len(called), [], []
+        for row in called:
+            line, start = reading.get(row, [0]), min(self.cursor[row], self.max_len - 1)
+            pads = S - len(line)
             ids += [line[0]] * pads + list(line)
             positions += [start] * pads + list(range(start, start + len(line)))
-        self.ids[:n * S] = torch.tensor(ids)
-        self.positions[:n * S] = torch.tensor(positions)
-        self.rows[:n] = torch.tensor(rows)
+        self.inputs[:, :n * S] = torch.tensor([ids, positions])
         if uniform is not None:
-            self.uniform[:n] = torch.tensor(uniform)
-        neighbours = list(rows) == list(range(rows[0], rows[0] + n))
-        self.place.select = slice(rows[0], rows[0] + n) if neighbours else self.rows[:n]
-        out = self.step(n, S, -(-(max(positions) + 1) // BLOCK) * BLOCK, vocab, sampling)
-        for row, line in zip(rows, tokens):
+            drawn = dict(zip(rows, uniform))
+            self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in called])
+        where = slice(span.start, span.stop) if together else torch.tensor(called, device=self.inputs.device)
+        out = self.step(where, n, S, (max(positions) // BLOCK + 1) * BLOCK, vocab, sampling)
+        for row, line in reading.items():
             self.cursor[row] += len(line)
-        return out
+        if called == list(rows):
+            return out
+        picked = torch.tensor([row - span.start for row in rows], device=self.inputs.device)
+        return Output(*(field[picked] for field in out))
 
 
 # ---- 3. Routers ----------------------------------------------------------------------------------------------------------
@@ -523,13 +536,13 @@ def windows(rows: list[Row], width: int, device) -> torch.Tensor:
 
 def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampling: Sampling) -> list[Call]:
     """`model` reads what it has not read of each row and proposes a token; the router decides who goes on (Algorithm 1)."""
-    device = lm.ids.device
+    device = lm.inputs.device
     n_kv = [lm.cursor[row.index] for row in rows]
     unread = [row.ids[start:] for row, start in zip(rows, n_kv)]
     position = [len(row.ids) - row.n_prompt for row in rows]
     uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
-    about = dict(rows=[row.index for row in rows], seeds=[row.seed for row in rows], position=torch.tensor(position, device=device),
-                 context=torch.tensor([len(row.ids) for row in rows], device=device),
+    at = torch.tensor([position, [len(row.ids) for row in rows]], device=device)
+    about = dict(rows=[row.index for row in rows], seeds=[row.seed for row in rows], position=at[0], context=at[1],
                  history=windows(rows, getattr(router, "window", 1) - 1, device))
     out = lm.read(about["rows"], unread, vocab, sampling, uniform)
     step = Step(**about, logits=out.logits, hidden=out.hidden, token=out.token, entropy=out.entropy)

@@ -165,12 +165,14 @@ def test_ragged_reads_equal_a_full_recompute(family):
     lm.close()
 
 
+@pytest.mark.parametrize("free", [rstitch.FREE, 0])  # idle rows in between join the call, or the cache of the others is copied
 @torch.no_grad()
-def test_rows_may_read_in_any_subset():
+def test_rows_may_read_in_any_subset(free, monkeypatch):
+    monkeypatch.setattr(rstitch, "FREE", free)
     model = tiny()
     ids = torch.randint(2, VOCAB, (4, 20), generator=torch.Generator().manual_seed(2))
     lm = CachedLM(model, 4, 20)
-    for rows in ([0, 2], [1, 2, 3], [3], [0, 1, 2, 3], [3, 0]):
+    for rows in ([0, 2], [1, 2, 3], [3], [0, 1, 2, 3], [3, 0], [2, 0]):
         lines = [ids[r, lm.cursor[r]:lm.cursor[r] + 1 + i].tolist() for i, r in enumerate(rows)]
         out = lm.read(rows, lines)
         for i, r in enumerate(rows):
@@ -193,7 +195,8 @@ def test_a_read_writes_only_its_own_slots_and_sees_no_other_row():
     for layer, (keys, values) in zip(lm.layers, before):
         for new, old in ((layer.keys, keys), (layer.values, values)):
             changed = ((new != old) & ~(new.isnan() & old.isnan())).any(3).any(1)  # (B, T)
-            assert changed.nonzero().tolist() == [[0, 3], [2, 9], [2, 10], [2, 11], [2, 12], [2, 13]]
+            mine = [slot for slot in changed.nonzero().tolist() if slot != [1, 0]]  # idle row 1 may write the slot at its cursor
+            assert mine == [[0, 3], [2, 9], [2, 10], [2, 11], [2, 12], [2, 13]]
     lm.reset()  # and NaN left by a failed call is gone after a reset
     assert all(layer.keys.isfinite().all() and layer.values.isfinite().all() for layer in lm.layers)
 
@@ -213,14 +216,14 @@ def test_decode_step_compiles_whole_and_keeps_its_tensors(family):
     """Stands in for CUDA-graph capture: no graph break, no host sync, no tensor that moves."""
     lm = CachedLM(tiny(family), 2, 64)
     lm.read([0, 1], [[3, 4, 5], [6]])
-    owned = lambda: [t.data_ptr() for t in (lm.ids, lm.positions, lm.rows, lm.uniform,  # noqa: E731
+    owned = lambda: [t.data_ptr() for t in (lm.inputs, lm.uniform,  # noqa: E731
                                             *(x for layer in lm.layers for x in (layer.keys, layer.values)))]
     places = owned()
     eager = lm.read([0, 1], [[7], [8]])
     torch._dynamo.reset()
     compiled = torch.compile(lm.step, fullgraph=True, dynamic=False, backend="eager")
     with torch.no_grad():
-        again = compiled(2, 1, 64, VOCAB, rstitch.GREEDY)  # the inputs still lie in the buffers: the same step once more
+        again = compiled(slice(0, 2), 2, 1, 64, VOCAB, rstitch.GREEDY)  # the inputs still lie in the buffers: the same step once more
     torch.testing.assert_close(again.logits, eager.logits)
     assert again.token.tolist() == eager.token.tolist()
     lm.read([0, 1], [[9, 10], [11]])
