@@ -49,10 +49,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 SLM, LLM = 0, 1
 NAMES = ("SLM", "LLM")
+
+
+def check_count(name: str, value, least: int = 1) -> None:
+    """ValueError unless value is an integer, `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer, {least} or more")
 
 
 # ---- 1. Uncertainty and sampling -----------------------------------------------------------------------------------------
@@ -77,10 +85,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
+        check_count("top_k", self.top_k, least=0)
         if not (isinstance(self.temperature, Real) and 0 <= self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or more")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral) or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k!r}: expected an integer, 0 (off) or more")
         if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
 
@@ -196,9 +203,11 @@ class Output(NamedTuple):
     entropy: torch.Tensor
 
 
-def check_servable(model) -> None:
-    """ValueError by name for what cannot stand at different positions in different rows, before any work."""
-    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+def check_servable(model, max_len: int, name: str = "model") -> None:
+    """ValueError or TypeError for what cannot stand at different positions in different rows, before any work."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"{name} is a {type(model).__name__}: expected a decoder-only model of transformers")
+    name, config = f"{name} ({type(model).__name__})", model.config.get_text_config(decoder=True)
     accepts = inspect.signature(model.forward).parameters
     missing = [a for a in ("position_ids", "attention_mask", "past_key_values", "logits_to_keep") if a not in accepts]
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -217,16 +226,12 @@ def check_servable(model) -> None:
         raise ValueError(f"{name} is spread over {len(devices)} devices: expected all of it on one; SLM and LLM may differ")
     if model.training:
         raise ValueError(f"{name} is in training mode: call .eval() first")
-
-
-def check_positions(model, max_len: int) -> None:
-    """ValueError where rotary frequencies would follow the longest row of a call, so that rows would depend on each other."""
-    config = model.config.get_text_config(decoder=True)
+    # Rotary frequencies that follow the longest row of a call would make rows depend on each other.
     rope = getattr(config, "rope_parameters", None) or {}
     limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or math.inf
     kind = rope.get("rope_type", "default")
     if kind == "dynamic" or kind == "longrope" and max_len > limit:
-        raise ValueError(f"{type(model).__name__} has rope_type={kind!r}, whose frequencies change with the length of the longest "
+        raise ValueError(f"{name} has rope_type={kind!r}, whose frequencies change with the length of the longest "
                          f"row: expected another type, or for longrope at most {limit} tokens, prompt and answer; asked for {max_len}")
 
 
@@ -238,8 +243,9 @@ class CachedLM:
     """
 
     def __init__(self, model, batch_size: int, max_len: int):
-        check_servable(model)
-        check_positions(model, max_len)
+        for name, size in (("batch_size", batch_size), ("max_len", max_len)):
+            check_count(name, size)
+        check_servable(model, max_len)
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         config = model.config.get_text_config(decoder=True)
         slots = -(-max_len // BLOCK) * BLOCK
@@ -250,7 +256,7 @@ class CachedLM:
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
         self.vocab = model.get_output_embeddings().weight.shape[0]
-        self.inputs = torch.zeros(2, max(CHUNK, batch_size), dtype=torch.long, device=model.device)  # token ids, positions
+        self.inputs = torch.zeros(2, max(CHUNK, batch_size) + FREE, dtype=torch.long, device=model.device)  # ids, positions
         self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
         # What the output embedding reads is the last hidden state in every architecture. The hook holds a dict, not self, so
@@ -383,8 +389,7 @@ class EntropyRouter:
             if not isinstance(tau, Real) or not 0 <= tau < math.inf or (self.unit == "normalized" and tau > 1):
                 bound = "in [0, 1], normalised by log V" if self.unit == "normalized" else "of nats, 0 or more"
                 raise ValueError(f"{name}={tau!r}: expected a number {bound}")
-        if isinstance(self.window, bool) or not isinstance(self.window, Integral) or self.window < 1:
-            raise ValueError(f"window={self.window!r}: expected an integer, 1 or more")
+        check_count("window", self.window)
 
     def uncertainty(self, step: Step) -> torch.Tensor:
         """(n,) the windowed entropy in the unit of tau."""
@@ -428,8 +433,9 @@ class RandomRouter:
 
     def __post_init__(self):
         for name in ("p", "stay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a probability in [0, 1]")
+            p = getattr(self, name)
+            if not (isinstance(p, Real) and 0 <= p <= 1):
+                raise ValueError(f"{name}={p!r}: expected a probability in [0, 1]")
 
     def flip(self, step: Step, model: int, p: float) -> torch.Tensor:
         positions = step.position.tolist()
@@ -441,6 +447,24 @@ class RandomRouter:
 
     def leave_llm(self, step: Step) -> torch.Tensor:
         return self.flip(step, LLM, 1 - self.stay)
+
+
+def check_router(router) -> None:
+    """TypeError or ValueError for what is no router, before any work."""
+    for method in ("leave_slm", "leave_llm"):
+        if isinstance(router, type) or not callable(getattr(router, method, None)):
+            raise TypeError(f"router={router!r} has no method {method}(step): expected an object such as EntropyRouter(0.02)")
+    if getattr(router, "first", SLM) not in (SLM, LLM):
+        raise ValueError(f"router.first={router.first!r}: expected SLM (0) or LLM (1)")
+    check_count("router.window", getattr(router, "window", 1))
+
+
+def check_decision(router, model: int, leave, token: torch.Tensor) -> None:
+    """TypeError unless a router returned one bool per row, on the device of its model."""
+    got = (leave.dtype, tuple(leave.shape), leave.device) if isinstance(leave, torch.Tensor) else type(leave).__name__
+    if got != (torch.bool, tuple(token.shape), token.device):
+        raise TypeError(f"router {type(router).__name__}.leave_{NAMES[model].lower()} returned {got}: "
+                        f"expected a bool tensor of shape {tuple(token.shape)} on {token.device}")
 
 
 # ---- 4. Stitching --------------------------------------------------------------------------------------------------------
@@ -495,8 +519,8 @@ def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
         seed = random.SystemRandom().randrange(2**63)
     if isinstance(seed, Integral):
         return [int.from_bytes(hashlib.sha256(f"{seed} {i}".encode()).digest()[:7], "big") for i in range(B)]
-    if len(seed) != B:
-        raise ValueError(f"seed has {len(seed)} entries: expected one integer per row, {B}")
+    if not isinstance(seed, Sequence) or len(seed) != B or not all(isinstance(s, Integral) for s in seed):
+        raise ValueError(f"seed={seed!r}: expected an integer, or a sequence of one integer per row, {B}")
     return [int(s) for s in seed]
 
 
@@ -547,11 +571,13 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     out = lm.read(about["rows"], unread, vocab, sampling, uniform)
     step = Step(**about, logits=out.logits, hidden=out.hidden, token=out.token, entropy=out.entropy)
     leave = (router.leave_slm if model == SLM else router.leave_llm)(step)
+    check_decision(router, model, leave, step.token)
     tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # the one host read
-    calls = []
-    for row, tokens_read, start, t, token, H, left in zip(rows, unread, n_kv, position, tokens, entropies, leaves):
+    for row, t, H in zip(rows, position, entropies):
         if math.isnan(H):
             raise FloatingPointError(f"the {NAMES[model]}'s logits have a NaN in row {row.index} at position {t} of the answer")
+    calls = []
+    for row, tokens_read, start, t, token, H, left in zip(rows, unread, n_kv, position, tokens, entropies, leaves):
         calls.append(Call(model, t, len(tokens_read), start, int(token), H, kept=not (model == SLM and left)))
         row.calls.append(calls[-1])
         if calls[-1].kept:
@@ -578,11 +604,12 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
 
     Departs from the paper: any batch size (each row has its own active model and gets, up to float rounding, what it would get
     alone); entropies are taken in float32; where the models' logit widths differ the common columns are used. ValueError or
-    TypeError for what cannot be run, before anything is computed; FloatingPointError for NaN logits.
+    TypeError for what cannot be run, before anything is computed (but what a router returns is seen only when it does);
+    FloatingPointError for NaN logits, whose `partial` is the `Stitched` of all that was written before.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected an integer, 1 or more")
+    check_count("max_new_tokens", max_new_tokens)
+    check_router(router)
     prompts = unpadded(input_ids, attention_mask)
     B, longest = len(prompts), max(map(len, prompts)) + max_new_tokens
     seeds = row_seeds(seed, B)
@@ -590,8 +617,9 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         raise ValueError("slm and llm are the same CachedLM: expected two, each with its own cursors")
     with ExitStack() as opened:
         lms = []
-        for name, lm in zip(NAMES, (slm, llm)):
+        for name, lm in (("slm", slm), ("llm", llm)):
             if not isinstance(lm, CachedLM):
+                check_servable(lm, longest, name)
                 lm = CachedLM(lm, B, longest)
                 opened.callback(lm.close)
             check_fits(name, lm, prompts, longest)
@@ -600,6 +628,10 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
             lm.reset()
         vocab = min(lm.vocab for lm in lms)
         eos = end_tokens(eos_token_id, lms)
+        if pad_token_id is None:
+            pads = [lm.model.generation_config.pad_token_id for lm in lms]
+            pad_token_id = next((pad for pad in [*pads, *eos] if pad is not None), 0)
+        check_count("pad_token_id", pad_token_id, least=0)
         first = getattr(router, "first", SLM)
         rows = [Row(i, seeds[i], list(ids), len(ids), first, []) for i, ids in enumerate(prompts)]
         for row in rows if temperature else []:
@@ -609,16 +641,18 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         while live:
             model = next_model(live, model)
             for group in similar_lengths([row for row in live if row.active == model], lms[model]):
-                for row, call in zip(group, advance(model, lms[model], group, router, vocab, sampling)):
+                try:
+                    calls = advance(model, lms[model], group, router, vocab, sampling)
+                except FloatingPointError as error:
+                    error.partial = collect(rows, input_ids, pad_token_id)
+                    raise
+                for row, call in zip(group, calls):
                     if call.kept:
                         row.done = (call.token in eos or len(row.kept) == max_new_tokens
                                     or stop is not None and bool(stop(row.index, row.ids[row.n_prompt:])))
                     if on_token is not None:
                         on_token(row.index, call)
             live = [row for row in live if not row.done]
-    if pad_token_id is None:
-        pads = [lm.model.generation_config.pad_token_id for lm in lms]
-        pad_token_id = next((pad for pad in [*pads, *eos] if pad is not None), 0)
     return collect(rows, input_ids, pad_token_id)
 
 
@@ -630,6 +664,8 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least 1 x 1")
     if attention_mask is None:
         return input_ids.tolist()
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"attention_mask is a {type(attention_mask).__name__}: expected a tensor of 0 and 1")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: expected that of input_ids, {tuple(input_ids.shape)}")
     mask = attention_mask.bool()
@@ -643,17 +679,20 @@ def check_fits(name: str, lm: CachedLM, prompts: list[list[int]], length: int) -
     context = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or length
     B, lowest, highest = len(prompts), min(map(min, prompts)), max(map(max, prompts))
     if B > lm.batch_size or length > lm.max_len:
-        raise ValueError(f"input_ids needs {B} rows of {length} tokens: the {name}'s CachedLM holds {lm.batch_size} of {lm.max_len}")
+        raise ValueError(f"input_ids needs {B} rows of {length} tokens: the CachedLM given as {name} holds {lm.batch_size} of {lm.max_len}")
     if length > context:
-        raise ValueError(f"max_new_tokens brings the longest row to {length} tokens: the {name}'s context is {context}")
+        raise ValueError(f"max_new_tokens brings the longest row to {length} tokens: the context of {name} is {context}")
     if lowest < 0 or highest >= lm.vocab:
-        raise ValueError(f"input_ids ranges from {lowest} to {highest}: the {name} knows tokens 0 to {lm.vocab - 1}")
+        raise ValueError(f"input_ids ranges from {lowest} to {highest}: {name} knows tokens 0 to {lm.vocab - 1}")
 
 
 def end_tokens(eos_token_id, lms: list[CachedLM]) -> list[int]:
     """The tokens that end an answer: those given, else every EOS of either model."""
     given = [eos_token_id] if eos_token_id is not None else [lm.model.generation_config.eos_token_id for lm in lms]
-    return [int(token) for entry in given if entry is not None for token in torch.as_tensor(entry).flatten().tolist()]
+    tokens = [token for entry in given if entry is not None for token in torch.as_tensor(entry).flatten().tolist()]
+    if not all(isinstance(token, int) for token in tokens):
+        raise ValueError(f"eos_token_id={eos_token_id!r}: expected token ids, or None for those of the models")
+    return tokens
 
 
 def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int) -> Stitched:
@@ -670,6 +709,89 @@ def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int) -> Stit
     device = input_ids.device
     return Stitched(torch.cat([input_ids.long(), answers.to(device)], 1), source.to(device), H.to(device),
                     [row.calls for row in rows], [row.seed for row in rows])
+
+
+# What `custom_generate` does with every field of GenerationConfig and every keyword of generate().
+HONOURED = frozenset("""inputs generation_config custom_generate attention_mask stopping_criteria streamer tokenizer do_sample
+    temperature top_k top_p max_new_tokens max_length max_time eos_token_id pad_token_id stop_strings num_return_sequences
+    return_dict_in_generate""".split())
+NEUTRAL = frozenset("""bos_token_id decoder_start_token_id transformers_version trust_remote_code logits_to_keep is_assistant
+    length_penalty early_stopping diversity_penalty num_assistant_tokens num_assistant_tokens_schedule disable_compile
+    assistant_confidence_threshold assistant_lookbehind target_lookbehind max_matching_ngram_size""".split())
+REFUSED = {  # and the values that ask for nothing, None apart
+    **dict.fromkeys("""logits_processor prefix_allowed_tokens_fn assistant_model synced_gpus negative_prompt_ids use_mtp
+        negative_prompt_attention_mask min_length min_new_tokens min_p top_h epsilon_cutoff eta_cutoff no_repeat_ngram_size
+        encoder_no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
+        remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias token_healing
+        guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits low_memory
+        prompt_lookup_num_tokens assistant_early_exit assistant_ensemble_weight speculation_type penalty_alpha dola_layers
+        constraints force_words_ids prefill_chunk_size cache_config max_cache_len compile_config
+        continuous_batching_config""".split(), (False, 0, [])),
+    **dict.fromkeys("num_beams num_beam_groups typical_p repetition_penalty encoder_repetition_penalty".split(), (1,)),
+    "use_cache": (True,), "cache_implementation": ("dynamic", "dynamic_full")}
+
+
+def written_by_caller() -> dict:
+    """The keywords that generate() was called with, found on the stack. transformers 5.17 to 5.23 forgets streamer, tokenizer and
+    assistant_model where custom_generate is a function, and leaves no other trace of them."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        keywords = frame.f_locals.get("kwargs")
+        if isinstance(keywords, dict) and keywords.get("custom_generate") is custom_generate:
+            return keywords
+        frame = frame.f_back
+    return {}
+
+
+def check_generation(config, keywords: dict) -> None:
+    """ValueError naming the first option of generate() that `stitch` would not follow, before any work."""
+    fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    known = HONOURED | NEUTRAL | REFUSED.keys() | fields.keys() | {"input_ids", "slm", "router", "seed"}
+    for name, value in (keywords | fields).items():  # what the caller wrote comes first
+        idle = REFUSED.get(name, ())
+        if value is None or name in known and name not in REFUSED or not isinstance(value, torch.Tensor) and value in idle:
+            continue
+        shown = repr(value) if isinstance(value, (bool, Real, str, list)) else type(value).__name__
+        raise ValueError(f"{name}={shown} cannot be followed by custom_generate: expected None" + "".join(f" or {v}" for v in idle[:1] if v))
+
+
+def custom_generate(model, input_ids: torch.Tensor, *, slm=None, router=None, seed=None, stop_strings=None, tokenizer=None,
+                    streamer=None, generation_config, stopping_criteria, **model_kwargs) -> torch.Tensor | Stitched:
+    """R-Stitch inside transformers: `llm.generate(**inputs, custom_generate=rstitch.custom_generate, slm=slm, router=router)`.
+
+    Follows the options under HONOURED as generate() does, refuses those under REFUSED by name (ValueError), and needs none of
+    those under NEUTRAL. Stopping criteria see one row at a time, without scores. Returns the sequences, or with
+    return_dict_in_generate=True the `Stitched`. A streamer gets the kept tokens, one row only. `seed` is that of `stitch`.
+    """
+    config, written = generation_config, written_by_caller()
+    check_generation(config, written)
+    streamer, tokenizer = streamer or written.get("streamer"), tokenizer or written.get("tokenizer")
+    if slm is None or router is None:
+        raise ValueError(f"{'slm' if slm is None else 'router'} is missing: pass slm=, a model, and router= to generate()")
+    if streamer is not None and len(input_ids) > 1:
+        raise ValueError(f"streamer={type(streamer).__name__} needs one row: got {len(input_ids)}")
+    if stop_strings and tokenizer is None:
+        raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer= to generate()")
+    criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]  # stitch has its own
+    criteria += [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
+
+    def stop(row: int, answer: list[int]) -> bool:
+        sequence = torch.cat([input_ids[row], torch.tensor(answer, device=input_ids.device)])[None]
+        return any(bool(criterion(sequence, None)) for criterion in criteria)
+
+    def stream(row: int, call: Call) -> None:
+        if call.kept:
+            streamer.put(torch.tensor([call.token]))
+
+    eos = config.eos_token_id  # what the LLM was saved with also ends at the SLM's own; what the caller wrote is taken as it is
+    result = stitch(slm, model, input_ids, router, attention_mask=model_kwargs.get("attention_mask"),
+                    max_new_tokens=config.max_length - input_ids.shape[1], temperature=config.temperature if config.do_sample else 0.0,
+                    top_k=config.top_k or 0, top_p=1.0 if config.top_p is None else config.top_p,
+                    eos_token_id=None if eos == model.generation_config.eos_token_id else eos, pad_token_id=config.pad_token_id,
+                    seed=seed, on_token=stream if streamer is not None else None, stop=stop if criteria else None)
+    if streamer is not None:
+        streamer.end()
+    return result if config.return_dict_in_generate else result.sequences
 
 
 # ---- 8. Command line -----------------------------------------------------------------------------------------------------

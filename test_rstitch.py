@@ -2,6 +2,7 @@
 
 The heart is `reference`: Algorithm 1 line by line for one row, with no cache at all. `stitch` must equal it whatever the batch.
 """
+import inspect
 import json
 import math
 import os
@@ -249,28 +250,6 @@ def test_a_step_costs_what_it_reads_and_not_what_is_allocated():
     assert min(ratio() for _ in range(3)) <= 1.2  # up to three tries: other work on this machine comes and goes
 
 
-@pytest.mark.parametrize("model, message", [
-    (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).eval(), "T5ForConditionalGeneration is an encoder-decoder"),
-    (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)).eval(), "MambaForCausalLM keeps a state"),
-    (lambda: transformers.BloomForCausalLM(transformers.BloomConfig(
-        vocab_size=32, hidden_size=16, n_layer=1, n_head=2)).eval(), "BloomForCausalLM cannot be served: its forward takes no position_ids"),
-    (lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).train(), "training mode"),
-])
-def test_what_cannot_be_served_is_refused_by_name(model, message):
-    broken = model()  # nothing may be computed first
-    type_forward = type(broken).forward
-    broken.forward = lambda *a, **k: pytest.fail("computed before refusing")
-    broken.forward.__signature__ = __import__("inspect").signature(type_forward)
-    fine = tiny("Qwen2", 31)
-    for pair in ((broken, fine), (fine, broken)):
-        with pytest.raises(ValueError, match=message):
-            stitch(*pair, torch.tensor([[3]]), SLMOnly(), max_new_tokens=2)
-    assert not fine.get_output_embeddings()._forward_pre_hooks  # nothing stays behind on the other model
-
-
 # ---- 3. Routers ----------------------------------------------------------------------------------------------------------
 
 
@@ -502,9 +481,9 @@ def test_a_long_prompt_in_one_row_changes_nothing_for_the_others():
 def test_cached_lms_are_reused_without_a_trace():
     ids, mask = prompts([3, 8], seed=8)
     lms = CachedLM(tiny("Qwen2", 1), 2, 64), CachedLM(tiny("Llama", 2), 2, 64)
-    fresh = stitch(tiny("Qwen2", 1), tiny("Llama", 2), ids, EntropyRouter(0.4), attention_mask=mask, max_new_tokens=20)
-    stitch(*lms, ids.flip(1), EntropyRouter(0.3), max_new_tokens=30)
-    again = stitch(*lms, ids, EntropyRouter(0.4), attention_mask=mask, max_new_tokens=20)
+    fresh = stitch(tiny("Qwen2", 1), tiny("Llama", 2), ids, EntropyRouter(0.85), attention_mask=mask, max_new_tokens=20)
+    stitch(*lms, ids.flip(1), EntropyRouter(0.8), max_new_tokens=30)
+    again = stitch(*lms, ids, EntropyRouter(0.85), attention_mask=mask, max_new_tokens=20)
     assert answers(again) == answers(fresh) and torch.equal(again.source, fresh.source)
     model = tiny("Qwen2", 1)
     assert len(model.get_output_embeddings()._forward_pre_hooks) == 1  # the kept CachedLM's; stitch's own are gone
@@ -525,14 +504,14 @@ def test_models_on_two_devices():
     here, there = (tiny("Qwen2", 23), tiny("Llama", 24)), (tiny("Qwen2", 23), tiny("Llama", 24, num_hidden_layers=2).to("cuda"))
     ids, mask = prompts([4, 9], seed=9)
     options = dict(attention_mask=mask, max_new_tokens=16)
-    assert answers(stitch(*there, ids, EntropyRouter(0.4), **options)) == answers(stitch(*here, ids, EntropyRouter(0.4), **options))
+    assert answers(stitch(*there, ids, EntropyRouter(0.85), **options)) == answers(stitch(*here, ids, EntropyRouter(0.85), **options))
 
 
 def test_on_token_and_stop():
     pair, seen, forwards = (tiny("Qwen2", 1), tiny("Llama", 2)), [[], []], []
     ids, mask = prompts([4, 6], seed=2)
     hooks = [model.register_forward_hook(lambda *_: forwards.append(sum(map(len, seen)))) for model in pair]
-    result = stitch(*pair, ids, EntropyRouter(0.5), attention_mask=mask, max_new_tokens=12, eos_token_id=[],
+    result = stitch(*pair, ids, EntropyRouter(0.85), attention_mask=mask, max_new_tokens=12, eos_token_id=[],
                     on_token=lambda row, call: seen[row].append(call), stop=lambda row, answer: row == 1 and len(answer) == 5)
     [hook.remove() for hook in hooks]
     assert seen == result.calls
@@ -566,31 +545,124 @@ def test_default_eos_is_that_of_either_model():
     assert cut == long[:1 + long.index(long[-1])]
 
 
-def test_nan_logits_stop_with_their_place():
-    pair = tiny("Qwen2", 43), tiny("Llama", 44)
-    pair[1].get_output_embeddings().weight.data[3] = math.nan
-    with pytest.raises(FloatingPointError, match="the LLM's logits have a NaN in row 0 at position 0"):
-        stitch(*pair, torch.tensor([[5, 6]]), LLMOnly(), max_new_tokens=3)
+def test_nan_logits_stop_with_their_place_and_hand_over_what_was_written():
+    pair = tiny("Qwen2", 43), tiny.__wrapped__("Llama", 44)
+    whole = stitch(*pair, torch.tensor([[5, 6], [7, 8]]), LLMOnly(), max_new_tokens=3, eos_token_id=[])
+    head = pair[1].get_output_embeddings()
+
+    def poison(row: int, call: rstitch.Call):
+        if (row, call.position) == (1, 1):
+            head.weight.data[3] = math.nan  # from the third token on
+
+    with pytest.raises(FloatingPointError, match="the LLM's logits have a NaN in row 0 at position 2 of the answer") as stopped:
+        stitch(*pair, torch.tensor([[5, 6], [7, 8]]), LLMOnly(), max_new_tokens=3, eos_token_id=[], on_token=poison)
+    assert torch.equal(stopped.value.partial.sequences, whole.sequences[:, :4])
+    assert stopped.value.partial.calls == [calls[:2] for calls in whole.calls]
 
 
-def test_frequencies_that_follow_the_longest_row_are_refused():
-    model = tiny.__wrapped__("Llama", 45, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-    with pytest.raises(ValueError, match="rope_type='dynamic'"):
-        stitch(model, tiny(), torch.tensor([[5, 6]]), LLMOnly(), max_new_tokens=3)
+def untouchable(model):
+    """The model or CachedLM, failing the test if it computes anything; what is neither, as it is."""
+    inner = model.model if isinstance(model, CachedLM) else model
+    if not isinstance(inner, torch.nn.Module):
+        return model
+    forward = type(inner).forward
+    inner.forward = lambda *args, **kwargs: pytest.fail("computed before refusing")
+    inner.forward.__signature__ = inspect.signature(forward)
+    return model
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(input_ids=torch.tensor([[1.0]])), "input_ids is torch.float32"), (dict(input_ids=torch.tensor([1])), "input_ids has shape"),
-    (dict(input_ids=torch.zeros(0, 3, dtype=torch.long)), "input_ids has shape"), (dict(input_ids=torch.tensor([[40]])), "input_ids ranges from 40"),
-    (dict(input_ids=torch.tensor([[-1]])), "input_ids ranges from -1"), (dict(max_new_tokens=0), "max_new_tokens=0"),
-    (dict(max_new_tokens=8192), "the SLM's context is 8192"), (dict(temperature=-1), "temperature=-1"), (dict(top_p=0), "top_p=0"),
-    (dict(top_k=-1), "top_k=-1"), (dict(attention_mask=torch.ones(1, 3)), "attention_mask has shape"),
-    (dict(attention_mask=torch.tensor([[1, 0]])), "attention_mask has a 0 after a 1"), (dict(seed=[1, 2]), "seed has 2 entries"),
-])
-def test_bad_input_is_refused_naming_the_argument(change, message):
-    arguments = dict(input_ids=torch.tensor([[5, 6]]), max_new_tokens=3) | change
+def built(config: str, model: str, **fields):
+    """A tiny model that no fixture needs twice."""
+    return getattr(transformers, model)(getattr(transformers, config)(vocab_size=32, **fields)).eval()
+
+
+def half_router(method: str):
+    return type("Half", (), {method: lambda self, step: None})()
+
+
+IDS = torch.tensor([[5, 6]])
+BAD_INPUT = {
+    "input_ids is list": dict(input_ids=[[5, 6]]), "input_ids is torch.float32": dict(input_ids=IDS.float()),
+    r"input_ids has shape \(2,\)": dict(input_ids=IDS[0]), r"input_ids has shape \(0, 3\)": dict(input_ids=IDS.new_zeros(0, 3)),
+    r"input_ids has shape \(1, 0\)": dict(input_ids=IDS.new_zeros(1, 0)), "input_ids ranges from 5 to 40": dict(input_ids=torch.tensor([[5, 40]])),
+    "input_ids ranges from -1": dict(input_ids=torch.tensor([[-1]])),
+    "attention_mask is a list": dict(attention_mask=[[1, 1]]), "attention_mask has shape": dict(attention_mask=torch.ones(1, 3)),
+    "attention_mask has a 0 after a 1: .* left": dict(attention_mask=torch.tensor([[1, 0]])),
+    "attention_mask has a 0 after a 1: .*padding": dict(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.tensor([[1, 0, 1]])),
+    "attention_mask has a 0 .* no empty prompt": dict(attention_mask=torch.tensor([[0, 0]])),
+    "max_new_tokens=0:": dict(max_new_tokens=0), "max_new_tokens=-3:": dict(max_new_tokens=-3), "max_new_tokens=1.5:": dict(max_new_tokens=1.5),
+    "max_new_tokens=True:": dict(max_new_tokens=True),
+    "max_new_tokens brings .* 8193 tokens: the context of slm is 8192": dict(max_new_tokens=8191),
+    "max_new_tokens brings .* 65 tokens: the context of llm is 64": dict(
+        max_new_tokens=63, llm=lambda: tiny.__wrapped__("Llama", 1, max_position_embeddings=64)),
+    "temperature=-1:": dict(temperature=-1), "temperature=nan:": dict(temperature=math.nan), "temperature=inf:": dict(temperature=math.inf),
+    "temperature='hot':": dict(temperature="hot"), "top_p=0:": dict(top_p=0), "top_p=1.5:": dict(top_p=1.5), "top_p=nan:": dict(top_p=math.nan),
+    "top_k=-1:": dict(top_k=-1), "top_k=1.5:": dict(top_k=1.5),
+    r"seed=\[1, 2\]:": dict(seed=[1, 2]), "seed=0.5:": dict(seed=0.5), r"seed=\['a'\]:": dict(seed=["a"]),
+    "eos_token_id=1.5:": dict(eos_token_id=1.5), "pad_token_id=-1:": dict(pad_token_id=-1),
+    "router=None has no method leave_slm": dict(router=None), "router=<class .*LLMOnly'> has no method": dict(router=LLMOnly),
+    "router=.* has no method leave_llm": dict(router=half_router("leave_slm")),
+    "router.first=2:": dict(router=type("Third", (LLMOnly,), {"first": 2})()), "router.window=0:": dict(router=type("W", (LLMOnly,), {"window": 0})()),
+    "slm is a str": dict(slm=lambda: "gpt2"), "llm is a NoneType": dict(llm=lambda: None),
+    r"llm \(Qwen2ForCausalLM\) is in training mode": dict(llm=lambda: tiny.__wrapped__().train()),
+    r"slm \(T5ForConditionalGeneration\) is an encoder-decoder": dict(slm=lambda: built(
+        "T5Config", "T5ForConditionalGeneration", d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)),
+    r"llm \(MambaForCausalLM\) keeps a state": dict(llm=lambda: built(
+        "MambaConfig", "MambaForCausalLM", hidden_size=16, num_hidden_layers=1, state_size=4)),
+    r"slm \(BloomForCausalLM\) cannot be served: its forward takes no position_ids": dict(slm=lambda: built(
+        "BloomConfig", "BloomForCausalLM", hidden_size=16, n_layer=1, n_head=2)),
+    r"llm \(LlamaForCausalLM\) has rope_type='dynamic'": dict(llm=lambda: tiny.__wrapped__(
+        "Llama", 45, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})),
+    "slm .* uses attn_implementation='flex_attention'": dict(slm=lambda: tiny.__wrapped__("Llama", 1, attn_implementation="flex_attention")),
+    "input_ids needs 2 rows of 5 tokens: the CachedLM given as slm holds 1 of 64": dict(
+        input_ids=IDS.repeat(2, 1), slm=lambda: CachedLM(tiny.__wrapped__(), 1, 64)),
+    "input_ids needs 1 rows of 5 tokens: the CachedLM given as llm holds 1 of 4": dict(llm=lambda: CachedLM(tiny.__wrapped__(), 1, 4)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_INPUT)
+def test_bad_input_is_refused_naming_the_argument_before_any_work(message):
+    arguments = dict(slm=tiny.__wrapped__, llm=lambda: tiny.__wrapped__("Llama"), input_ids=IDS, router=EntropyRouter(), max_new_tokens=3)
+    arguments |= BAD_INPUT[message]
+    for role in ("slm", "llm"):
+        arguments[role] = untouchable(arguments[role]())
     with pytest.raises((ValueError, TypeError), match=message):
-        stitch(tiny(), tiny("Llama"), router=EntropyRouter(), **arguments)
+        stitch(**arguments)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: EntropyRouter(math.nan), "tau=nan:"), (lambda: EntropyRouter(-0.1), "tau=-0.1:"), (lambda: EntropyRouter(1.1), "tau=1.1:"),
+    (lambda: EntropyRouter("high"), "tau='high':"), (lambda: EntropyRouter(math.inf, unit="nats"), "tau=inf:"),
+    (lambda: EntropyRouter(0.1, unit="bits"), "unit='bits':"), (lambda: EntropyRouter(0.1, tau_back=2), "tau_back=2:"),
+    (lambda: EntropyRouter(window=0), "window=0:"), (lambda: EntropyRouter(window=1.5), "window=1.5:"),
+    (lambda: RandomRouter(1.5), "p=1.5:"), (lambda: RandomRouter("half"), "p='half':"), (lambda: RandomRouter(0.5, stay=-1), "stay=-1:"),
+    (lambda: CachedLM(tiny(), 0, 4), "batch_size=0:"), (lambda: CachedLM(tiny(), 1, 2.5), "max_len=2.5:"),
+    (lambda: CachedLM("gpt2", 1, 4), "model is a str"),
+])
+def test_bad_parameters_are_refused_naming_them(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+@pytest.mark.parametrize("decide, got", [
+    (lambda step: step.entropy, "torch.float32"), (lambda step: [True], "returned list"), (lambda step: True, "returned bool"),
+    (lambda step: step.token[:, None] > 0, r"\(1, 1\)"), (lambda step: torch.tensor(True), r"\(\)"),
+    (lambda step: torch.ones(1, dtype=torch.bool, device="meta"), "meta"),
+])
+def test_a_router_that_returns_no_decision_per_row_is_refused_by_name(decide, got):
+    class Odd(SLMOnly):
+        def leave_slm(self, step):
+            return decide(step)
+
+    with pytest.raises(TypeError, match=f"router Odd.leave_slm returned .*{got}.*|router Odd.leave_slm {got}.*"):
+        stitch(tiny(), tiny("Llama"), IDS, Odd(), max_new_tokens=3)
+
+
+def test_a_refusal_leaves_nothing_on_the_models():
+    fine = tiny("Qwen2", 31)
+    with pytest.raises(TypeError):
+        stitch(fine, "gpt2", IDS, SLMOnly(), max_new_tokens=2)
+    assert not fine.get_output_embeddings()._forward_pre_hooks
 
 
 def test_one_cache_cannot_serve_both_roles():
@@ -598,13 +670,13 @@ def test_one_cache_cannot_serve_both_roles():
     with pytest.raises(ValueError, match="the same CachedLM"):
         stitch(lm, lm, torch.tensor([[5, 6]]), EntropyRouter(), max_new_tokens=3)
     same = tiny("Qwen2", 1)  # the same model in both roles is fine
-    assert len(answers(stitch(same, same, torch.tensor([[5, 6]]), EntropyRouter(0.4), max_new_tokens=3, eos_token_id=[]))[0]) == 3
+    assert len(answers(stitch(same, same, torch.tensor([[5, 6]]), EntropyRouter(0.85), max_new_tokens=3, eos_token_id=[]))[0]) == 3
 
 
 def test_seeds():
     pair = tiny("Qwen2", 1), tiny("Llama", 2)
     ids, mask = prompts([4, 6], seed=2)
-    run = lambda seed: stitch(*pair, ids, EntropyRouter(0.5), attention_mask=mask, max_new_tokens=12, temperature=1.0, seed=seed)  # noqa: E731
+    run = lambda seed: stitch(*pair, ids, EntropyRouter(0.85), attention_mask=mask, max_new_tokens=12, temperature=1.0, seed=seed)  # noqa: E731
     assert answers(run(1)) == answers(run(1)) != answers(run(2))
     drawn = run(None)
     assert answers(run(drawn.seed)) == answers(drawn)
@@ -614,6 +686,125 @@ def test_seeds():
 def test_import_does_not_load_the_analyses():
     code = "import sys, rstitch; sys.exit(any(name.split('.')[0] == 'analysis' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
+
+
+# ---- custom_generate ----------------------------------------------------------------------------------------------------
+
+
+def generate(pair, ids, router=EntropyRouter(0.85), **options):
+    return pair[1].generate(ids, custom_generate=rstitch.custom_generate, slm=pair[0], router=router, **options)
+
+
+def test_generate_with_our_function_equals_stitch():
+    pair = tiny("Qwen2", 1), tiny("Llama", 2)
+    ids, mask = prompts([4, 9, 6], seed=5)
+    same = dict(attention_mask=mask, max_new_tokens=20)
+    ours = stitch(*pair, ids, EntropyRouter(0.85), **same)
+    assert set(ours.source.unique().tolist()) >= {SLM, LLM}
+    assert torch.equal(generate(pair, ids, **same), ours.sequences)
+    assert torch.equal(generate(pair, ids, attention_mask=mask, max_length=ids.shape[1] + 20), ours.sequences)
+    full = generate(pair, ids, return_dict_in_generate=True, **same)
+    assert torch.equal(full.sequences, ours.sequences) and full.calls == ours.calls and torch.equal(full.source, ours.source)
+
+
+@pytest.mark.parametrize("options, ours", [
+    (dict(do_sample=True, temperature=0.7, top_k=7, top_p=0.8), dict(temperature=0.7, top_k=7, top_p=0.8)),
+    (dict(do_sample=True), dict(temperature=1.0, top_k=50)), (dict(do_sample=True, top_k=0), dict(temperature=1.0)),
+    (dict(do_sample=False, temperature=0.7), dict()), (dict(eos_token_id=17), dict(eos_token_id=17)),
+    (dict(eos_token_id=[17, 30], pad_token_id=9), dict(eos_token_id=[17, 30], pad_token_id=9)),
+])
+def test_options_of_generate_are_those_of_stitch(options, ours):
+    pair, ids = (tiny("Qwen2", 1), tiny("Llama", 2)), torch.tensor([[5, 6], [7, 8]])
+    expected = stitch(*pair, ids, EntropyRouter(0.85), max_new_tokens=30, seed=4, **ours)
+    assert torch.equal(generate(pair, ids, max_new_tokens=30, seed=4, **options), expected.sequences)
+    several = generate(pair, ids, max_new_tokens=5, seed=4, num_return_sequences=3, **options | dict(do_sample=True))
+    assert torch.equal(several[:, :2], ids.repeat_interleave(3, 0)) and len(set(map(tuple, several.tolist()))) > 2
+
+
+class Stream:
+    """What a streamer was given."""
+
+    def __init__(self):
+        self.got = []
+
+    def put(self, value):
+        self.got.append(value.tolist())
+
+    def end(self):
+        self.got.append("end")
+
+
+def test_streamer_gets_the_kept_tokens_in_order():
+    pair, stream = (tiny("Qwen2", 1), tiny("Llama", 2)), Stream()
+    result = generate(pair, IDS, streamer=stream, max_new_tokens=20, return_dict_in_generate=True)
+    assert any(not call.kept for call in result.calls[0])
+    assert stream.got == [IDS.tolist(), *([token] for token in answers(result)[0]), "end"]  # generate() itself puts the prompt
+    with pytest.raises(ValueError, match="streamer=Stream needs one row: got 2"):
+        generate(pair, IDS.repeat(2, 1), streamer=stream, max_new_tokens=2)
+
+
+def characters() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of single characters, the ids of which are below VOCAB."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    pieces = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789."]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("router, alone", [(SLMOnly(), 0), (LLMOnly(), 1)])
+def test_stop_strings_equal_those_of_generate(router, alone):
+    pair, tokenizer = (tiny("Qwen2", 1), tiny("Llama", 2)), characters()
+    options = dict(max_new_tokens=30, eos_token_id=-1, tokenizer=tokenizer)
+    for seed in range(4):
+        ids, _ = prompts([5], seed)
+        whole = pair[alone].generate(ids, do_sample=False, **options)
+        text = tokenizer.decode(whole[0, 5:])
+        for stops in ([text[4:6]], [text[9:12], "zzz"], text[7], ["zzz"]):
+            expected = pair[alone].generate(ids, do_sample=False, stop_strings=stops, **options)
+            assert torch.equal(generate(pair, ids, router, stop_strings=stops, **options), expected)
+        assert expected.shape == whole.shape  # the last one stops nowhere
+    with pytest.raises(ValueError, match="stop_strings='a' needs the tokenizer"):
+        generate(pair, ids, stop_strings="a", max_new_tokens=3)
+
+
+def test_stopping_criteria_and_max_time_are_asked_after_every_token():
+    pair = tiny("Qwen2", 1), tiny("Llama", 2)
+    ids, mask = prompts([4, 9], seed=5)
+    asked = []
+    criterion = lambda sequence, scores: asked.append(sequence.shape) or torch.tensor([sequence.shape[1] == 9 + 6])  # noqa: E731
+    result = generate(pair, ids, attention_mask=mask, max_new_tokens=20, eos_token_id=-1, return_dict_in_generate=True, stopping_criteria=[criterion])
+    assert [len(a) for a in answers(result)] == [6, 6]
+    assert sorted(asked) == sorted((1, 9 + n) for n in range(1, 7) for _ in range(2))
+    assert generate(pair, IDS, max_new_tokens=20, eos_token_id=-1, max_time=1e-6).shape == (1, 3)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(num_beams=2), "num_beams=2 cannot be followed by custom_generate: expected None or 1"), (dict(repetition_penalty=1.5), "repetition_penalty=1.5"),
+    (dict(assistant_model=lambda: tiny()), "assistant_model=Qwen2ForCausalLM"), (dict(min_new_tokens=2), "min_new_tokens=2"),
+    (dict(no_repeat_ngram_size=2), "no_repeat_ngram_size=2"), (dict(output_scores=True), "output_scores=True"), (dict(use_cache=False), "use_cache=False"),
+    (dict(cache_implementation="static"), "cache_implementation='static'"), (dict(prefix_allowed_tokens_fn=lambda row, ids: [3]), "prefix_allowed"),
+    (dict(logits_processor=[TopKLogitsWarper(3)]), "logits_processor"), (dict(do_sample=True, min_p=0.1), "min_p=0.1"),
+    (dict(position_ids=IDS), "position_ids=Tensor"), (dict(past_key_values=lambda: transformers.DynamicCache()), "past_key_values=DynamicCache"),
+    (dict(bad_words_ids=[[3]]), "bad_words_ids"), (dict(synced_gpus=True), "synced_gpus=True"), (dict(slm=None), "slm is missing"),
+    (dict(router=None), "router is missing"),
+])
+def test_options_that_stitching_cannot_follow_are_refused_by_name(options, message):
+    pair = tiny.__wrapped__("Qwen2", 1), tiny.__wrapped__("Llama", 2)
+    options = {k: v() if k in ("assistant_model", "past_key_values") else v for k, v in options.items()}
+    for model in pair:
+        untouchable(model)
+    with pytest.raises(ValueError, match=message):
+        pair[1].generate(IDS, **dict(custom_generate=rstitch.custom_generate, slm=pair[0], router=EntropyRouter(), max_new_tokens=3) | options)
+
+
+def test_every_option_of_generate_has_one_place_in_the_table():
+    kinds = [rstitch.HONOURED, rstitch.NEUTRAL, rstitch.REFUSED.keys()]
+    options = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    options |= inspect.signature(transformers.GenerationMixin.generate).parameters.keys() - {"self", "kwargs"}
+    options |= inspect.signature(transformers.GenerationMixin._sample).parameters.keys() - {"self", "model_kwargs", "input_ids"}
+    assert {name: sum(name in kind for kind in kinds) for name in options} == dict.fromkeys(options, 1)
 
 
 # ---- 8. Command line -----------------------------------------------------------------------------------------------------
@@ -645,11 +836,11 @@ def run_main(capsys, *argv: str) -> str:
 
 def test_main_prints_the_answer_of_stitch_and_a_summary(saved_pair, capsys):
     pair = ["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu"]
-    out = run_main(capsys, *pair, "--tau", "0.5", "--max-new-tokens", "20", "w7 w8")
+    out = run_main(capsys, *pair, "--tau", "0.85", "--max-new-tokens", "20", "w7 w8")
     slm, llm, tokenizer = rstitch.load_pair(pair[1], pair[3], "cpu", "float32")
     ids = torch.tensor([[5, 7, 8, 6]])  # w5 and w6 come from the chat template
     assert rstitch.encode(tokenizer, "w7 w8").tolist() == ids.tolist()
-    result = stitch(slm, llm, ids, EntropyRouter(0.5), max_new_tokens=20)
+    result = stitch(slm, llm, ids, EntropyRouter(0.85), max_new_tokens=20)
     text, line, _ = out.split("\n")
     assert text == tokenizer.decode(answers(result)[0], skip_special_tokens=True)
     assert line.startswith(f"{(result.source >= 0).sum()} tokens (LLM {100 * (result.source == LLM).float().mean():.1f} %)")

@@ -48,6 +48,11 @@ class Recipe:
     batch_tokens: int = 1024
     seed: int = 0
     start: str | None = None  # role whose trained weights this one starts from
+    stop: int | None = None  # chunk to end after where that is before the schedule does, chosen on dev
+
+    @property
+    def end(self) -> int:
+        return self.stop or self.chunks
 
 
 CHUNK = 1024
@@ -146,12 +151,12 @@ def train(role: str, recipe: Recipe, folder: Path, size: int = CHUNK) -> Qwen2Fo
     first = load_checkpoint(folder / "last.safetensors", model, optimizer)
     if recipe.start and not first and not load_checkpoint(folder.parent / recipe.start / "last.safetensors", model):
         raise ValueError(f"--train {role} starts from {recipe.start}, which has no checkpoint: train {recipe.start} first")
-    for chunk in range(first, recipe.chunks):
+    for chunk in range(first, recipe.end):
         start = time.time()
         work = batches(tokenizer, recipe, chunk, size)
-        loss = train_chunk(model, optimizer, recipe, chunk, tqdm(work, desc=f"{role} {chunk + 1}/{recipe.chunks}", leave=False, disable=None))
+        loss = train_chunk(model, optimizer, recipe, chunk, tqdm(work, desc=f"{role} {chunk + 1}/{recipe.end}", leave=False, disable=None))
         row = {"chunk": chunk, "loss": loss, "tokens": sum(ids.numel() for ids, _ in work), "seconds": time.time() - start}
-        if chunk % 5 == 4 or chunk + 1 == recipe.chunks:
+        if chunk % 5 == 4 or chunk + 1 == recipe.end:
             row["dev_accuracy"] = dev_accuracy(model.eval(), tokenizer)
         save_checkpoint(folder / "last.safetensors", model, optimizer, chunk + 1)
         append_row(folder / "log.jsonl", row)
@@ -217,8 +222,8 @@ def export(role: str, recipe: Recipe, folder: Path, target: Path) -> None:
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
     chunks = load_checkpoint(folder / "last.safetensors", model)
-    if chunks != recipe.chunks:
-        raise ValueError(f"--export {role}: {folder} holds {chunks} chunks of {recipe.chunks}; train it to the end first")
+    if chunks != recipe.end:
+        raise ValueError(f"--export {role}: {folder} holds {chunks} chunks of {recipe.end}; train it to the end first")
     as_llama(model).to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
