@@ -30,6 +30,7 @@ Glossary (code name, paper symbol, unit, default):
     cursor             L of R-Stitch Algorithm 1: tokens a model has read of a row, prompt included
     n_inf, n_kv        N_inf, N_kv of the R-Stitch latency model: tokens a call reads, tokens its cache held before
 
+    python rstitch.py                                         # three problems by the pocket pair, then every method in a table
     python rstitch.py "Ann has 596 coins. First Ann ends up with 7 times as many. Finally Ann loses 120. How many coins does Ann have?"
     python rstitch.py --slm SMALL --llm LARGE "question"      # any Hugging Face names or paths with one tokenizer
 """
@@ -838,8 +839,8 @@ class Printer:
         self.ids: list[int] = []
         self.start = self.shown = 0  # ids[start:shown] is on the screen and decides how the next piece reads
         if self.colour:
-            print(f"{COLOURS[SLM]}SLM{COLOURS['plain']} {COLOURS[LLM]}LLM{COLOURS['plain']} "
-                  f"{COLOURS['discarded']}discarded{COLOURS['plain']}", file=self.out)
+            print(" ".join(f"{COLOURS[k]}{name}{COLOURS['plain']}" for k, name in ((SLM, "SLM"), (LLM, "LLM"), ("discarded", "discarded"))),
+                  file=self.out)
 
     def __call__(self, row: int, call: Call) -> None:
         ids = self.ids[self.start:] + [call.token]
@@ -863,10 +864,22 @@ def summary(calls: list[Call], seconds: float) -> str:
             f"{len(kept) / seconds:.0f} tokens/s")
 
 
+def run_question(slm, llm, tokenizer, question: str, router, **options) -> list[Call]:
+    """Answer one question, printing it as it is written, and a line of figures; the calls."""
+    ids = encode(tokenizer, question)
+    unknown = [] if tokenizer.unk_token_id is None else (ids[0] == tokenizer.unk_token_id).nonzero()
+    if len(unknown):
+        print(f"note: {len(unknown)} words of the question are unknown to the tokenizer", file=sys.stderr)
+    start = time.perf_counter()
+    result = stitch(slm, llm, ids, router, on_token=Printer(tokenizer), **options)
+    print("\n" + summary(result.calls[0], time.perf_counter() - start))
+    return result.calls[0]
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Answer a question with a small and a large language model, stitched token by token.")
     add = parser.add_argument
-    add("question", help="the problem to solve")
+    add("question", nargs="?", help="the problem to solve; without one, the pocket pair solves three and every method is compared in a table")
     add("--slm", default=str(POCKET / "slm"), help="small model, a Hugging Face name or path (default: the pocket pair's)")
     add("--llm", default=str(POCKET / "llm"), help="large model with the same tokenizer (default: the pocket pair's)")
     add("--router", choices=["entropy", "slm", "llm", "random"], default="entropy", help="who decides which model writes (default: %(default)s)")
@@ -877,6 +890,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="probability mass to sample from, in (0, 1]; needs --temperature (default: %(default)s)")
     add("--seed", type=int, default=0, help="integer that decides every random draw (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device of both models (default: %(default)s)")
+    add("--json", metavar="FILE", help="write the table's rows there; without a question only")
     add("--dtype", help="float32, bfloat16, ... or auto, the checkpoint's (default: float32 on a CPU, else auto)")
     return parser
 
@@ -895,19 +909,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        if args.question is None:
+            given = [name for name in vars(args).keys() - {"seed", "device", "json"} if getattr(args, name) != parser.get_default(name)]
+            if given:
+                raise ValueError(f"--{given[0].replace('_', '-')} needs a question: the table without one is of the pocket pair as it is")
+            from analysis import demo
+            return demo.main(args.seed, args.device, args.json)
+        if args.json:
+            raise ValueError(f"--json {args.json} belongs to the table, which is printed where no question is given")
         if args.top_p < 1 and not args.temperature:
             raise ValueError(f"--top-p {args.top_p} needs a --temperature above 0")
         router = build_router(args.router, args.tau, args.p, args.seed)
         dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
         slm, llm, tokenizer = load_pair(args.slm, args.llm, args.device, dtype)
-        ids = encode(tokenizer, args.question)
-        unknown = [] if tokenizer.unk_token_id is None else (ids[0] == tokenizer.unk_token_id).nonzero()
-        if len(unknown):
-            print(f"note: {len(unknown)} words of the question are unknown to the tokenizer", file=sys.stderr)
-        start = time.perf_counter()
-        result = stitch(slm, llm, ids, router, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                        top_p=args.top_p, seed=args.seed, on_token=Printer(tokenizer))
-        print("\n" + summary(result.calls[0], time.perf_counter() - start))
+        run_question(slm, llm, tokenizer, args.question, router, max_new_tokens=args.max_new_tokens,
+                     temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -855,11 +855,19 @@ def test_main_prints_the_answer_of_stitch_and_a_summary(saved_pair, capsys):
     (["--router", "random", "--p", "1.5"], "p=1.5: expected a probability"), (["--top-p", "0.5"], "--top-p 0.5 needs a --temperature"),
     (["--temperature", "-1"], "temperature=-1.0: expected"), (["--temperature", "1", "--top-p", "0"], "top_p=0.0: expected"),
     (["--max-new-tokens", "0"], "max_new_tokens=0: expected"), (["--slm", "no/such/folder"], "no/such/folder"),
+    (["--json", "rows.json"], "--json rows.json belongs to the table"),
 ])
 def test_main_refuses_bad_options_in_one_sentence(saved_pair, capsys, argv, message):
     with pytest.raises(SystemExit) as refused:
         rstitch.main(["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu", "w7", *argv])
     assert refused.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [(["--tau", "0.1"], "--tau needs a question"), (["--max-new-tokens", "9"], "--max-new-tokens needs a question")])
+def test_main_without_a_question_takes_no_options_of_one(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        rstitch.main(argv)
+    assert message in capsys.readouterr().err
 
 
 def test_tokenizers_that_disagree_are_refused_naming_the_first_token():

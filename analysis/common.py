@@ -34,11 +34,11 @@ def encode_problems(tokenizer, problems: Sequence[Problem]) -> tuple[torch.Tenso
     return ids, mask
 
 
-def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, label: str = "", **options) -> list[dict]:
+def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, label: str = "", progress: bool = True, **options) -> list[dict]:
     """Answer every problem in batches. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats), calls."""
     slm, llm, tokenizer = pair
     out = []
-    for start in tqdm(range(0, len(problems), batch_size), desc=label, leave=False, disable=None):
+    for start in tqdm(range(0, len(problems), batch_size), desc=label, leave=False, disable=None if progress else True):
         batch = problems[start:start + batch_size]
         ids, mask = encode_problems(tokenizer, batch)
         result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **options)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import rstitch
-from analysis import pair, report
+from analysis import demo, pair, report
 from analysis.common import (MODELS, append_row, auroc, bootstrap, encode_problems, load_pocket, ratio_of_means, read_rows, solve,
                              wilson)
 from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, carries, columns, draw, problems, question, sentence, solution,
@@ -253,6 +253,22 @@ def test_report_resumes_and_states_every_design_property(tmp_path, capsys):
     report.show(rows)
     out = capsys.readouterr().out
     assert out.count("holds") + out.count("FAILS") == 5
+
+
+def test_the_table_compares_every_method_on_the_same_problems(pocket):
+    rows = {r["method"]: r for r in demo.table(n=4, n_latency=1, seed=0, workers=1)}
+    assert list(rows)[:3] == ["SLM alone", "LLM alone", "LLM trained short"]
+    assert [name.split(",")[0] for name in list(rows)[3:]] == ["R-Stitch", "random"] * len(demo.TAUS)
+    for name, router in (("SLM alone", rstitch.SLMOnly()), ("R-Stitch, tau 0.02", rstitch.EntropyRouter(0.02))):
+        solved = solve(pocket, problems("test", 4, 0), router)
+        assert rows[name]["tokens"] == np.mean([s["tokens"] for s in solved])
+        assert rows[name]["accuracy"] == np.mean([s["correct"] for s in solved])
+        assert rows[name]["latency_tokens"] == solved[0]["tokens"]
+    for r in rows.values():
+        assert r["speed_up"] == pytest.approx(rows["LLM alone"]["latency_ms"] / r["latency_ms"]) == pytest.approx(r["shorter"] * r["cheaper"])
+        assert r["n"] == 4 and r["n_latency"] == 1 and r["latency_ms"] > 0 and r["command"]
+    text = demo.show(list(rows.values()))
+    assert all(name in text for name in rows) and "n = 4 test problems" in text and "\033" not in text
 
 
 def test_committed_figures_carry_their_provenance():

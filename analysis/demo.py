@@ -1,0 +1,138 @@
+"""The pocket pair in two minutes: a few problems streamed, then every method in one table.
+
+    python rstitch.py                              (no question: this)
+    python rstitch.py --json table.json            (and the rows for scripts)
+
+Accuracy, tokens, LLM share and switches are over `n` test problems, answered greedily in batches. Latency is wall-clock per
+problem at batch 1 over the first `n_latency` of them, one thread per process: each problem is answered by all methods in turn,
+beginning with another one each time, so that whatever else the machine does hits them alike. The speed-up over the LLM alone is
+the product of two: how much shorter the answers are, and how much cheaper a token of them is.
+"""
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import rstitch
+from analysis.common import load_pocket, provenance, solve
+from analysis.problems import problems, question, verify
+from analysis.report import describe
+
+TAUS = (0.005, 0.02, 0.1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: a name, the large model's folder and the router."""
+
+    name: str
+    router: object
+    llm: str = "llm"
+
+
+ALONE = (Method("SLM alone", rstitch.SLMOnly()), Method("LLM alone", rstitch.LLMOnly()),
+         Method("LLM trained short", rstitch.LLMOnly(), "llm-short"))
+STITCHED = tuple(Method(f"R-Stitch, tau {tau:g}", rstitch.EntropyRouter(tau)) for tau in TAUS)
+
+
+@lru_cache(maxsize=None)
+def pair(llm: str, device: str):
+    """Loaded once per process."""
+    torch.set_num_threads(1)
+    return load_pocket(llm=llm, device=device)
+
+
+def answer(method: Method, chosen: list, seed: int, device: str) -> list[dict]:
+    return solve(pair(method.llm, device), chosen, method.router, batch_size=len(chosen), seed=seed, progress=False)
+
+
+def latencies(methods: list[Method], problem, i: int, seed: int, device: str) -> list[tuple[float, int]]:
+    """(seconds, tokens) of each method on one problem alone, in an order that rotates with i; a first answer warms up."""
+    out: dict[Method, tuple[float, int]] = {}
+    answer(methods[0], [problem], seed, device)
+    for method in methods[i % len(methods):] + methods[:i % len(methods)]:
+        pair(method.llm, device)
+        start = time.perf_counter()
+        solved = answer(method, [problem], seed, device)
+        out[method] = time.perf_counter() - start, solved[0]["tokens"]
+    return [out[method] for method in methods]
+
+
+def table(n: int = 200, n_latency: int = 20, seed: int = 0, device: str = "cpu", workers: int = 2) -> list[dict]:
+    """The rows, one per method, LLM alone second; one worker works in this process."""
+    chosen = problems("test", n, seed)
+    pool = ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    with pool, tqdm(total=n * (len(ALONE) + 2 * len(STITCHED)) + n_latency, desc="answers", unit="problem", disable=None) as bar:
+
+        def gather(jobs: dict, weight: int = 1) -> dict:
+            done = {}
+            for job in as_completed(jobs):
+                done[jobs[job]] = job.result()
+                bar.update(weight)
+            return done
+
+        def answers(methods) -> dict[Method, list[dict]]:
+            parts = [chosen[k * n // workers:(k + 1) * n // workers] for k in range(workers)]
+            done = gather({pool.submit(answer, m, part, seed, device): (m, k) for m in methods for k, part in enumerate(parts)}, n // workers)
+            return {m: [solved for k in range(workers) for solved in done[m, k]] for m in methods}
+
+        solved = answers(ALONE[1:] + STITCHED + ALONE[:1])  # the longest first
+        figures = {method: describe(solved[method]) for method in (*ALONE, *STITCHED)}
+        random = tuple(Method(f"random, {100 * figures[m]['llm_share']:.1f} % LLM", rstitch.RandomRouter(figures[m]["llm_share"], seed=seed))
+                       for m in STITCHED)
+        figures |= {method: describe(rows) for method, rows in answers(random).items()}
+        methods = [*ALONE, *(m for both in zip(STITCHED, random) for m in both)]
+        timed = gather({pool.submit(latencies, methods, problem, i, seed, device): i for i, problem in enumerate(chosen[:n_latency])})
+    rows = []
+    for k, method in enumerate(methods):
+        seconds, tokens = (sum(timed[i][k][x] for i in range(n_latency)) for x in (0, 1))
+        rows.append({"what": "demo", "method": method.name, **figures[method], "latency_ms": 1e3 * seconds / n_latency,
+                     "latency_tokens": tokens / n_latency, "n_latency": n_latency, **provenance(seed, n, device)})
+    llm = rows[1]
+    for row in rows:
+        row["shorter"] = llm["latency_tokens"] / row["latency_tokens"]
+        row["speed_up"] = llm["latency_ms"] / row["latency_ms"]
+        row["cheaper"] = row["speed_up"] / row["shorter"]
+    return rows
+
+
+def show(rows: list[dict]) -> str:
+    """The table as text, units and direction in its head."""
+    head = ["", "right, % [95 %]", "tokens", "LLM, %", "switches", "ms/problem", "speed-up = shorter x cheaper"]
+    units = ["", "higher is better", "per answer", "of tokens", "per answer", "lower is better", "than LLM alone"]
+    body = [[r["method"], "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (r["accuracy"], *r["accuracy_95"]))), f"{r['tokens']:.1f}",
+             f"{100 * r['llm_share']:.1f}", f"{r['switches']:.1f}", f"{r['latency_ms']:.0f}",
+             f"{r['speed_up']:.2f} = {r['shorter']:.2f} x {r['cheaper']:.2f}"] for r in rows]
+    widths = [max(map(len, column)) for column in zip(head, units, *body)]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
+             for line in (head, units, *body)]
+    r = rows[0]
+    note = (f"n = {r['n']} test problems, greedy, batched; ms/problem and speed-up: batch 1, first {r['n_latency']}, methods interleaved. "
+            f"Seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}, transformers {r['transformers']}.")
+    return "\n".join([*lines, note])
+
+
+def stream(n: int = 3, seed: int = 0, device: str = "cpu") -> None:
+    """The first n test problems, their answers coloured by who writes."""
+    slm, llm, tokenizer = pair("llm", device)
+    for problem in problems("test", n, seed):
+        print(f"\n{question(problem)}")
+        calls = rstitch.run_question(slm, llm, tokenizer, question(problem), rstitch.EntropyRouter(0.02), max_new_tokens=320, seed=seed)
+        text = tokenizer.decode([call.token for call in calls if call.kept], skip_special_tokens=True)
+        print("right" if verify(problem, text) else f"wrong: it is {problem.answer}")
+
+
+def main(seed: int = 0, device: str = "cpu", json_file: str | None = None) -> None:
+    start = time.perf_counter()
+    stream(seed=seed, device=device)
+    rows = table(seed=seed, device=device, workers=2 if device == "cpu" else 1)
+    print("\n" + show(rows))
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    if json_file:
+        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
