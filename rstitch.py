@@ -802,20 +802,26 @@ POCKET = Path(__file__).parent / "analysis" / "models"
 COLOURS = {SLM: "\033[36m", LLM: "\033[33m", "discarded": "\033[2;9m", "plain": "\033[0m"}
 
 
-def check_same_tokenizer(slm_tokenizer, llm_tokenizer) -> None:
-    """ValueError naming the first token id at which two vocabularies differ: stitching passes ids from one model to the other."""
+def check_same_tokenizer(slm_tokenizer, llm_tokenizer, special_may_differ: bool = False) -> None:
+    """ValueError naming the first token id at which two vocabularies differ: stitching passes ids from one model to the other.
+
+    Special tokens come last. Where only they differ the pair can be run all the same, each model reading the other's markers as
+    its own. The paper pairs models of two families (L1 with QwQ-32B) and does not say how it treats their markers.
+    """
     slm_ids, llm_ids = ({i: token for token, i in t.get_vocab().items()} for t in (slm_tokenizer, llm_tokenizer))
-    for i in sorted(slm_ids.keys() | llm_ids.keys()):
-        if slm_ids.get(i) != llm_ids.get(i):
+    special = {i for t in (slm_tokenizer, llm_tokenizer) for i in t.get_added_vocab().values()}
+    for i in sorted(slm_ids.keys() | llm_ids.keys(), key=lambda i: (i in special, i)):
+        if slm_ids.get(i) != llm_ids.get(i) and not (i in special and special_may_differ):
+            hint = "; only special tokens differ: --special-tokens-may-differ runs the pair all the same" if i in special else ""
             raise ValueError(f"--slm and --llm have different tokenizers: token {i} is {slm_ids.get(i)!r} for the SLM and "
-                             f"{llm_ids.get(i)!r} for the LLM; expected one vocabulary")
+                             f"{llm_ids.get(i)!r} for the LLM; expected one vocabulary{hint}")
 
 
-def load_pair(slm: str, llm: str, device: str, dtype: str):
-    """(SLM, LLM, tokenizer) from Hugging Face names or paths. Safetensors only, no code from the checkpoint."""
+def load_pair(slm: str, llm: str, device: str, dtype: str, special_may_differ: bool = False):
+    """(SLM, LLM, the LLM's tokenizer) from Hugging Face names or paths. Safetensors only, no code from the checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizers = [AutoTokenizer.from_pretrained(name, trust_remote_code=False) for name in (slm, llm)]
-    check_same_tokenizer(*tokenizers)
+    check_same_tokenizer(*tokenizers, special_may_differ)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
     models = [AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval() for name in (slm, llm)]
     return *models, tokenizers[1]
@@ -890,6 +896,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="probability mass to sample from, in (0, 1]; needs --temperature (default: %(default)s)")
     add("--seed", type=int, default=0, help="integer that decides every random draw (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device of both models (default: %(default)s)")
+    add("--special-tokens-may-differ", action="store_true", help="run a pair whose tokenizers differ in special tokens only")
     add("--json", metavar="FILE", help="write the table's rows there; without a question only")
     add("--dtype", help="float32, bfloat16, ... or auto, the checkpoint's (default: float32 on a CPU, else auto)")
     return parser
@@ -921,7 +928,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--top-p {args.top_p} needs a --temperature above 0")
         router = build_router(args.router, args.tau, args.p, args.seed)
         dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-        slm, llm, tokenizer = load_pair(args.slm, args.llm, args.device, dtype)
+        slm, llm, tokenizer = load_pair(args.slm, args.llm, args.device, dtype, args.special_tokens_may_differ)
         run_question(slm, llm, tokenizer, args.question, router, max_new_tokens=args.max_new_tokens,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     except (ValueError, OSError) as error:

@@ -874,6 +874,13 @@ def test_tokenizers_that_disagree_are_refused_naming_the_first_token():
     rstitch.check_same_tokenizer(words(9), words(9))
     with pytest.raises(ValueError, match="token 9 is None for the SLM and 'w9' for the LLM"):
         rstitch.check_same_tokenizer(words(9), words(12))
+    marked = words(9)
+    marked.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    with pytest.raises(ValueError, match="token 9 is '<think>' for the SLM and None for the LLM.*--special-tokens-may-differ"):
+        rstitch.check_same_tokenizer(marked, words(9))
+    rstitch.check_same_tokenizer(marked, words(9), special_may_differ=True)
+    with pytest.raises(ValueError, match="token 10 is None for the SLM"):  # the ordinary one
+        rstitch.check_same_tokenizer(marked, words(12), special_may_differ=True)
 
 
 class Terminal(list):

@@ -59,7 +59,8 @@ CHUNK = 1024
 RECIPES = {
     "slm-first": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=190),
     "slm-second": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=90, decay=0.65, seed=1, start="slm-first"),
-    "slm": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=1.2e-3, init=0.1, chunks=36, decay=1.0, seed=2, start="slm-second"),
+    "slm-third": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=1.2e-3, init=0.1, chunks=36, decay=1.0, seed=2, start="slm-second"),
+    "slm": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=200, decay=0.6, seed=3, start="slm-third", stop=175),
     "llm": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="long", lr=2e-3, init=0.08, chunks=38, decay=0.5),
     "llm-short": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="short", lr=2e-3, init=0.08, chunks=24, decay=0.5, start="llm"),
 }

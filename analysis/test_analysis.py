@@ -279,6 +279,5 @@ def test_committed_figures_carry_their_provenance():
         assert r["n"] >= 4000 or r["what"] != "method"
 
 
-def test_committed_design_properties_hold_but_for_the_slm():
-    failing = [name for name, _, holds in report.design(read_rows(report.RESULTS / "pair.jsonl")) if not holds]
-    assert failing == ["SLM accuracy 40-70 %"]  # known: see analysis/models/README.md
+def test_committed_design_properties_hold():
+    assert [name for name, _, holds in report.design(read_rows(report.RESULTS / "pair.jsonl")) if not holds] == []
