@@ -130,7 +130,8 @@ GREEDY = Sampling()
 
 BLOCK = 64  # attention reads the live part of the cache, cut to a multiple of this
 CHUNK = 2048  # tokens in one forward call at most
-FREE = 128  # reads that pad up to this many tokens in all share a call: the weights are read once for all of them
+FREE = 128  # pads that a call may hold: they cost less than a second call, since the weights are read once for all
+PATIENCE = 8  # calls of one model while a row waits for the other
 SHORT = 32  # shorter reads are padded to a power of two, so that few shapes occur
 
 
@@ -328,7 +329,7 @@ class CachedLM:
         S, reading = padded(max(map(len, tokens))), dict(zip(rows, tokens))
         span = range(min(rows), max(rows) + 1)
         idle = len(span) - len(rows)
-        # A few idle rows between those that read cost less than copying the cache of those that do. An idle row writes the slot
+        # A few idle rows between those that read cost less than copying the caches of those that do. An idle row writes the slot
         # at its cursor, which nobody sees before the row's next read writes it; a full row, its last slot: it has no next read.
         together = idle <= len(rows) and idle * S <= FREE
         called = list(span) if together else list(rows)
@@ -526,7 +527,7 @@ def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
 
 
 def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
-    """Split rows into reads that share a call: of like length, or so short in all that pads cost less than a second call.
+    """Split rows into reads that share a call: of like length, or with so few pads that they cost less than a second call.
 
     So one row's long read pads nobody else's, and a row that catches up does not widen a large batch of single tokens.
     """
@@ -534,20 +535,27 @@ def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
         return len(row.ids) - lm.cursor[row.index]
 
     groups: list[list[Row]] = []
+    tokens = 0  # in the last group, pads excluded
     for row in sorted(rows, key=unread):
-        if groups:
-            total = padded(unread(row)) * (len(groups[-1]) + 1)
-            if total <= FREE or (unread(row) <= 1.25 * unread(groups[-1][0]) and total <= CHUNK):
-                groups[-1].append(row)
-                continue
-        groups.append([row])
+        n = unread(row)
+        total = padded(n) * (len(groups[-1]) + 1) if groups else math.inf
+        if total <= CHUNK and (total - tokens - n <= FREE or n <= 1.25 * unread(groups[-1][0])):
+            groups[-1].append(row)
+            tokens += n
+        else:
+            groups.append([row])
+            tokens = n
     return [sorted(group, key=lambda row: row.index) for group in groups]
 
 
-def next_model(rows: list[Row], last: int) -> int:
-    """Who runs next: the other model than last time, if any row waits for it. Free to choose: no result depends on it."""
-    waiting = {row.active for row in rows}
-    return 1 - last if 1 - last in waiting else last
+def next_model(rows: list[Row], last: int, in_a_row: int) -> int:
+    """Who runs next, `last` having run so often in a row: who most rows wait for, so that calls serve many, but nobody waits long.
+
+    Free to choose: no result depends on it.
+    """
+    other = 1 - last
+    waiting = sum(row.active == other for row in rows)
+    return other if waiting and (2 * waiting > len(rows) or in_a_row >= PATIENCE) else last
 
 
 def windows(rows: list[Row], width: int, device) -> torch.Tensor:
@@ -638,9 +646,10 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         for row in rows if temperature else []:
             generator = torch.Generator().manual_seed(row.seed)
             row.uniform = torch.rand(max_new_tokens, 2, generator=generator).tolist()
-        live, model = rows, 1 - first
+        live, model, in_a_row = rows, first, 0
         while live:
-            model = next_model(live, model)
+            chosen = next_model(live, model, in_a_row)
+            model, in_a_row = chosen, in_a_row + 1 if chosen == model else 1
             for group in similar_lengths([row for row in live if row.active == model], lms[model]):
                 try:
                     calls = advance(model, lms[model], group, router, vocab, sampling)

@@ -412,7 +412,7 @@ def test_one_model_alone_equals_generate(family):
     assert H.max() - H.min() > 0.3  # the entropies spread, so this was no easy case
 
 
-ROUTERS = [EntropyRouter(0.4), EntropyRouter(0.5, window=3, tau_back=0.3), RandomRouter(0.4, stay=0.5), SLMOnly(), LLMOnly()]
+ROUTERS = [EntropyRouter(0.85), EntropyRouter(0.85, window=3, tau_back=0.8), RandomRouter(0.4, stay=0.5), SLMOnly(), LLMOnly()]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -424,11 +424,38 @@ def test_a_row_gets_what_it_gets_alone_in_any_order(router, temperature, monkeyp
     together = stitch(*pair, ids, router, attention_mask=mask, seed=3, **options)
     alone = [stitch(*pair, ids[b:b + 1, -n:], router, seed=[together.seed[b]], **options) for b, n in enumerate(mask.sum(1))]
     assert_same_calls([r.calls[0] for r in alone], together.calls)
-    orders = {"LLM as soon as one row waits": lambda rows, last: max(row.active for row in rows),
-              "LLM only when all rows wait": lambda rows, last: min(row.active for row in rows)}
+    orders = {"LLM as soon as one row waits": lambda rows, last, in_a_row: max(row.active for row in rows),
+              "LLM only when all rows wait": lambda rows, last, in_a_row: min(row.active for row in rows)}
     for order in orders.values():
         monkeypatch.setattr(rstitch, "next_model", order)
         assert_same_calls(stitch(*pair, ids, router, attention_mask=mask, seed=3, **options).calls, together.calls)
+
+
+def rows_of(active: list[int], unread: list[int] | None = None) -> list[rstitch.Row]:
+    return [rstitch.Row(i, 0, [5] * n, 1, model, []) for i, (model, n) in enumerate(zip(active, unread or [1] * len(active)))]
+
+
+def test_the_majority_runs_and_nobody_waits_long():
+    run = lambda active, last, in_a_row=1: rstitch.next_model(rows_of(active), last, in_a_row)  # noqa: E731
+    assert run([SLM, SLM, LLM], SLM) == SLM and run([SLM, LLM, LLM], SLM) == LLM
+    assert run([SLM, LLM], SLM) == SLM and run([SLM, LLM], LLM) == LLM  # a tie stays
+    assert run([LLM, LLM], SLM) == LLM and run([SLM, SLM], LLM) == SLM  # only who is waited for may run
+    assert run([SLM, SLM, LLM], SLM, rstitch.PATIENCE) == LLM
+    assert run([SLM, SLM], SLM, 10 * rstitch.PATIENCE) == SLM
+
+
+@given(unread=st.lists(st.integers(1, 6) | st.integers(1, 3000), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_reads_share_a_call_only_where_pads_are_few(unread):
+    lm = type("Unread", (), {"cursor": [0] * len(unread)})
+    groups = rstitch.similar_lengths(rows_of([SLM] * len(unread), unread), lm)
+    assert sorted(row.index for group in groups for row in group) == list(range(len(unread)))
+    for group in groups:
+        tokens = [len(row.ids) for row in group]
+        total = len(group) * rstitch.padded(max(tokens))
+        assert len(group) == 1 or total <= rstitch.CHUNK
+        assert total - sum(tokens) <= rstitch.FREE or max(tokens) <= 1.25 * min(tokens) or len(group) == 1
+        assert [row.index for row in group] == sorted(row.index for row in group)
 
 
 def test_nothing_is_read_twice_and_every_discard_is_a_switch():

@@ -6,7 +6,7 @@ Design properties decide whether a pair is accepted (SLM right on 40-70 %, LLM o
 long where both are right, an LLM forward at least 4 times an SLM forward, 99 % of answers finished). The rest is reported.
 """
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -70,16 +70,6 @@ def entropy_figures(solved: list[dict]) -> dict:
             "auroc_wrong": [auroc(mean, wrong), *bootstrap(auroc, mean, wrong)]}
 
 
-def tau_rows(tau: float, n: int) -> list[dict]:
-    """R-Stitch at tau, and random switching with the LLM share that it reached."""
-    stitched = method_row("R-Stitch", tau, n)
-    return [stitched, method_row("random", tau, n, p=stitched["llm_share"])]
-
-
-def single_row(method: str, n: int) -> list[dict]:
-    return [method_row(method, None, n)]
-
-
 def step_cost(repeats: int = 400, context: int = 100) -> dict:
     """Milliseconds at batch 1 of one decode step (read, entropy, draw, host read) and of the model's forward in it, one thread,
     SLM and LLM interleaved."""
@@ -125,18 +115,38 @@ def bfloat16_flips(n: int = 16) -> dict:
 
 
 def run(path: Path = RESULTS / "pair.jsonl", n: int = N_TEST, taus: tuple[float, ...] = TAUS, workers: int = 2) -> list[dict]:
-    """Compute what `path` lacks, a row at a time."""
-    done = {(r["what"], r.get("method"), r.get("tau")) for r in read_rows(path)}
-    if ("step cost", None, None) not in done:
+    """Compute what `path` lacks, a row at a time. Random switching follows R-Stitch, at the LLM share that it reached."""
+    rows = {(r["what"], r.get("method"), r.get("tau")): r for r in read_rows(path)}
+    if ("step cost", None, None) not in rows:
         append_row(path, step_cost())
-    if ("bfloat16 flips", None, None) not in done:
+    if ("bfloat16 flips", None, None) not in rows:
         append_row(path, bfloat16_flips())
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(single_row, m, n) for m in ("LLM", "SLM", "LLM-short") if ("method", m, None) not in done]
-        jobs += [pool.submit(tau_rows, tau, n) for tau in taus if ("method", "random", tau) not in done]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="methods", disable=None):
-            for row in job.result():
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
+            tqdm(total=3 + 2 * len(taus), desc="methods", disable=None) as bar:
+        running = set()
+
+        def start(method: str, tau: float | None = None) -> None:
+            """The row, unless it is there; then what follows from it."""
+            row = rows.get(("method", method, tau))
+            if row is None:
+                p = rows["method", "R-Stitch", tau]["llm_share"] if method == "random" else None
+                running.add(pool.submit(method_row, method, tau, n, p))
+            else:
+                bar.update()
+                if method == "R-Stitch":
+                    start("random", tau)
+
+        for method in ("LLM", "SLM", "LLM-short"):
+            start(method)
+        for tau in taus:
+            start("R-Stitch", tau)
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for job in finished:
+                row = job.result()
                 append_row(path, row)
+                rows["method", row["method"], row["tau"]] = row
+                start(row["method"], row["tau"])
     return read_rows(path)
 
 
