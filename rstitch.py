@@ -182,7 +182,7 @@ class StitchLayer(CacheLayerMixin):
         here = rows[:, None], slice(None), slots[:, 0, :, 0]
         self.keys[here] = key_states.transpose(1, 2)  # (n, S, H, D)
         self.values[here] = value_states.transpose(1, 2)
-        return self.keys[rows, :, :live], self.values[rows, :, :live]
+        return self.keys[:, :, :live].index_select(0, rows), self.values[:, :, :live].index_select(0, rows)  # faster than indexing
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.place.live, 0

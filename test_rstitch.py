@@ -6,6 +6,8 @@ import inspect
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -931,3 +933,37 @@ def test_printer_colours_by_writer_and_strikes_out_what_was_discarded(monkeypatc
         printer(0, rstitch.Call(model, 0, 1, 0, token, 0.0, kept))
     slm, llm, struck, plain = (rstitch.COLOURS[k] for k in (SLM, LLM, "discarded", "plain"))
     assert "".join(out) == f"{slm}w3{plain}{slm}{struck} w4{plain}{llm} w5{plain}{slm} w6{plain}"
+
+
+# ---- README --------------------------------------------------------------------------------------------------------------
+
+
+README = (Path(__file__).parent / "README.md").read_text()
+
+
+def readme_commands() -> list[list[str]]:
+    """The arguments of every `python rstitch.py` of the README."""
+    return [shlex.split(found, comments=True) for found in re.findall(r"python rstitch\.py([^\n`]*)", README)]
+
+
+def test_every_snippet_of_the_readme_runs(capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(code, "README.md", "exec"), names)
+    assert "The answer is" in capsys.readouterr().out
+    gap = stitch(names["slm"], names["llm"], names["ids"], names["GapRouter"](), max_new_tokens=320)
+    assert torch.equal(names["out"], gap.sequences) and {SLM, LLM} == set(gap.source.unique().tolist())
+
+
+def test_every_command_of_the_readme_runs(saved_pair, capsys, monkeypatch):
+    from analysis import demo
+    ran = []
+    monkeypatch.setattr(demo, "main", lambda *args: ran.append(args))  # the table is tested in analysis/test_analysis.py
+    for argv in readme_commands():
+        if "--slm" in argv:  # a real pair: tiny random models with a chat template and two logit widths in its place, fewer tokens
+            argv[argv.index("--slm") + 1], argv[argv.index("--llm") + 1] = str(saved_pair / "slm"), str(saved_pair / "llm")
+            argv[argv.index("--max-new-tokens") + 1] = "24"
+        rstitch.main(argv + ["--device", "cpu"])
+    out = capsys.readouterr().out
+    assert len(ran) == 1 and out.count("tokens/s") == len(readme_commands()) - 1 >= 3
