@@ -20,7 +20,7 @@ What a router decides is only who reads next (Algorithm 1 of R-Stitch; H is the 
 
 Glossary (code name, paper symbol, unit, default):
 
-    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache slots; logit columns; hidden size
+    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache slots; logit columns; hidden size (in a cache: H heads of D)
     entropy            H_t of R-Stitch Eq. 1, in nats. The paper divides by log V; here the unit is always named
     tau                threshold on the entropy, R-Stitch section 3; normalised to [0, 1] unless unit="nats"; 0.02
     window             number of steps whose entropies are averaged before comparing with tau; 1 (the paper)
@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
@@ -95,7 +95,7 @@ class Sampling:
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The warped distribution, float32: (n, V) -> (n, V)."""
         logits = logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # no overflow, however cold
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)  # no overflow, however cold
         if self.top_k:
             kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -175,9 +175,8 @@ class StitchLayer(CacheLayerMixin):
             if self.viewed != (rows, live):  # making two views costs as much as writing a token
                 self.viewed, self.views = (rows, live), (self.keys[rows, :, :live], self.values[rows, :, :live])
             keys, values = self.views
-            slots = slots.expand_as(key_states)
-            keys.scatter_(2, slots, key_states)
-            values.scatter_(2, slots, value_states)
+            keys.scatter_(2, slots.expand_as(key_states), key_states)
+            values.scatter_(2, slots.expand_as(value_states), value_states)
             return keys, values
         here = rows[:, None], slice(None), slots[:, 0, :, 0]
         self.keys[here] = key_states.transpose(1, 2)  # (n, S, H, D)
@@ -205,6 +204,10 @@ class Output(NamedTuple):
     entropy: torch.Tensor
 
 
+# Of all causal models of transformers 5.23 that take position_ids, these alone differ from a recompute.
+MISPLACED = frozenset("""gpt_neo moshi roberta roberta-prelayernorm camembert data2vec-text xlm-roberta xlm-roberta-xl xmod""".split())
+
+
 def check_servable(model, max_len: int, name: str = "model") -> None:
     """ValueError or TypeError for what cannot stand at different positions in different rows, before any work."""
     if not isinstance(model, PreTrainedModel):
@@ -228,13 +231,16 @@ def check_servable(model, max_len: int, name: str = "model") -> None:
         raise ValueError(f"{name} is spread over {len(devices)} devices: expected all of it on one; SLM and LLM may differ")
     if model.training:
         raise ValueError(f"{name} is in training mode: call .eval() first")
+    if config.model_type in MISPLACED or getattr(config, "alibi", False):
+        raise ValueError(f"{name} cannot be served: its positions or its mask do not follow position_ids")
     # Rotary frequencies that follow the longest row of a call would make rows depend on each other.
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or math.inf
-    kind = rope.get("rope_type", "default")
-    if kind == "dynamic" or kind == "longrope" and max_len > limit:
-        raise ValueError(f"{name} has rope_type={kind!r}, whose frequencies change with the length of the longest "
-                         f"row: expected another type, or for longrope at most {limit} tokens, prompt and answer; asked for {max_len}")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(r for r in ropes.values() if isinstance(r, dict))]:  # one for all layers, or one per type of layer
+        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or math.inf
+        kind = rope.get("rope_type", "default")
+        if kind == "dynamic" or kind == "longrope" and max_len > limit:
+            raise ValueError(f"{name} has rope_type={kind!r}, whose frequencies change with the length of the longest "
+                             f"row: expected another type, or for longrope at most {limit} tokens, prompt and answer; asked for {max_len}")
 
 
 class CachedLM:
@@ -244,6 +250,7 @@ class CachedLM:
     of a model to keep its allocation from call to call; `close()` detaches it from the model.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, model, batch_size: int, max_len: int):
         for name, size in (("batch_size", batch_size), ("max_len", max_len)):
             check_count(name, size)
@@ -261,7 +268,7 @@ class CachedLM:
         self.inputs = torch.zeros(2, max(CHUNK, batch_size) + FREE, dtype=torch.long, device=model.device)  # ids, positions
         self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
-        # What the output embedding reads is the last hidden state in every architecture. The hook holds a dict, not self, so
+        # What the output embedding reads is the last hidden state, in every family tested. The hook holds a dict, not self, so
         # that a CachedLM which nobody closed is still freed, cache and all.
         caught = self.caught = {}
         self.hook = model.get_output_embeddings().register_forward_pre_hook(
@@ -516,13 +523,13 @@ class Row:
 
 
 def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
-    """One seed per row: row i of an integer seed draws from (seed, i), a list is taken as it is, None draws one."""
+    """One seed per row: row i of an integer seed draws from (seed, i), a list is taken as it is, None draws from torch's generator."""
     if seed is None:
-        seed = random.SystemRandom().randrange(2**63)
+        seed = int(torch.randint(2**62, ()))
     if isinstance(seed, Integral):
         return [int.from_bytes(hashlib.sha256(f"{seed} {i}".encode()).digest()[:7], "big") for i in range(B)]
-    if not isinstance(seed, Sequence) or len(seed) != B or not all(isinstance(s, Integral) for s in seed):
-        raise ValueError(f"seed={seed!r}: expected an integer, or a sequence of one integer per row, {B}")
+    if not isinstance(seed, Sequence) or len(seed) != B or not all(isinstance(s, Integral) and abs(s) < 2**63 for s in seed):
+        raise ValueError(f"seed={seed!r}: expected an integer, or a sequence of one integer below 2**63 per row, {B}")
     return [int(s) for s in seed]
 
 
@@ -574,11 +581,10 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     unread = [row.ids[start:] for row, start in zip(rows, n_kv)]
     position = [len(row.ids) - row.n_prompt for row in rows]
     uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
+    out = lm.read([row.index for row in rows], unread, vocab, sampling, uniform)
     at = torch.tensor([position, [len(row.ids) for row in rows]], device=device)
-    about = dict(rows=[row.index for row in rows], seeds=[row.seed for row in rows], position=at[0], context=at[1],
-                 history=windows(rows, getattr(router, "window", 1) - 1, device))
-    out = lm.read(about["rows"], unread, vocab, sampling, uniform)
-    step = Step(**about, logits=out.logits, hidden=out.hidden, token=out.token, entropy=out.entropy)
+    step = Step([row.index for row in rows], [row.seed for row in rows], out.logits, out.hidden, out.token, out.entropy,
+                position=at[0], context=at[1], history=windows(rows, getattr(router, "window", 1) - 1, device))
     leave = (router.leave_slm if model == SLM else router.leave_llm)(step)
     check_decision(router, model, leave, step.token)
     tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # the one host read
@@ -608,7 +614,7 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
 
     slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts; without attention_mask (B, P)
     every token counts, with it the zeros on the left are padding. eos_token_id: None takes every EOS of either model's generation
-    config, [] none; pad_token_id: None takes theirs, else their first EOS, else 0. on_token(row, call) sees every forward pass in
+    config, [] none; pad_token_id: None takes theirs, else the first token that ends an answer, else 0. on_token(row, call) sees every forward pass in
     each row's order; stop(row, ids) ends a row after the token that makes it true, ids being the answer so far.
 
     Departs from the paper: any batch size (each row has its own active model and gets, up to float rounding, what it would get
@@ -619,6 +625,9 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
     sampling = Sampling(temperature, top_k, top_p)
     check_count("max_new_tokens", max_new_tokens)
     check_router(router)
+    for name, function in (("on_token", on_token), ("stop", stop)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r}: expected a function, or None")
     prompts = unpadded(input_ids, attention_mask)
     B, longest = len(prompts), max(map(len, prompts)) + max_new_tokens
     seeds = row_seeds(seed, B)
@@ -627,8 +636,8 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
     with ExitStack() as opened:
         lms = []
         for name, lm in (("slm", slm), ("llm", llm)):
+            check_servable(lm.model if isinstance(lm, CachedLM) else lm, longest, name)
             if not isinstance(lm, CachedLM):
-                check_servable(lm, longest, name)
                 lm = CachedLM(lm, B, longest)
                 opened.callback(lm.close)
             check_fits(name, lm, prompts, longest)
@@ -639,7 +648,7 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         eos = end_tokens(eos_token_id, lms)
         if pad_token_id is None:
             pads = [lm.model.generation_config.pad_token_id for lm in lms]
-            pad_token_id = next((pad for pad in [*pads, *eos] if pad is not None), 0)
+            pad_token_id = next((pad for pad in [*pads, *eos] if pad is not None and pad >= 0), 0)
         check_count("pad_token_id", pad_token_id, least=0)
         first = getattr(router, "first", SLM)
         rows = [Row(i, seeds[i], list(ids), len(ids), first, []) for i, ids in enumerate(prompts)]
@@ -688,6 +697,8 @@ def check_fits(name: str, lm: CachedLM, prompts: list[list[int]], length: int) -
     """ValueError where rows of up to `length` tokens, answer included, exceed a cache, a model's context or its vocabulary."""
     context = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or length
     B, lowest, highest = len(prompts), min(map(min, prompts)), max(map(max, prompts))
+    if not lm.layers:
+        raise ValueError(f"the CachedLM given as {name} is closed")
     if B > lm.batch_size or length > lm.max_len:
         raise ValueError(f"input_ids needs {B} rows of {length} tokens: the CachedLM given as {name} holds {lm.batch_size} of {lm.max_len}")
     if length > context:
@@ -699,9 +710,12 @@ def check_fits(name: str, lm: CachedLM, prompts: list[list[int]], length: int) -
 def end_tokens(eos_token_id, lms: list[CachedLM]) -> list[int]:
     """The tokens that end an answer: those given, else every EOS of either model."""
     given = [eos_token_id] if eos_token_id is not None else [lm.model.generation_config.eos_token_id for lm in lms]
-    tokens = [token for entry in given if entry is not None for token in torch.as_tensor(entry).flatten().tolist()]
-    if not all(isinstance(token, int) for token in tokens):
-        raise ValueError(f"eos_token_id={eos_token_id!r}: expected token ids, or None for those of the models")
+    try:
+        tokens = [token for entry in given if entry is not None for token in torch.as_tensor(entry).flatten().tolist()]
+    except (TypeError, ValueError, RuntimeError):
+        tokens = [None]
+    if not all(type(token) is int for token in tokens):
+        raise ValueError(f"eos_token_id={eos_token_id!r}: expected a token id or several, or None for those of the models")
     return tokens
 
 
@@ -710,7 +724,7 @@ def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int) -> Stit
     B, N = len(rows), max(len(row.kept) for row in rows)
     answers = torch.full((B, N), pad_token_id, dtype=torch.long)
     source = torch.full((B, N), -1, dtype=torch.int8)
-    H = torch.full((B, N), math.nan)
+    H = torch.full((B, N), math.nan, dtype=torch.float32)
     for row in rows:
         n = len(row.kept)
         answers[row.index, :n] = torch.tensor([call.token for call in row.kept])
@@ -719,6 +733,9 @@ def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int) -> Stit
     device = input_ids.device
     return Stitched(torch.cat([input_ids.long(), answers.to(device)], 1), source.to(device), H.to(device),
                     [row.calls for row in rows], [row.seed for row in rows])
+
+
+# ---- 4b. Inside transformers ---------------------------------------------------------------------------------------------
 
 
 # What `custom_generate` does with every field of GenerationConfig and every keyword of generate().
@@ -742,21 +759,22 @@ REFUSED = {  # and the values that ask for nothing, None apart
 
 
 def written_by_caller() -> dict:
-    """The keywords that generate() was called with, found on the stack. transformers 5.17 to 5.23 forgets streamer, tokenizer and
-    assistant_model where custom_generate is a function, and leaves no other trace of them."""
+    """What generate() was called with, found on the stack: transformers 5.17 to 5.23 forgets streamer, tokenizer and
+    assistant_model where custom_generate is a function. Empty where custom_generate is called without generate()."""
+    code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
-    while frame is not None:
-        keywords = frame.f_locals.get("kwargs")
-        if isinstance(keywords, dict) and keywords.get("custom_generate") is custom_generate:
-            return keywords
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return {}
+    if frame is None:
+        return {}
+    named = {name: frame.f_locals.get(name) for name in code.co_varnames[1:code.co_argcount]}  # without self
+    return named | frame.f_back.f_locals.get("kwargs", {})  # its no_grad wrapper still has every keyword
 
 
 def check_generation(config, keywords: dict) -> None:
     """ValueError naming the first option of generate() that `stitch` would not follow, before any work."""
-    fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    known = HONOURED | NEUTRAL | REFUSED.keys() | fields.keys() | {"input_ids", "slm", "router", "seed"}
+    fields = {name: getattr(config, name, None) for name in vars(type(config)()) if not name.startswith("_")}
+    known = HONOURED | NEUTRAL | REFUSED.keys() | {"input_ids", "slm", "router", "seed"}
     for name, value in (keywords | fields).items():  # what the caller wrote comes first
         idle = REFUSED.get(name, ())
         if value is None or name in known and name not in REFUSED or not isinstance(value, torch.Tensor) and value in idle:
@@ -782,7 +800,8 @@ def custom_generate(model, input_ids: torch.Tensor, *, slm=None, router=None, se
         raise ValueError(f"streamer={type(streamer).__name__} needs one row: got {len(input_ids)}")
     if stop_strings and tokenizer is None:
         raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer= to generate()")
-    criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]  # stitch has its own
+    own = written.get("stopping_criteria") or []  # of length and EOS only the caller's: stitch has those of the config
+    criteria = [c for c in stopping_criteria if any(c is o for o in own) or not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
     criteria += [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
 
     def stop(row: int, answer: list[int]) -> bool:
@@ -793,11 +812,12 @@ def custom_generate(model, input_ids: torch.Tensor, *, slm=None, router=None, se
         if call.kept:
             streamer.put(torch.tensor([call.token]))
 
-    eos = config.eos_token_id  # what the LLM was saved with also ends at the SLM's own; what the caller wrote is taken as it is
+    # The EOS that the LLM was saved with goes together with the SLM's own; one that the caller chose is taken as it is.
+    saved = written.get("eos_token_id") is None and config.eos_token_id == model.generation_config.eos_token_id
     result = stitch(slm, model, input_ids, router, attention_mask=model_kwargs.get("attention_mask"),
                     max_new_tokens=config.max_length - input_ids.shape[1], temperature=config.temperature if config.do_sample else 0.0,
                     top_k=config.top_k or 0, top_p=1.0 if config.top_p is None else config.top_p,
-                    eos_token_id=None if eos == model.generation_config.eos_token_id else eos, pad_token_id=config.pad_token_id,
+                    eos_token_id=None if saved else config.eos_token_id, pad_token_id=config.pad_token_id,
                     seed=seed, on_token=stream if streamer is not None else None, stop=stop if criteria else None)
     if streamer is not None:
         streamer.end()
@@ -891,6 +911,14 @@ def run_question(slm, llm, tokenizer, question: str, router, **options) -> list[
     return result.calls[0]
 
 
+def usable_device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # no such device, or no such device here
+        raise argparse.ArgumentTypeError(f"{name!r} is no device that torch can use here") from None
+    return name
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Answer a question with a small and a large language model, stitched token by token.")
     add = parser.add_argument
@@ -904,10 +932,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="probability mass to sample from, in (0, 1]; needs --temperature (default: %(default)s)")
     add("--seed", type=int, default=0, help="integer that decides every random draw (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device of both models (default: %(default)s)")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device of both models (default: %(default)s)")
     add("--special-tokens-may-differ", action="store_true", help="run a pair whose tokenizers differ in special tokens only")
     add("--json", metavar="FILE", help="write the table's rows there; without a question only")
-    add("--dtype", help="float32, bfloat16, ... or auto, the checkpoint's (default: float32 on a CPU, else auto)")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of both models; auto is the checkpoint's (default: float32 on a CPU, else auto)")
     return parser
 
 
@@ -926,7 +954,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.question is None:
-            given = [name for name in vars(args).keys() - {"seed", "device", "json"} if getattr(args, name) != parser.get_default(name)]
+            others = sorted(vars(args).keys() - {"seed", "device", "json"})
+            given = [name for name in others if getattr(args, name) != parser.get_default(name)]
             if given:
                 raise ValueError(f"--{given[0].replace('_', '-')} needs a question: the table without one is of the pocket pair as it is")
             from analysis import demo

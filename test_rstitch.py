@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import given, settings, strategies as st
-from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, TopKLogitsWarper, TopPLogitsWarper
 
 import rstitch
 from rstitch import (LLM, SLM, CachedLM, EntropyRouter, LLMOnly, RandomRouter, Sampling, SLMOnly, entropy, row_seeds, stitch)
@@ -49,6 +49,9 @@ FAMILIES = {
     "Gemma 3": ("Gemma3TextConfig", "Gemma3ForCausalLM", GROUPED | GEMMA),
     "GPT-OSS": ("GptOssConfig", "GptOssForCausalLM", GROUPED | MOE | dict(
         num_local_experts=4, sliding_window=5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
+    "DeepSeek-V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", dict(  # keys of 12, values of 16 a head
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=16,
+        n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1)),
     "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
     "GPT-2": ("GPT2Config", "GPT2LMHeadModel", {}),
 }
@@ -605,6 +608,16 @@ def built(config: str, model: str, **fields):
     return getattr(transformers, model)(getattr(transformers, config)(vocab_size=32, **fields)).eval()
 
 
+def closed(lm: CachedLM) -> CachedLM:
+    lm.close()
+    return lm
+
+
+def in_training(lm: CachedLM) -> CachedLM:
+    lm.model.train()
+    return lm
+
+
 def half_router(method: str):
     return type("Half", (), {method: lambda self, step: None})()
 
@@ -642,6 +655,19 @@ BAD_INPUT = {
         "BloomConfig", "BloomForCausalLM", hidden_size=16, n_layer=1, n_head=2)),
     r"llm \(LlamaForCausalLM\) has rope_type='dynamic'": dict(llm=lambda: tiny.__wrapped__(
         "Llama", 45, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})),
+    r"llm \(Gemma3ForCausalLM\) has rope_type='longrope'": dict(max_new_tokens=70, llm=lambda: tiny.__wrapped__("Gemma 3", 45, rope_parameters={
+        "full_attention": {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64,
+                           "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}})),
+    r"slm \(GPTNeoForCausalLM\) cannot be served: its positions or its mask": dict(slm=lambda: built(
+        "GPTNeoConfig", "GPTNeoForCausalLM", hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])),
+    r"llm \(FalconForCausalLM\) cannot be served": dict(llm=lambda: built(
+        "FalconConfig", "FalconForCausalLM", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True)),
+    "the CachedLM given as slm is closed": dict(slm=lambda: closed(CachedLM(tiny.__wrapped__(), 1, 64))),
+    r"slm \(Qwen2ForCausalLM\) is in training mode": dict(slm=lambda: in_training(CachedLM(tiny.__wrapped__(), 1, 64))),
+    "stop=5: expected a function": dict(stop=5), "on_token='x': expected a function": dict(on_token="x"),
+    "eos_token_id='</s>':": dict(eos_token_id="</s>"), r"eos_token_id=\[\[1\], 2\]:": dict(eos_token_id=[[1], 2]),
+    "eos_token_id=True:": dict(eos_token_id=True), r"seed=\[18446744073709551616\]": dict(seed=[2**64]),
     "slm .* uses attn_implementation='flex_attention'": dict(slm=lambda: tiny.__wrapped__("Llama", 1, attn_implementation="flex_attention")),
     "input_ids needs 2 rows of 5 tokens: the CachedLM given as slm holds 1 of 64": dict(
         input_ids=IDS.repeat(2, 1), slm=lambda: CachedLM(tiny.__wrapped__(), 1, 64)),
@@ -809,6 +835,43 @@ def test_stopping_criteria_and_max_time_are_asked_after_every_token():
     assert generate(pair, IDS, max_new_tokens=20, eos_token_id=-1, max_time=1e-6).shape == (1, 3)
 
 
+def test_wrappers_of_our_function_lose_no_option():
+    pair, stream = (tiny("Qwen2", 1), tiny("Llama", 2)), Stream()
+    ours = partial(rstitch.custom_generate, slm=pair[0], router=EntropyRouter(0.85))
+    result = pair[1].generate(IDS, custom_generate=ours, streamer=stream, max_new_tokens=9)
+    assert torch.equal(result, generate(pair, IDS, max_new_tokens=9)) and len(stream.got) == result.shape[1]  # prompt, tokens, end
+    with pytest.raises(ValueError, match="assistant_model=Qwen2ForCausalLM"):
+        pair[1].generate(IDS, custom_generate=ours, assistant_model=pair[0])
+    with pytest.raises(ValueError, match="logits_processor"):  # where keywords are written as positions
+        pair[1].generate(IDS, None, [TopKLogitsWarper(3)], custom_generate=ours)
+
+
+def test_the_callers_own_criteria_count_also_where_stitch_has_the_like():
+    pair = tiny("Qwen2", 1), tiny("Llama", 2)
+    options = dict(max_new_tokens=20, eos_token_id=-1)
+    whole = generate(pair, IDS, **options)
+    assert torch.equal(generate(pair, IDS, stopping_criteria=[MaxLengthCriteria(7)], **options), whole[:, :7])
+    token = whole[0, 9].item()
+    first = 1 + whole[0].tolist().index(token, 2)
+    assert torch.equal(generate(pair, IDS, stopping_criteria=[EosTokenCriteria(token)], **options), whole[:, :first])
+
+
+def test_eos_that_the_caller_writes_is_taken_as_it_is():
+    pair = tiny.__wrapped__("Qwen2", 1), tiny.__wrapped__("Llama", 2)
+    whole = answers(stitch(*pair, IDS, EntropyRouter(0.85), max_new_tokens=20, eos_token_id=[]))[0]
+    pair[0].generation_config.eos_token_id = whole[4]
+    assert generate(pair, IDS, max_new_tokens=20)[0, 2:].tolist() == whole[:1 + whole.index(whole[4])]  # the SLM's own
+    assert generate(pair, IDS, max_new_tokens=20, eos_token_id=1)[0, 2:].tolist() == whole
+
+
+def test_seeds_that_nobody_gives_come_from_the_generator_of_torch():
+    pair, drawn = (tiny("Qwen2", 1), tiny("Llama", 2)), []
+    for seed in (0, 0, 1):
+        transformers.set_seed(seed)
+        drawn.append(generate(pair, IDS, do_sample=True, max_new_tokens=12, eos_token_id=-1).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(num_beams=2), "num_beams=2 cannot be followed by custom_generate: expected None or 1"), (dict(repetition_penalty=1.5), "repetition_penalty=1.5"),
     (dict(assistant_model=lambda: tiny()), "assistant_model=Qwen2ForCausalLM"), (dict(min_new_tokens=2), "min_new_tokens=2"),
@@ -884,7 +947,8 @@ def test_main_prints_the_answer_of_stitch_and_a_summary(saved_pair, capsys):
     (["--router", "random", "--p", "1.5"], "p=1.5: expected a probability"), (["--top-p", "0.5"], "--top-p 0.5 needs a --temperature"),
     (["--temperature", "-1"], "temperature=-1.0: expected"), (["--temperature", "1", "--top-p", "0"], "top_p=0.0: expected"),
     (["--max-new-tokens", "0"], "max_new_tokens=0: expected"), (["--slm", "no/such/folder"], "no/such/folder"),
-    (["--json", "rows.json"], "--json rows.json belongs to the table"),
+    (["--json", "rows.json"], "--json rows.json belongs to the table"), (["--device", "nope"], "'nope' is no device that torch can use here"),
+    (["--dtype", "nope"], "invalid choice: 'nope'"),
 ])
 def test_main_refuses_bad_options_in_one_sentence(saved_pair, capsys, argv, message):
     with pytest.raises(SystemExit) as refused:

@@ -116,7 +116,7 @@ def bfloat16_flips(n: int = 16) -> dict:
 
 def run(path: Path = RESULTS / "pair.jsonl", n: int = N_TEST, taus: tuple[float, ...] = TAUS, workers: int = 2) -> list[dict]:
     """Compute what `path` lacks, a row at a time. Random switching follows R-Stitch, at the LLM share that it reached."""
-    rows = {(r["what"], r.get("method"), r.get("tau")): r for r in read_rows(path)}
+    rows = {(r["what"], r.get("method"), r.get("tau")): r for r in read_rows(path) if r["what"] != "method" or r["n"] == n}
     if ("step cost", None, None) not in rows:
         append_row(path, step_cost())
     if ("bfloat16 flips", None, None) not in rows:
