@@ -523,6 +523,24 @@ def test_cached_lms_are_reused_without_a_trace():
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
+def test_what_a_router_clones_can_be_trained_on():
+    kept = []
+
+    class Keeping(LLMOnly):
+        def leave_llm(self, step):
+            kept.append(step.hidden.clone())
+            return torch.zeros_like(step.token, dtype=torch.bool)
+
+    lm = CachedLM(tiny("Llama", 2), 1, 64)
+    with torch.inference_mode():  # a kept cache may be filled inside of inference mode and used again outside
+        stitch(tiny("Qwen2", 1), lm, IDS, LLMOnly(), max_new_tokens=4)
+    stitch(tiny("Qwen2", 1), lm, IDS, Keeping(), max_new_tokens=4, eos_token_id=[])
+    lm.close()
+    weight = torch.ones(kept[0].shape[1], requires_grad=True)
+    (torch.cat(kept) @ weight).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.cat(kept).sum(0))
+
+
 def test_bfloat16_models_run_and_return_float32_entropies():
     pair = [m.to(torch.bfloat16) for m in (tiny("Qwen2", 21), tiny("Llama", 22))]
     ids, mask = prompts([4, 9], seed=9)
