@@ -11,7 +11,7 @@ the product of two: how much shorter the answers are, and how much cheaper a tok
 import json
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,11 +65,16 @@ def latencies(methods: list[Method], problem, i: int, seed: int, device: str) ->
     return [out[method] for method in methods]
 
 
-def table(n: int = 200, n_latency: int = 20, seed: int = 0, device: str = "cpu", workers: int = 2) -> list[dict]:
-    """The rows, one per method, LLM alone second; one worker works in this process."""
+def make_pool(workers: int) -> Executor:
+    """Processes, or for one worker a thread of this one."""
+    return ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, device: str = "cpu") -> list[dict]:
+    """The rows, one per method, LLM alone second."""
     chosen = problems("test", n, seed)
-    pool = ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    with pool, tqdm(total=n * (len(ALONE) + 2 * len(STITCHED)) + n_latency, desc="answers", unit="problem", disable=None) as bar:
+    total = n * (len(ALONE) + 2 * len(STITCHED)) + n_latency
+    with tqdm(total=total, desc="answers", unit="problem", disable=None) as bar:
 
         def gather(jobs: dict, weight: int = 1) -> dict:
             done = {}
@@ -79,9 +84,7 @@ def table(n: int = 200, n_latency: int = 20, seed: int = 0, device: str = "cpu",
             return done
 
         def answers(methods) -> dict[Method, list[dict]]:
-            parts = [chosen[k * n // workers:(k + 1) * n // workers] for k in range(workers)]
-            done = gather({pool.submit(answer, m, part, seed, device): (m, k) for m in methods for k, part in enumerate(parts)}, n // workers)
-            return {m: [solved for k in range(workers) for solved in done[m, k]] for m in methods}
+            return gather({pool.submit(answer, method, chosen, seed, device): method for method in methods}, n)
 
         solved = answers(ALONE[1:] + STITCHED + ALONE[:1])  # the longest first
         figures = {method: describe(solved[method]) for method in (*ALONE, *STITCHED)}
@@ -132,9 +135,13 @@ def stream(n: int = 3, seed: int = 0, device: str = "cpu") -> None:
 def main(seed: int = 0, device: str = "cpu", json_file: str | None = None) -> None:
     if json_file:
         Path(json_file).touch()  # a path that cannot be written is told now, not after two minutes
+    workers = 2 if device == "cpu" else 1
     start = time.perf_counter()
-    stream(seed=seed, device=device)
-    rows = table(seed=seed, device=device, workers=2 if device == "cpu" else 1)
+    with make_pool(workers) as pool:
+        for _ in range(workers):
+            pool.submit(pair, "llm", device)  # they load while the problems are streamed
+        stream(seed=seed, device=device)
+        rows = table(pool, seed=seed, device=device)
     print("\n" + show(rows))
     print(f"{time.perf_counter() - start:.0f} s in all")
     if json_file:

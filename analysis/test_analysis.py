@@ -256,7 +256,8 @@ def test_report_resumes_and_states_every_design_property(tmp_path, capsys):
 
 
 def test_the_table_compares_every_method_on_the_same_problems(pocket):
-    rows = {r["method"]: r for r in demo.table(n=4, n_latency=1, seed=0, workers=1)}
+    with demo.make_pool(1) as pool:
+        rows = {r["method"]: r for r in demo.table(pool, n=4, n_latency=1, seed=0)}
     assert list(rows)[:3] == ["SLM alone", "LLM alone", "LLM trained short"]
     assert [name.split(",")[0] for name in list(rows)[3:]] == ["R-Stitch", "random"] * len(demo.TAUS)
     for name, router in (("SLM alone", rstitch.SLMOnly()), ("R-Stitch, tau 0.02", rstitch.EntropyRouter(0.02))):
