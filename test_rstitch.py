@@ -304,7 +304,7 @@ class TooClose(Exception):
     """A decision that float32 rounding may turn: a top-2 gap, a CDF step or a distance to tau too small to call."""
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def reference(models, ids: list[int], router: EntropyRouter, max_new_tokens: int, sampling: Sampling, seed: int, eos: int):
     """R-Stitch Algorithm 1, line by line, for one row, without a cache. Returns (answer, sources, entropies, calls)."""
     V = min(model.get_output_embeddings().weight.shape[0] for model in models)
@@ -377,11 +377,12 @@ def test_stitch_equals_algorithm_1():
     """More than 1,000 random cases. Blocks, chunks and short reads are small here, so that every path is taken often."""
     count = {"run": 0, "too close": 0}
 
-    @settings(max_examples=1100, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=1060, deadline=None, derandomize=True, database=None)
     @given(seed=st.integers(0, 10_000), pair=st.integers(0, 2), sliding=st.booleans(),
-           lengths=st.lists(st.integers(1, 9) | st.integers(10, 25), min_size=1, max_size=8),
+           lengths=st.sampled_from([1, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8]).flatmap(
+               lambda B: st.lists(st.integers(1, 9) | st.integers(10, 25), min_size=B, max_size=B)),
            tau=st.floats(0, 1), unit=st.sampled_from(["normalized", "nats"]), window=st.integers(1, 4),
-           tau_back=st.none() | st.floats(0, 1), n_new=st.integers(1, 7), temperature=st.sampled_from([0.0, 0.0, 0.6, 1.0]),
+           tau_back=st.none() | st.floats(0, 1), n_new=st.integers(1, 6), temperature=st.sampled_from([0.0, 0.0, 0.6, 1.0]),
            top_k=st.sampled_from([0, 5]), top_p=st.sampled_from([1.0, 0.9]))
     def compare(seed, pair, sliding, lengths, tau, unit, window, tau_back, n_new, temperature, top_k, top_p):
         lms = small_pair(pair, sliding)

@@ -219,9 +219,9 @@ def test_pocket_models_alone_equal_generate(pocket):
 def test_sixteen_rows_together_equal_sixteen_alone(pocket, tau, temperature):
     slm, llm, tokenizer = pocket
     ids, mask = encode_problems(tokenizer, problems("dev", 16, seed=2))
-    router, options = rstitch.EntropyRouter(tau), dict(max_new_tokens=40, temperature=temperature)
+    router, options = rstitch.EntropyRouter(tau), dict(max_new_tokens=28, temperature=temperature)
     together = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, seed=4, **options)
-    lms = [rstitch.CachedLM(model, 1, ids.shape[1] + 40) for model in (slm, llm)]
+    lms = [rstitch.CachedLM(model, 1, ids.shape[1] + 28) for model in (slm, llm)]
     for b in range(16):
         alone = rstitch.stitch(*lms, ids[b:b + 1][:, mask[b].bool()], router, seed=[together.seed[b]], **options)
         assert [c._replace(entropy=None) for c in alone.calls[0]] == [c._replace(entropy=None) for c in together.calls[b]]
@@ -257,19 +257,19 @@ def test_report_resumes_and_states_every_design_property(tmp_path, capsys):
 
 def test_the_table_compares_every_method_on_the_same_problems(pocket):
     with demo.make_pool(1) as pool:
-        rows = {r["method"]: r for r in demo.table(pool, n=4, n_latency=1, seed=0)}
+        rows = {r["method"]: r for r in demo.table(pool, n=2, n_latency=1, seed=0)}
     assert list(rows)[:3] == ["SLM alone", "LLM alone", "LLM trained short"]
     assert [name.split(",")[0] for name in list(rows)[3:]] == ["R-Stitch", "random"] * len(demo.TAUS)
     for name, router in (("SLM alone", rstitch.SLMOnly()), ("R-Stitch, tau 0.02", rstitch.EntropyRouter(0.02))):
-        solved = solve(pocket, problems("test", 4, 0), router)
+        solved = solve(pocket, problems("test", 2, 0), router)
         assert rows[name]["tokens"] == np.mean([s["tokens"] for s in solved])
         assert rows[name]["accuracy"] == np.mean([s["correct"] for s in solved])
         assert rows[name]["latency_tokens"] == solved[0]["tokens"]
     for r in rows.values():
         assert r["speed_up"] == pytest.approx(rows["LLM alone"]["latency_ms"] / r["latency_ms"]) == pytest.approx(r["shorter"] * r["cheaper"])
-        assert r["n"] == 4 and r["n_latency"] == 1 and r["latency_ms"] > 0 and r["command"]
+        assert r["n"] == 2 and r["n_latency"] == 1 and r["latency_ms"] > 0 and r["command"]
     text = demo.show(list(rows.values()))
-    assert all(name in text for name in rows) and "n = 4 test problems" in text and "\033" not in text
+    assert all(name in text for name in rows) and "n = 2 test problems" in text and "\033" not in text
 
 
 def test_committed_figures_carry_their_provenance():
