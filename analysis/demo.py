@@ -11,7 +11,7 @@ the product of two: how much shorter the answers are, and how much cheaper a tok
 import json
 import multiprocessing
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import load_pocket, provenance, solve
+from analysis.common import MAX_NEW_TOKENS, load_pocket, provenance, solve
 from analysis.problems import problems, question, verify
 from analysis.report import describe
 
@@ -66,33 +66,33 @@ def latencies(methods: list[Method], problem, i: int, seed: int, device: str) ->
 
 
 def make_pool(workers: int) -> Executor:
-    """Processes, or for one worker a thread of this one."""
-    return ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    """Processes, or for one worker a thread of this one. A server that has imported everything once forks them, where there is one."""
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(workers, mp_context=context)
 
 
 def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, device: str = "cpu") -> list[dict]:
     """The rows, one per method, LLM alone second."""
     chosen = problems("test", n, seed)
-    total = n * (len(ALONE) + 2 * len(STITCHED)) + n_latency
-    with tqdm(total=total, desc="answers", unit="problem", disable=None) as bar:
+    with tqdm(total=n * (len(ALONE) + 2 * len(STITCHED)) + n_latency, desc="answers", unit="problem", disable=None) as bar:
 
-        def gather(jobs: dict, weight: int = 1) -> dict:
-            done = {}
-            for job in as_completed(jobs):
-                done[jobs[job]] = job.result()
-                bar.update(weight)
-            return done
+        def start(weight: int, function, *args) -> Future:
+            job = pool.submit(function, *args, seed, device)
+            job.add_done_callback(lambda _: bar.update(weight))
+            return job
 
-        def answers(methods) -> dict[Method, list[dict]]:
-            return gather({pool.submit(answer, method, chosen, seed, device): method for method in methods}, n)
-
-        solved = answers(ALONE[1:] + STITCHED + ALONE[:1])  # the longest first
-        figures = {method: describe(solved[method]) for method in (*ALONE, *STITCHED)}
-        random = tuple(Method(f"random, {100 * figures[m]['llm_share']:.1f} % LLM", rstitch.RandomRouter(figures[m]["llm_share"], seed=seed))
-                       for m in STITCHED)
-        figures |= {method: describe(rows) for method, rows in answers(random).items()}
+        # R-Stitch first, for its LLM shares; everything else is queued behind it, so that no process waits for another.
+        jobs = {method: start(n, answer, method, chosen) for method in (*STITCHED, *ALONE)}
+        figures = {method: describe(jobs[method].result()) for method in STITCHED}
+        random = [Method(f"random, {100 * r['llm_share']:.1f} % LLM", rstitch.RandomRouter(r["llm_share"], seed=seed)) for r in figures.values()]
+        jobs |= {method: start(n, answer, method, chosen) for method in random}
         methods = [*ALONE, *(m for both in zip(STITCHED, random) for m in both)]
-        timed = gather({pool.submit(latencies, methods, problem, i, seed, device): i for i, problem in enumerate(chosen[:n_latency])})
+        timed = [start(1, latencies, methods, problem, i) for i, problem in enumerate(chosen[:n_latency])]
+        figures |= {method: describe(jobs[method].result()) for method in (*ALONE, *random)}
+        timed = [job.result() for job in timed]
     rows = []
     for k, method in enumerate(methods):
         seconds, tokens = (sum(timed[i][k][x] for i in range(n_latency)) for x in (0, 1))
@@ -127,7 +127,7 @@ def stream(n: int = 3, seed: int = 0, device: str = "cpu") -> None:
     slm, llm, tokenizer = pair("llm", device)
     for problem in problems("test", n, seed):
         print(f"\n{question(problem)}")
-        calls = rstitch.run_question(slm, llm, tokenizer, question(problem), rstitch.EntropyRouter(0.02), max_new_tokens=320, seed=seed)
+        calls = rstitch.run_question(slm, llm, tokenizer, question(problem), rstitch.EntropyRouter(0.02), max_new_tokens=MAX_NEW_TOKENS, seed=seed)
         text = tokenizer.decode([call.token for call in calls if call.kept], skip_special_tokens=True)
         print("right" if verify(problem, text) else f"wrong: it is {problem.answer}")
 

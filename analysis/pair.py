@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, encode_problems, provenance
+from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, encode_problems, provenance, read_rows
 from analysis.problems import problems, stream, verify
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -227,7 +227,7 @@ def export(role: str, recipe: Recipe, folder: Path, target: Path) -> None:
         raise ValueError(f"--export {role}: {folder} holds {chunks} chunks of {recipe.end}; train it to the end first")
     as_llama(model).to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = read_rows(folder / "log.jsonl")
     made = {"recipe": asdict(recipe), "parameters": model.num_parameters(), "problems": chunks * CHUNK,
             "tokens": sum(row["tokens"] for row in log), "minutes": sum(row["seconds"] for row in log) / 60,
             "loss": log[-1]["loss"], **provenance(recipe.seed, chunks * CHUNK)}
