@@ -42,6 +42,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import scipy.optimize
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -432,6 +435,11 @@ class LLMOnly(SLMOnly):
     first = LLM
 
 
+def coins(seed: int, step: Step, model: int) -> list[float]:
+    """One number in [0, 1) per row, for a random decision that depends on (seed, row seed, position) and not on the batch."""
+    return [random.Random(f"{seed} {row_seed} {t} {model}").random() for row_seed, t in zip(step.seeds, step.position.tolist())]
+
+
 @dataclass(frozen=True)
 class RandomRouter:
     """Leave the SLM with probability p, stay with the LLM with probability `stay`: the baseline at an equal LLM share.
@@ -450,9 +458,7 @@ class RandomRouter:
                 raise ValueError(f"{name}={p!r}: expected a probability in [0, 1]")
 
     def flip(self, step: Step, model: int, p: float) -> torch.Tensor:
-        positions = step.position.tolist()
-        flips = [random.Random(f"{self.seed} {seed} {t} {model}").random() < p for seed, t in zip(step.seeds, positions)]
-        return torch.tensor(flips, device=step.token.device)
+        return torch.tensor([u < p for u in coins(self.seed, step, model)], device=step.token.device)
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         return self.flip(step, SLM, self.p)
@@ -825,6 +831,243 @@ def custom_generate(model, input_ids: torch.Tensor, *, slm=None, router=None, se
     if streamer is not None:
         streamer.end()
     return result if config.return_dict_in_generate else result.sequences
+
+
+# ---- 5. Latency model ----------------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """One timed forward pass at batch 1: tokens it read, tokens its cache held before, milliseconds."""
+
+    n_inf: int
+    n_kv: int
+    ms: float
+
+
+class LatencyModel:
+    """Milliseconds of one forward pass of ONE model at batch 1, as R-Stitch+ fits it:
+
+        T_prefill(n_inf, n_kv) = a n_inf n_kv + b n_inf^2 + c n_inf + d     two tokens or more
+        T_decode(n_kv)         = c' n_kv + d'                               one token
+
+    `prefill` is (a, b, c, d), `decode` is (c', d'): times, none below 0 (ValueError).
+    """
+
+    TERMS = {"prefill": lambda n_inf, n_kv: (n_inf * n_kv, n_inf * n_inf, n_inf, 1), "decode": lambda n_inf, n_kv: (n_kv, 1)}
+
+    def __init__(self, prefill: Sequence[float], decode: Sequence[float]):
+        self.coefficients = {"prefill": tuple(map(float, prefill)), "decode": tuple(map(float, decode))}
+        for (name, times), count in zip(self.coefficients.items(), (4, 2)):
+            if len(times) != count or not all(0 <= x < math.inf for x in times):
+                raise ValueError(f"{name}={times}: expected {count} finite times in milliseconds, 0 or more")
+
+    def prefill(self, n_inf: int, n_kv: int) -> float:
+        return sum(x * term for x, term in zip(self.coefficients["prefill"], self.TERMS["prefill"](n_inf, n_kv)))
+
+    def decode(self, n_kv: int) -> float:
+        return sum(x * term for x, term in zip(self.coefficients["decode"], self.TERMS["decode"](1, n_kv)))
+
+    def call(self, n_inf: int, n_kv: int) -> float:
+        """Either, by the number of tokens read."""
+        return self.decode(n_kv) if n_inf == 1 else self.prefill(n_inf, n_kv)
+
+    @classmethod
+    def fit(cls, samples: Sequence[Sample]) -> "LatencyModel":
+        """Non-negative least squares on the relative error, so that a short call counts as much as a long one.
+
+        Samples of one (n_inf, n_kv) count as their median. The paper says least squares; without the bound a noisy profile gives
+        negative times. ValueError where the samples do not determine the coefficients, or a time is not positive.
+        """
+        fitted = {}
+        for kind, terms in cls.TERMS.items():
+            points: dict[tuple[int, int], list[float]] = {}
+            for n_inf, n_kv, ms in samples:
+                if not 0 < ms < math.inf:
+                    raise ValueError(f"samples hold a time of {ms!r} ms at n_inf={n_inf}, n_kv={n_kv}: expected more than 0")
+                if (n_inf == 1) == (kind == "decode"):
+                    points.setdefault((n_inf, n_kv), []).append(ms)
+            X = np.array([np.array(terms(*point)) / np.median(ms) for point, ms in points.items()]).reshape(-1, len(terms(1, 1)))
+            scale = X.max(0, initial=0)  # the columns differ by orders of magnitude
+            if (scale == 0).any() or np.linalg.matrix_rank(X / scale) < X.shape[1]:
+                raise ValueError(f"samples have {len(points)} different {kind} points: expected points that determine "
+                                 f"{'a, b, c and d: four or more' if kind == 'prefill' else 'both coefficients: two or more'}, with several n_kv")
+            fitted[kind] = scipy.optimize.nnls(X / scale, np.ones(len(X)))[0] / scale
+        return cls(**fitted)
+
+
+def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) -> list[Sample]:
+    """Time the engine's own step at batch 1 - read, entropy, draw, router, host read - at each (n_inf, n_kv), `repeats` times.
+
+    model: as for `stitch`. A first round over all points is warm-up and not returned. What lies in the cache does not matter to
+    the time; the points are visited in turn, so that whatever else the machine does is spread over them.
+    """
+    check_count("repeats", repeats)
+    for n_inf, n_kv in points:
+        check_count("n_inf", n_inf)
+        check_count("n_kv", n_kv, least=0)
+    with ExitStack() as opened:
+        lm = model
+        if not isinstance(lm, CachedLM):
+            lm = CachedLM(model, 1, max(map(sum, points)))
+            opened.callback(lm.close)
+        router, samples = EntropyRouter(), []
+        for i in range(repeats + 1):
+            for n_inf, n_kv in points:
+                row = Row(0, 0, [0] * (n_inf + n_kv), n_inf + n_kv, SLM, [])
+                lm.cursor[0] = n_kv
+                start = time.perf_counter()
+                advance(SLM, lm, [row], router, lm.vocab, GREEDY)
+                if i:
+                    samples.append(Sample(n_inf, n_kv, 1e3 * (time.perf_counter() - start)))
+        lm.reset()
+    return samples
+
+
+def trajectory_latency(calls: Sequence[Call], slm: LatencyModel, llm: LatencyModel) -> float:
+    """Milliseconds of a whole trajectory: the sum over all calls of both models, discarded proposals included. Of a row that was
+    answered in a batch it says what the row would have taken alone."""
+    return sum((slm, llm)[call.model].call(call.n_inf, call.n_kv) for call in calls)
+
+
+# ---- 7. R-Stitch+: a learned router --------------------------------------------------------------------------------------
+
+
+class Reward(NamedTuple):
+    total: float  # accuracy + efficiency
+    accuracy: float  # 1 or 0
+    efficiency: float  # -lam L for a right answer, 0 for a wrong one
+
+
+def reward(correct: bool, latency_ms: float, lam: float = 5e-6) -> Reward:
+    """R = r_acc - lam r_acc L of R-Stitch+, L in ms: a wrong answer has exactly 0 whatever it took, so speed never buys accuracy.
+
+    Warns where lam L >= 1: there a right answer scores no better than a wrong one, and the gate does not hold. ValueError for a
+    latency or a lam that is negative or not finite.
+    """
+    for name, value in (("latency_ms", latency_ms), ("lam", lam)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r}: expected a finite number, 0 or more")
+    if not correct:
+        return Reward(0.0, 0.0, 0.0)
+    if lam * latency_ms >= 1:
+        warnings.warn(f"lam x latency = {lam * latency_ms:.3g}: a right answer this slow has a reward of 0 or less", stacklevel=2)
+    return Reward(1 - lam * latency_ms, 1.0, -lam * latency_ms)
+
+
+def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: str = "std") -> torch.Tensor:
+    """Advantages of G rollouts of each of P prompts, (P, G) -> (P, G): (R - mean) / (std + eps) within the group (DAPO Eq. 9).
+
+    scale="none" leaves out the division. With it lam cancels in a group that is right throughout, where the spread is all
+    latency; without it lam keeps its weight. A group of equal rewards has advantages of exactly 0.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected (prompts, rollouts), two rollouts or more")
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards holds {rewards[~rewards.isfinite()][0].item()}: expected finite numbers")
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale={scale!r}: expected 'std' or 'none'")
+    centred = rewards - rewards.mean(1, keepdim=True)
+    equal = rewards.amin(1, keepdim=True) == rewards.amax(1, keepdim=True)  # their mean may be off by a rounding
+    if scale == "std":
+        centred = centred / (rewards.std(1, keepdim=True) + eps)
+    return centred.masked_fill(equal, 0.0)
+
+
+def dapo_loss(logp: torch.Tensor, logp_old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+              eps_low: float = 0.2, eps_high: float = 0.28) -> torch.Tensor:
+    """DAPO's objective, negated, over decisions of one shape: scalar.
+
+    -mean over the decisions of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - logp_old). Token-level: every
+    decision of the batch counts alike, so a long trajectory counts by its decisions. Clip-higher: eps_high > eps_low leaves
+    more room to raise an unlikely action. `advantages` is each decision's, mask False where there is none. No KL term.
+    """
+    shapes = [tuple(x.shape) for x in (logp, logp_old, advantages, mask)]
+    if len(set(shapes)) > 1 or mask.dtype != torch.bool or not mask.any():
+        raise ValueError(f"logp, logp_old, advantages and mask have shapes {shapes}, mask of {mask.dtype}: expected one shape, and a "
+                         "bool mask with at least one decision")
+    if not (0 <= eps_low <= 1 and eps_high >= 0):
+        raise ValueError(f"eps_low={eps_low!r}, eps_high={eps_high!r}: expected 0 <= eps_low <= 1 and eps_high >= 0")
+    ratio = (logp - logp_old)[mask].exp()
+    A = advantages[mask]
+    return -torch.minimum(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A).mean()
+
+
+class Policy(torch.nn.Module):
+    """The network of the R-Stitch+ router: call the LLM at this uncertain SLM token? One logit per token.
+
+    State: the SLM's last hidden state and the context length (the paper publishes neither architecture nor size; ours is a
+    small MLP on [normalised hidden state, log of context length / 1000]). `start` is the probability of calling the LLM that
+    an untrained policy gives everywhere; use_context=False leaves the length out.
+    """
+
+    def __init__(self, hidden_size: int, width: int = 64, start: float = 0.5, use_context: bool = True):
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("width", width)):
+            check_count(name, size)
+        if not 0 < start < 1:
+            raise ValueError(f"start={start!r}: expected a probability inside (0, 1)")
+        self.hidden_size, self.use_context = hidden_size, use_context
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(hidden_size + use_context, width), torch.nn.GELU(), torch.nn.Linear(width, 1))
+        torch.nn.init.zeros_(self.mlp[-1].weight)
+        torch.nn.init.constant_(self.mlp[-1].bias, math.log(start / (1 - start)))
+
+    def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """(n, D), (n,) -> (n,)"""
+        if hidden.shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden has {hidden.shape[-1]} features: this policy was made for an SLM of hidden size {self.hidden_size}")
+        x = torch.nn.functional.layer_norm(hidden.float(), (self.hidden_size,))
+        if self.use_context:
+            x = torch.cat([x, (context.float() / 1000).log()[:, None]], 1)
+        return self.mlp(x)[:, 0]
+
+
+def log_probability(logit: torch.Tensor, call: torch.Tensor) -> torch.Tensor:
+    """log p of the actions `call` (n,) bool under the policy's logits (n,)."""
+    return torch.nn.functional.logsigmoid(torch.where(call, logit, -logit))
+
+
+class Decisions(NamedTuple):
+    """What a sampled policy did at one step, about the k rows where it was asked."""
+
+    rows: list[int]
+    hidden: torch.Tensor  # (k, D)
+    context: torch.Tensor  # (k,)
+    call: torch.Tensor  # (k,) bool: the LLM was called
+    logp: torch.Tensor  # (k,) of that action
+
+
+class PolicyRouter:
+    """R-Stitch+: where the SLM's entropy exceeds tau a policy decides whether to discard its token and call the LLM.
+
+    Elsewhere the SLM goes on, and the LLM hands back by the entropy rule (tau_back, tau unless given), as in R-Stitch. tau is
+    normalised. Without `seed` the likelier action is taken; with one, actions are sampled and what training needs is appended
+    to `decisions`.
+    """
+
+    def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None):
+        self.policy, self.seed = policy, seed
+        self.rule = EntropyRouter(tau, tau_back=tau_back)
+        self.leave_llm = self.rule.leave_llm
+        self.decisions: list[Decisions] = []
+
+    def leave_slm(self, step: Step) -> torch.Tensor:
+        leave = self.rule.leave_slm(step)
+        asked = leave.nonzero()[:, 0]
+        if len(asked):
+            leave[asked] = self.decide(step, asked)
+        return leave
+
+    def decide(self, step: Step, asked: torch.Tensor) -> torch.Tensor:
+        """(k,) bool: call the LLM?"""
+        hidden, context = step.hidden[asked], step.context[asked]
+        logit = self.policy(hidden, context)
+        if self.seed is None:
+            return logit > 0
+        rows = asked.tolist()
+        uniform = torch.tensor(coins(self.seed, step, SLM), device=logit.device)[asked]
+        call = uniform < logit.sigmoid()
+        self.decisions.append(Decisions([step.rows[i] for i in rows], hidden, context, call, log_probability(logit, call)))
+        return call
 
 
 # ---- 8. Command line -----------------------------------------------------------------------------------------------------

@@ -918,6 +918,277 @@ def test_every_option_of_generate_has_one_place_in_the_table():
     assert {name: sum(name in kind for kind in kinds) for name in options} == dict.fromkeys(options, 1)
 
 
+# ---- 5. Latency model ----------------------------------------------------------------------------------------------------
+
+
+PREFILL, DECODE = (2e-5, 3e-4, 0.05, 1.5), (4e-3, 1.2)
+GRID = [(n_inf, n_kv) for n_inf in (1, 2, 4, 16, 64, 256, 1024) for n_kv in (0, 64, 512, 4096)]
+
+
+def planted(noise: float = 0.0, seed: int = 0) -> list[rstitch.Sample]:
+    rng, true = np.random.default_rng(seed), rstitch.LatencyModel(PREFILL, DECODE)
+    return [rstitch.Sample(*point, true.call(*point) * (1 + noise * rng.standard_normal())) for point in GRID]
+
+
+def test_latency_by_hand():
+    model = rstitch.LatencyModel(prefill=(0.001, 0.01, 0.1, 2.0), decode=(0.01, 1.0))
+    assert model.prefill(4, 100) == pytest.approx(2.96)  # 0.001 * 400 + 0.01 * 16 + 0.1 * 4 + 2
+    assert model.decode(50) == pytest.approx(1.5)  # 0.01 * 50 + 1
+    assert (model.call(1, 50), model.call(4, 100)) == (model.decode(50), model.prefill(4, 100))
+
+
+def test_planted_coefficients_come_back():
+    fitted = rstitch.LatencyModel.fit(planted()).coefficients
+    assert fitted["prefill"] == pytest.approx(PREFILL, rel=0.01) and fitted["decode"] == pytest.approx(DECODE, rel=0.01)
+
+
+@given(st.integers(0, 10_000))
+def test_no_coefficient_is_negative_under_noise(seed):
+    fitted = rstitch.LatencyModel.fit(planted(noise=0.1, seed=seed))
+    assert all(x >= 0 for times in fitted.coefficients.values() for x in times)
+    true = rstitch.LatencyModel(PREFILL, DECODE)
+    errors = [abs(fitted.call(*point) / true.call(*point) - 1) for point in GRID]
+    assert np.median(errors) < 0.1  # 28 points of 10 % noise each
+
+
+def test_samples_of_one_point_count_as_their_median():
+    outliers = [s._replace(ms=100 * s.ms) for s in planted()]
+    fitted = rstitch.LatencyModel.fit(planted() + outliers + planted())
+    assert fitted.coefficients["prefill"] == pytest.approx(PREFILL, rel=0.01)
+
+
+@pytest.mark.parametrize("samples, message", [
+    ([], "0 different prefill points"), (planted()[:7], "3 different prefill points"),  # (2, 0), (2, 64), (2, 512)
+    ([s for s in planted() if s.n_inf > 1], "0 different decode points"),
+    ([s for s in planted() if s.n_kv == 0], "6 different prefill points"),  # a and c' are not determined
+    ([s for s in planted() if s.n_inf < 3] + [rstitch.Sample(2, 10, 1.0)], "prefill points"),  # one n_inf tells not b from c
+    ([*planted(), rstitch.Sample(1, 3, 0.0)], "a time of 0.0 ms at n_inf=1, n_kv=3"), ([*planted(), rstitch.Sample(2, 0, -1.0)], "a time of -1.0"),
+    ([*planted(), rstitch.Sample(2, 0, math.nan)], "a time of nan"),
+])
+def test_profiles_that_determine_nothing_are_refused(samples, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rstitch.LatencyModel.fit(samples)
+
+
+@pytest.mark.parametrize("prefill, decode", [((1, 2, 3), (1, 2)), ((1, 2, 3, -4), (1, 2)), ((1, 2, 3, 4), (1, math.nan)), ((1, 2, 3, 4), (1,))])
+def test_coefficients_that_are_no_times_are_refused(prefill, decode):
+    with pytest.raises(ValueError, match="expected . finite times"):
+        rstitch.LatencyModel(prefill, decode)
+
+
+def test_trajectory_latency_by_hand():
+    slm, llm = rstitch.LatencyModel((0, 0, 0.1, 1), (0.01, 1)), rstitch.LatencyModel((0, 0, 1, 10), (0.1, 10))
+    call = lambda model, n_inf, n_kv, kept=True: rstitch.Call(model, 0, n_inf, n_kv, 5, 0.0, kept)  # noqa: E731
+    # the SLM reads 30 (0.1 * 30 + 1 = 4) and is discarded, the LLM reads 30 (30 + 10 = 40), the SLM reads 1 after 30 (1.3)
+    assert rstitch.trajectory_latency([call(SLM, 30, 0, False), call(LLM, 30, 0), call(SLM, 1, 30)], slm, llm) == pytest.approx(45.3)
+    assert rstitch.trajectory_latency([], slm, llm) == 0
+
+
+def test_a_batch_costs_what_its_rows_would_alone():
+    pair, (ids, mask) = (tiny("Qwen2", 1), tiny("Llama", 2)), prompts([3, 9, 5])
+    models = rstitch.LatencyModel(PREFILL, DECODE), rstitch.LatencyModel([10 * x for x in PREFILL], [10 * x for x in DECODE])
+    together = stitch(*pair, ids, EntropyRouter(0.85), attention_mask=mask, max_new_tokens=20)
+    for b, calls in enumerate(together.calls):
+        alone = stitch(*pair, ids[b:b + 1, mask[b].bool()], EntropyRouter(0.85), max_new_tokens=20).calls[0]
+        assert rstitch.trajectory_latency(calls, *models) == rstitch.trajectory_latency(alone, *models)
+
+
+def test_measured_latency_times_every_point_and_leaves_the_caches_as_new():
+    lm = CachedLM(tiny(), 2, 100)
+    points = [(1, 0), (1, 60), (8, 20), (70, 30)]
+    samples = rstitch.measure_latency(lm, points, repeats=3)
+    assert [(s.n_inf, s.n_kv) for s in samples] == points * 3 and all(s.ms > 0 for s in samples)
+    assert lm.cursor == [0, 0] and not any(layer.keys.any() for layer in lm.layers)
+    assert len(rstitch.measure_latency(tiny(), points, repeats=1)) == 4
+    big = tiny(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=8)
+    fast, slow = (np.median([s.ms for s in rstitch.measure_latency(big, [(n, 0)], repeats=5)]) for n in (1, 512))
+    assert slow > 4 * fast  # 512 times the work
+    for points, message in (([(0, 5)], "n_inf=0"), ([(1, -1)], "n_kv=-1")):
+        with pytest.raises(ValueError, match=message):
+            rstitch.measure_latency(tiny(), points)
+
+
+# ---- 7. R-Stitch+ --------------------------------------------------------------------------------------------------------
+
+
+def test_reward_by_hand():
+    assert rstitch.reward(True, 40_000.0, lam=5e-6) == pytest.approx((0.8, 1.0, -0.2))  # 1 - 5e-6 * 4e4
+    assert rstitch.reward(True, 0.0) == (1, 1, 0)
+
+
+@given(st.floats(0, 1e12), st.floats(0, 10))
+def test_a_wrong_answer_has_reward_zero_at_any_latency(latency, lam):
+    assert rstitch.reward(False, latency, lam) == (0.0, 0.0, 0.0)
+
+
+def test_reward_warns_where_the_gate_does_not_hold():
+    with pytest.warns(UserWarning, match="lam x latency = 2"):
+        assert rstitch.reward(True, 400_000.0, lam=5e-6).total == pytest.approx(-1.0)
+    for latency, lam, message in ((-1, 0.1, "latency_ms=-1"), (1, -0.1, "lam=-0.1"), (math.nan, 0.1, "latency_ms=nan"), (math.inf, 0, "latency_ms=inf")):
+        with pytest.raises(ValueError, match=message):
+            rstitch.reward(True, latency, lam)
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.8, 0.8, 0.8, 0.8], [0.1, 0.3, 0.1, 0.3]], dtype=torch.float64)
+    # group 1: mean 1/2, sample standard deviation sqrt(4 * 1/4 / 3) = 0.57735, so +-0.8660; group 3 is group 1 in small
+    expected = 0.8660254 * torch.tensor([[1.0, -1, 1, -1], [0, 0, 0, 0], [-1, 1, -1, 1]], dtype=torch.float64)
+    torch.testing.assert_close(rstitch.group_advantages(rewards), expected, atol=1e-5, rtol=0)
+    plain = rstitch.group_advantages(rewards, scale="none")
+    torch.testing.assert_close(plain, torch.tensor([[0.5, -0.5, 0.5, -0.5], [0, 0, 0, 0], [-0.1, 0.1, -0.1, 0.1]], dtype=torch.float64))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=1), st.integers(2, 9))
+def test_equal_rewards_have_no_advantage_at_all(value, G):
+    for scale in ("std", "none"):
+        assert (rstitch.group_advantages(torch.tensor([value * G]), scale=scale) == 0).all()
+
+
+def test_without_division_lam_keeps_its_weight_in_groups_that_are_all_right():
+    latencies = torch.tensor([[1e4, 2e4, 4e4]], dtype=torch.float64)
+    small, large = (1 - lam * latencies for lam in (1e-6, 1e-5))
+    torch.testing.assert_close(rstitch.group_advantages(large, eps=0.0), rstitch.group_advantages(small, eps=0.0))
+    torch.testing.assert_close(rstitch.group_advantages(large, scale="none"), 10 * rstitch.group_advantages(small, scale="none"))
+
+
+@pytest.mark.parametrize("rewards, options, message", [
+    (torch.zeros(4, 1), {}, "rewards has shape (4, 1)"), (torch.zeros(4), {}, "rewards has shape (4,)"),
+    (torch.tensor([[0.0, math.nan]]), {}, "rewards holds nan"), (torch.zeros(2, 2), dict(scale="max"), "scale='max'"),
+])
+def test_groups_that_compare_nothing_are_refused(rewards, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rstitch.group_advantages(rewards, **options)
+
+
+def batch_of_decisions(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logp, logp_old, advantages, mask) of 3 trajectories with 1, 4 and 2 decisions, NaN where there is none."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(4)[None] < torch.tensor([1, 4, 2])[:, None]
+    logp, old = (torch.full((3, 4), math.nan).masked_scatter(mask, -torch.rand(7, generator=generator)) for _ in range(2))
+    return logp.requires_grad_(), old, torch.randn(3, 1, generator=generator).expand(3, 4), mask
+
+
+def test_dapo_loss_at_the_old_policy_is_the_token_level_policy_gradient():
+    logp, _, A, mask = batch_of_decisions()
+    (gradient,) = torch.autograd.grad(rstitch.dapo_loss(logp, logp.detach(), A, mask), logp)
+    expected = torch.where(mask, -A / 7, 0.0)  # d/d logp of -A logp / (number of decisions)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_padding_changes_nothing_and_decisions_count_alike():
+    logp, old, A, mask = batch_of_decisions()
+    flat = rstitch.dapo_loss(logp[mask], old[mask], A[mask], torch.ones(7, dtype=torch.bool))
+    torch.testing.assert_close(rstitch.dapo_loss(logp, old, A, mask), flat)
+    ratio = (logp - old)[mask].exp()
+    by_hand = -sum(torch.minimum(r * a, r.clamp(0.8, 1.28) * a) for r, a in zip(ratio, A[mask])) / 7  # a trajectory of 4 counts 4 times
+    torch.testing.assert_close(flat, by_hand)
+
+
+def test_dapo_clips_both_sides_by_hand():
+    # (ratio, A) -> min(ratio A, clip(ratio, 0.8, 1.28) A)
+    cases = [(1.5, 1.0, 1.28, 0.0), (1.2, 1.0, 1.2, 1.2), (0.5, 1.0, 0.5, 0.5), (1.5, -1.0, -1.5, -1.5), (0.5, -1.0, -0.8, 0.0), (0.9, -1.0, -0.9, -0.9)]
+    for ratio, A, value, slope in cases:
+        logp = torch.tensor([math.log(ratio)], requires_grad=True)
+        loss = rstitch.dapo_loss(logp, torch.zeros(1), torch.tensor([A]), torch.tensor([True]))
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert (-loss.item(), -gradient.item()) == (pytest.approx(value), pytest.approx(slope))  # clipped: no slope; else d(ratio A) = ratio A
+    symmetric = rstitch.dapo_loss(torch.tensor([math.log(1.5)]), torch.zeros(1), torch.tensor([1.0]), torch.tensor([True]), eps_high=0.2)
+    assert symmetric == pytest.approx(-1.2)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(mask=torch.zeros(3, 4, dtype=torch.bool)), "at least one decision"), (dict(mask=torch.ones(3, 4)), "mask of torch.float32"),
+    (dict(advantages=torch.ones(3)), "expected one shape"), (dict(eps_low=-0.1), "eps_low=-0.1"), (dict(eps_high=-1.0), "eps_high=-1.0"),
+])
+def test_losses_of_nothing_are_refused(change, message):
+    logp, old, A, mask = batch_of_decisions()
+    with pytest.raises(ValueError, match=message):
+        rstitch.dapo_loss(**dict(logp=logp, logp_old=old, advantages=A, mask=mask) | change)
+
+
+def spread_policy(bias: float = 0.0, **options) -> rstitch.Policy:
+    """A policy that decides differently from state to state."""
+    torch.manual_seed(3)
+    policy = rstitch.Policy(32, width=16, **options)
+    torch.nn.init.normal_(policy.mlp[-1].weight, std=2.0)
+    policy.mlp[-1].bias.data += bias
+    return policy
+
+
+def test_an_untrained_policy_calls_with_the_probability_it_was_given():
+    policy = rstitch.Policy(8, start=0.8)
+    hidden, context = torch.randn(5, 8), torch.arange(1, 6)
+    assert policy(hidden, context).sigmoid().tolist() == [pytest.approx(0.8)] * 5
+    with pytest.raises(ValueError, match="hidden has 9 features.*hidden size 8"):
+        policy(torch.randn(5, 9), context)
+    for options, message in ((dict(hidden_size=0), "hidden_size=0"), (dict(hidden_size=8, width=0), "width=0"), (dict(hidden_size=8, start=1.0), "start=1.0")):
+        with pytest.raises(ValueError, match=message):
+            rstitch.Policy(**options)
+    seen = spread_policy()
+    states = torch.randn(5, 32)
+    assert not torch.equal(seen(states, context), seen(states, context + 100))
+    blind = spread_policy(use_context=False)
+    assert torch.equal(blind(states, context), blind(states, context + 100))
+
+
+def test_a_policy_that_always_calls_is_r_stitch_and_one_that_never_does_is_the_slm():
+    pair, (ids, mask) = (tiny("Qwen2", 1), tiny("Llama", 2)), prompts([3, 9, 5, 4])
+    for bias, router in ((1e9, EntropyRouter(0.85)), (-1e9, SLMOnly())):
+        policy = rstitch.Policy(32)
+        torch.nn.init.constant_(policy.mlp[-1].bias, bias)
+        expected = stitch(*pair, ids, router, attention_mask=mask, max_new_tokens=30)
+        for seed in (None, 0):
+            got = stitch(*pair, ids, rstitch.PolicyRouter(policy, 0.85, seed=seed), attention_mask=mask, max_new_tokens=30)
+            assert got.calls == expected.calls
+    back = stitch(*pair, ids, rstitch.PolicyRouter(spread_policy(1e9), 0.85, tau_back=0.0), attention_mask=mask, max_new_tokens=30)
+    assert back.calls == stitch(*pair, ids, EntropyRouter(0.85, tau_back=0.0), attention_mask=mask, max_new_tokens=30).calls
+
+
+def test_a_policy_is_asked_only_over_tau_and_its_argmax_decides():
+    pair, policy = (tiny("Qwen2", 1), tiny("Llama", 2)), spread_policy()
+    seen = []
+
+    class Spy(rstitch.PolicyRouter):
+        def decide(self, step, asked):
+            assert (step.entropy[asked] / math.log(VOCAB) > 0.3).all()
+            call = super().decide(step, asked)
+            assert call.tolist() == (policy(step.hidden[asked], step.context[asked]) > 0).tolist()
+            seen.extend(call.tolist())
+            return call
+
+    result = stitch(*pair, prompts([3, 9, 5, 4])[0], Spy(policy, 0.3, tau_back=0.9), max_new_tokens=40, eos_token_id=[])
+    over = [call for calls in result.calls for call in calls if call.model == SLM and call.entropy / math.log(VOCAB) > 0.3]
+    assert len(seen) == len(over) and {True, False} == set(seen)
+    assert sum(seen) == sum(not call.kept for call in over)
+
+
+@torch.no_grad()
+def test_a_sampled_policy_records_what_training_needs_whatever_the_batch():
+    pair, policy = (tiny("Qwen2", 1), tiny("Llama", 2)), spread_policy()
+    ids, mask = prompts([3, 9, 5, 4])
+    router = rstitch.PolicyRouter(policy, 0.3, tau_back=0.9, seed=5)
+    together = stitch(*pair, ids, router, attention_mask=mask, max_new_tokens=40, eos_token_id=[], seed=1)
+    rows = [row for d in router.decisions for row in d.rows]
+    hidden, context, call, logp = (torch.cat([d[k] for d in router.decisions]) for k in range(1, 5))
+    logit = policy(hidden, context)
+    torch.testing.assert_close(logp, torch.where(call, logit.sigmoid(), 1 - logit.sigmoid()).log(), atol=1e-5, rtol=1e-4)
+    assert call.any() and not call.all() and (call != (logit > 0)).any()  # sampled, not argmax
+    for b in range(4):
+        over = [c for c in together.calls[b] if c.model == SLM and c.entropy / math.log(VOCAB) > 0.3]
+        mine = [i for i, row in enumerate(rows) if row == b]
+        assert [not c.kept for c in over] == call[mine].tolist()
+        assert [c.n_kv + c.n_inf for c in over] == context[mine].tolist()
+        alone = stitch(*pair, ids[b:b + 1, mask[b].bool()], rstitch.PolicyRouter(policy, 0.3, tau_back=0.9, seed=5), max_new_tokens=40,
+                       eos_token_id=[], seed=[together.seed[b]])
+        assert_same_calls(alone.calls, together.calls[b:b + 1])
+    assert not router.decisions[0].hidden.is_inference()  # or nothing could be trained on it
+
+
+def test_a_policy_of_another_hidden_size_is_refused():
+    with pytest.raises(ValueError, match="hidden has 32 features: this policy was made for an SLM of hidden size 16"):
+        stitch(tiny("Qwen2", 1), tiny("Llama", 2), IDS, rstitch.PolicyRouter(rstitch.Policy(16), 0.0), max_new_tokens=3)
+
+
 # ---- 8. Command line -----------------------------------------------------------------------------------------------------
 
 

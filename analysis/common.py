@@ -1,5 +1,6 @@
 """What the analyses share: the pocket pair, running a router over problems, intervals, and rows of results with provenance."""
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy import stats
 from tqdm import tqdm
 
@@ -100,10 +103,49 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Replace a JSONL file in one step."""
+    path.with_suffix(".new").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(path.with_suffix(".new"), path)
+
+
 def append_row(path: Path, row: dict) -> None:
     """Append one row. Rows read so far are written back first if the last one was torn."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.read_bytes().endswith(b"\n"):
-        path.write_text("".join(json.dumps(r) + "\n" for r in read_rows(path)))
+        write_rows(path, read_rows(path))
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def rewind(path: Path, key: str, done: int) -> None:
+    """Drop the rows of a log from `done` on: those of work that was logged but killed before its checkpoint, and is done again."""
+    if path.exists():
+        write_rows(path, [row for row in read_rows(path) if row[key] < done])
+
+
+def save_checkpoint(path: Path, model, optimizer, done: int) -> None:
+    """Weights and optimizer moments in one safetensors file, replaced in one step."""
+    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
+    save_file(tensors, path.with_suffix(".new"), metadata={"done": str(done)})
+    os.replace(path.with_suffix(".new"), path)
+
+
+def load_checkpoint(path: Path, model, optimizer=None) -> int:
+    """Restore what `save_checkpoint` wrote; what is done, 0 where there is no checkpoint. Weights only without optimizer."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        parameters, state = dict(model.named_parameters()), {}
+        for key in file.keys():
+            kind, name = key.split(".", 1)
+            if kind == "model":
+                parameters[name].data.copy_(file.get_tensor(key))
+            else:
+                i, moment = name.split(".")
+                state.setdefault(int(i), {})[moment] = file.get_tensor(key)
+        if optimizer is not None:
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return int(file.metadata()["done"])

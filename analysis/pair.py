@@ -11,20 +11,17 @@ for which an LLM is slow, long answers and dear tokens: it is the LLM, trained f
 """
 import argparse
 import json
-import os
 import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, encode_problems, provenance, read_rows
+from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, encode_problems, load_checkpoint, provenance, read_rows, rewind, save_checkpoint
 from analysis.problems import problems, stream, verify
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -152,6 +149,7 @@ def train(role: str, recipe: Recipe, folder: Path, size: int = CHUNK) -> Qwen2Fo
     first = load_checkpoint(folder / "last.safetensors", model, optimizer)
     if recipe.start and not first and not load_checkpoint(folder.parent / recipe.start / "last.safetensors", model):
         raise ValueError(f"--train {role} starts from {recipe.start}, which has no checkpoint: train {recipe.start} first")
+    rewind(folder / "log.jsonl", "chunk", first)
     for chunk in range(first, recipe.end):
         start = time.time()
         work = batches(tokenizer, recipe, chunk, size)
@@ -159,8 +157,8 @@ def train(role: str, recipe: Recipe, folder: Path, size: int = CHUNK) -> Qwen2Fo
         row = {"chunk": chunk, "loss": loss, "tokens": sum(ids.numel() for ids, _ in work), "seconds": time.time() - start}
         if chunk % 5 == 4 or chunk + 1 == recipe.end:
             row["dev_accuracy"] = dev_accuracy(model.eval(), tokenizer)
-        save_checkpoint(folder / "last.safetensors", model, optimizer, chunk + 1)
         append_row(folder / "log.jsonl", row)
+        save_checkpoint(folder / "last.safetensors", model, optimizer, chunk + 1)
         print(json.dumps(row), flush=True)
     return model
 
@@ -173,33 +171,6 @@ def dev_accuracy(model, tokenizer, n: int = 64) -> float:
     out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     texts = tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
     return sum(map(verify, dev, texts)) / n
-
-
-def save_checkpoint(path: Path, model, optimizer, chunk: int) -> None:
-    """Weights and optimizer moments in one safetensors file, replaced in one step."""
-    tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
-    save_file(tensors, path.with_suffix(".new"), metadata={"chunk": str(chunk)})
-    os.replace(path.with_suffix(".new"), path)
-
-
-def load_checkpoint(path: Path, model, optimizer=None) -> int:
-    """Restore what `save_checkpoint` wrote; the chunk to go on with, 0 where there is no checkpoint. Weights only without optimizer."""
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        parameters, state = dict(model.named_parameters()), {}
-        for key in file.keys():
-            kind, name = key.split(".", 1)
-            if kind == "model":
-                parameters[name].data.copy_(file.get_tensor(key))
-            else:
-                i, moment = name.split(".")
-                state.setdefault(int(i), {})[moment] = file.get_tensor(key)
-        if optimizer is not None:
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return int(file.metadata()["chunk"])
 
 
 def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:

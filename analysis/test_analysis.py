@@ -1,4 +1,5 @@
 """Tests of the analyses: the domain, the splits, training that survives a kill, the committed pocket pair, the report."""
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import rstitch
-from analysis import demo, pair, report
+from analysis import demo, frontier, latency, pair, report, train_policy
 from analysis.common import (MODELS, append_row, auroc, bootstrap, encode_problems, load_pocket, ratio_of_means, read_rows, solve,
                              wilson)
 from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, carries, columns, draw, problems, question, sentence, solution,
@@ -270,6 +271,161 @@ def test_the_table_compares_every_method_on_the_same_problems(pocket):
         assert r["n"] == 2 and r["n_latency"] == 1 and r["latency_ms"] > 0 and r["command"]
     text = demo.show(list(rows.values()))
     assert all(name in text for name in rows) and "n = 2 test problems" in text and "\033" not in text
+
+
+# ---- latency, policies, frontier -----------------------------------------------------------------------------------------
+
+
+def test_latency_is_fitted_checked_and_read_back(tmp_path, pocket, capsys):
+    measured = latency.measure(pocket, max_len=330, rounds=1, per_round=3)
+    assert {t["method"] for t in measured["trajectories"]} == set(latency.METHODS) and len(measured["trajectories"]) == 3 * len(latency.METHODS)
+    row = latency.evaluate(measured) | {"seed": 0, "device": "cpu", "dtype": "float32", "torch": "x"}
+    (tmp_path / "latency.json").write_text(json.dumps(row))
+    slm, llm = latency.load_latency(tmp_path / "latency.json")
+    assert slm.coefficients == {k: tuple(v) for k, v in row["slm"].items()} and llm.decode(50) > slm.decode(50) > 0
+    latency.plot(row, tmp_path / "latency.png")
+    assert (tmp_path / "latency.png").stat().st_size > 10_000
+    assert all(name in latency.show(row) for name in latency.METHODS)
+
+
+def test_held_out_points_are_not_those_of_the_profile_and_all_fit():
+    profile, held = latency.profile_points(384), latency.held_out_points(384)
+    assert all(n + kv <= 384 for n, kv in profile + held) and len(set(held) & set(profile)) <= 1
+    assert {n == 1 for n, _ in held} == {True, False}
+
+
+def test_trajectory_figures_by_hand():
+    figures = latency.trajectory_figures(np.array([1.0, 2.0, 3.0]), np.array([1.2, 2.4, 3.6]))  # measured is 1.2 x fitted
+    assert figures["factor"] == pytest.approx(1.2) and figures["median_error"] == pytest.approx(1 / 6)  # 1 / 1.2 - 1
+    assert figures["r2_after_factor"] == pytest.approx(1) and figures["median_error_after_factor"] == pytest.approx(0)
+    # residuals 0.2, 0.4, 0.6: squares 0.56; measured about its mean 2.4: 1.44 + 0 + 1.44 = 2.88; R^2 = 1 - 0.56 / 2.88
+    assert figures["r2"] == pytest.approx(1 - 0.56 / 2.88)
+
+
+def test_frontier_by_hand():
+    # (0.5, 10) and (0.9, 30) are vertices; (0.7, 25) lies above their line (20 at 0.7); (0.8, 40) is slower than a better one
+    points = np.array([[0.8, 40.0], [0.9, 30.0], [0.7, 25.0], [0.5, 10.0], [0.4, 12.0]])
+    assert [frontier.frontier_latency(a, points) for a in (0.3, 0.5, 0.7, 0.9, 0.95)] == [10, 10, pytest.approx(20), 30, 30]
+    assert frontier.frontier_gap((0.7, 16.0), points) == pytest.approx(0.2)  # 1 - 16 / 20
+    assert frontier.frontier_gap((0.7, 25.0), points) == pytest.approx(-0.25)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(1, 100)), min_size=1, max_size=12), st.floats(0, 1))
+def test_no_mixture_of_two_points_beats_the_frontier(points, w):
+    points = np.array(points)
+    for a in points:
+        for b in points:
+            accuracy, ms = w * a + (1 - w) * b
+            assert frontier.frontier_latency(accuracy, points) <= ms + 1e-6
+    for a in points:  # and it is reached: by a vertex at the accuracy of the best point
+        assert min(points[points[:, 0] == points[:, 0].max(), 1]) == pytest.approx(frontier.frontier_latency(points[:, 0].max(), points))
+
+
+def test_gap_and_its_interval_know_a_method_that_is_better():
+    rng = np.random.default_rng(0)
+    n = 400
+    right, ms = rng.random((3, n)) < np.array([[0.5], [0.8], [0.95]]), rng.normal(1, 0.1, (3, n)) * np.array([[10], [30], [60]])
+    fixed = np.stack([right, ms], 2)
+    faster = np.stack([right[1], 0.8 * ms[1]], 1)[None]
+    gap, low, high = frontier.gap_with_interval(faster, fixed)
+    assert gap == pytest.approx(0.2, abs=0.01) and 0 < low <= gap <= high < 0.35
+    same, low, high = frontier.gap_with_interval(fixed[1:2], fixed)
+    assert same == pytest.approx(0, abs=0.05) and low <= 0 <= high + 1e-9
+
+
+FAST = train_policy.Config(prompts=3, rollouts=2, iterations=3, dev_every=1, dev=4, width=8, minibatches=2)
+MODELS_MS = rstitch.LatencyModel((0, 0, 0.01, 1.0), (0.001, 1.0)), rstitch.LatencyModel((0, 0, 0.05, 4.0), (0.002, 4.0))
+
+
+@pytest.mark.parametrize("hand_back", [False, True])
+def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, hand_back):
+    config = dataclasses.replace(FAST, hand_back=hand_back)
+    train_policy.train(config, pocket, MODELS_MS, tmp_path / "whole")
+    saved, calls = train_policy.save_checkpoint, []
+
+    def killed(path, *args):  # after the second iteration was logged, before its checkpoint
+        calls.append(path.name)
+        if calls.count("last.safetensors") == 2 and path.name == "last.safetensors":
+            raise KeyboardInterrupt
+        saved(path, *args)
+
+    monkeypatch.setattr(train_policy, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_policy.train(config, pocket, MODELS_MS, tmp_path / "parts")
+    monkeypatch.setattr(train_policy, "save_checkpoint", saved)
+    assert len(read_rows(tmp_path / "parts" / "log.jsonl")) == 2
+    train_policy.train(config, pocket, MODELS_MS, tmp_path / "parts")
+    assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (tmp_path / "parts" / "last.safetensors").read_bytes()
+    assert (tmp_path / "whole" / "best.safetensors").read_bytes() == (tmp_path / "parts" / "best.safetensors").read_bytes()
+    timeless = lambda name: [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(tmp_path / name / "log.jsonl")]  # noqa: E731
+    assert timeless("whole") == timeless("parts") and [row["iteration"] for row in timeless("parts")] == [0, 1, 2]
+    untrained = train_policy.build_policies(config, *pocket[:2])
+    trained = train_policy.build_policies(config, *pocket[:2])
+    assert train_policy.load_checkpoint(tmp_path / "whole" / "last.safetensors", trained) == 3
+    moved = {name: not torch.equal(p, q) for (name, p), q in zip(trained.named_parameters(), untrained.parameters())}
+    assert all(any(moved[name] for name in moved if name.startswith(part)) for part in trained)  # every policy learned something
+    with pytest.raises(ValueError, match="--kappa 0.9: the run in whole was started with 0.35"):
+        train_policy.train(dataclasses.replace(config, kappa=0.9), pocket, MODELS_MS, tmp_path / "whole")
+
+
+def test_an_exported_policy_routes_as_it_did_and_refuses_another_pair(tmp_path, pocket):
+    config = dataclasses.replace(FAST, iterations=1)
+    policies = train_policy.train(config, pocket, MODELS_MS, tmp_path / "run")
+    train_policy.export(config, policies, pocket, tmp_path / "run", tmp_path / "out")
+    todo = problems("dev", 4, seed=5)
+    before = solve(pocket, todo, train_policy.build_router(policies, config))
+    assert [s["text"] for s in solve(pocket, todo, train_policy.load_router(tmp_path / "out", pocket))] == [s["text"] for s in before]
+    with pytest.raises(ValueError, match="was made for another SLM"):
+        train_policy.load_router(tmp_path / "out", (pocket[1], pocket[1]))
+    with pytest.raises(ValueError, match="was made for another LLM"):
+        train_policy.load_router(tmp_path / "out", (pocket[0], pocket[0]))
+
+
+def test_the_update_raises_what_was_rewarded():
+    """One context in which calling is right and one in which it is wrong: after some batches the policy tells them apart."""
+    config = train_policy.Config(width=16, start=0.5, lr=1e-2)
+    policies = torch.nn.ModuleDict({"call": rstitch.Policy(4, 16)})
+    optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
+    states, generator = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]]), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        kind = torch.arange(32) // 2 % 2  # 16 groups of 2 rollouts of one decision each
+        hidden, context = states[kind], torch.full((32,), 100)
+        logit = policies["call"](hidden, context).detach()
+        call = torch.rand(32, generator=generator) < logit.sigmoid()
+        router = rstitch.PolicyRouter(policies["call"], 0.0, seed=0)
+        router.decisions.append(rstitch.Decisions(list(range(32)), hidden, context, call, rstitch.log_probability(logit, call)))
+        right = (call == (kind == 0)).float().view(16, 2)
+        train_policy.update(policies, optimizer, router, rstitch.group_advantages(right), train_policy.kept_groups(right, right > 0, "reward"), config, generator)
+    p = policies["call"](states, torch.tensor([100, 100])).sigmoid().tolist()
+    assert p[0] > 0.8 and p[1] < 0.2
+
+
+def test_dynamic_sampling_by_hand():
+    total = torch.tensor([[0.5, 0.6], [0.0, 0.0], [0.7, 0.7], [0.0, 0.7]])
+    correct = total > 0
+    assert train_policy.kept_groups(total, correct, "reward").tolist() == [True, False, False, True]
+    assert train_policy.kept_groups(total, correct, "accuracy").tolist() == [False, False, False, True]
+    assert train_policy.kept_groups(total, correct, "off").tolist() == [True] * 4
+
+
+def test_rewards_with_and_without_the_gate():
+    call = rstitch.Call(rstitch.LLM, 0, 1, 0, 5, 0.0, True)  # 4 ms
+    solved = [{"calls": [call] * 25, "correct": True}, {"calls": [call] * 50, "correct": False}]
+    total, ms = train_policy.rewards(solved, 0.001, MODELS_MS)
+    assert ms.tolist() == [100, 200] and total.tolist() == [pytest.approx(0.9), 0]
+    assert train_policy.rewards(solved, 0.001, MODELS_MS, gate=False)[0].tolist() == [pytest.approx(0.9), pytest.approx(-0.2)]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(rollouts=1), "rollouts=1"), (dict(kappa=-0.1), "kappa=-0.1"), (dict(tau=2.0), "tau=2.0"), (dict(prompts=0), "prompts=0"),
+    (dict(scale="max"), "scale='max'"), (dict(dynamic="no"), "dynamic='no'"), (dict(lr=float("nan")), "lr=nan"),
+])
+def test_policy_runs_with_bad_options_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        train_policy.Config(**change)
+
+
+# ---- committed figures ---------------------------------------------------------------------------------------------------
 
 
 def test_committed_figures_carry_their_provenance():

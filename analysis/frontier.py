@@ -1,0 +1,155 @@
+"""Learned routers against fixed thresholds: accuracy and fitted latency on the same test problems.
+
+    python -m analysis.train_policy --report       (appends to analysis/results/frontier.jsonl, skips what is there, prints all)
+
+The frontier is what fixed rules reach: one threshold, a threshold on a windowed entropy, two thresholds, either model alone, and
+any mixture of two of them (which of the two answers a problem drawn at random), so the lower convex hull of their points. The
+gap of a method is 1 - its latency / the frontier's latency at its accuracy; positive is better than every fixed rule.
+"""
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import rstitch
+from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, load_pocket, provenance, read_rows, solve
+from analysis.latency import REFERENCE, load_latency
+from analysis.problems import problems, question
+from analysis.report import TAUS, describe
+from analysis.train_policy import POLICIES, load_router
+
+N_TEST, N_WALL, SEED = 1000, 200, 0
+FIXED = {
+    **{f"tau {tau:g}": rstitch.EntropyRouter(tau) for tau in TAUS},
+    **{f"tau {tau:g}, window {w}": rstitch.EntropyRouter(tau, window=w) for w in (2, 4, 8) for tau in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)},
+    **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.0005, 0.001, 0.002, 0.005) for back in (0.02, 0.1, 1.0)},
+    "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
+}
+
+
+def frontier_latency(accuracy: float, points: np.ndarray) -> float:
+    """Lowest latency at which a mixture of the points, (k, 2) of accuracy and latency, is at least so accurate; that of the most
+    accurate point where none is."""
+    hull: list[np.ndarray] = []
+    for point in points[np.lexsort((points[:, 1], -points[:, 0]))]:  # from the most accurate down
+        if hull and point[1] >= hull[-1][1]:
+            continue  # slower and no more accurate
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0]) <= (point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
+            hull.pop()  # above the line that joins its neighbours
+        hull.append(point)
+    x, y = np.array(hull[::-1]).T
+    return float(np.interp(accuracy, x, y))
+
+
+def frontier_gap(method: tuple[float, float], points: np.ndarray) -> float:
+    """1 - latency / frontier latency at equal accuracy, of an (accuracy, latency)."""
+    return 1 - method[1] / frontier_latency(method[0], points)
+
+
+def gap_with_interval(methods: np.ndarray, fixed: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean gap over methods (seeds of one recipe), with a 95 % interval: (m, n, 2) and (k, n, 2) outcomes of the same n problems,
+    (correct, ms) each. Problems are drawn with replacement, for methods and frontier alike, and the frontier is built anew."""
+    n = fixed.shape[1]
+    weights = np.vstack([np.full(n, 1 / n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])  # (1 + draws, n)
+    points, own = (np.einsum("dn,knc->dkc", weights, outcomes) for outcomes in (fixed, methods))
+    gaps = [np.mean([frontier_gap(tuple(method), points[d]) for method in own[d]]) for d in range(draws + 1)]
+    low, high = np.percentile(gaps[1:], [2.5, 97.5])
+    return float(gaps[0]), float(low), float(high)
+
+
+def row_of(kind: str, name: str, n: int, p: float | None = None) -> dict:
+    """One method over the first n test problems, greedy."""
+    torch.set_num_threads(1)
+    pair, models = load_pocket(), load_latency()
+    router = load_router(POLICIES / name, pair) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
+    solved = solve(pair, problems("test", n, SEED), router, label=name, seed=SEED)
+    ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
+    return {"kind": kind, "name": name, "p": p, **describe(solved), "latency_ms": float(np.mean(ms)),
+            "outcomes": [[int(s["correct"]), x] for s, x in zip(solved, ms)], **provenance(SEED, n)}
+
+
+def wall_clock(names: list[str], n: int) -> dict:
+    """Mean milliseconds per problem at batch 1 of each method, problems in turn and methods interleaved, with reference calls."""
+    torch.set_num_threads(1)
+    pair = load_pocket()
+    lms = [rstitch.CachedLM(model, 1, 512) for model in pair[:2]]
+    routers = {name: FIXED.get(name) or load_router(POLICIES / name, pair) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    reference = []
+    for i, problem in enumerate(tqdm(problems("test", n, SEED), desc="wall-clock", disable=None)):
+        if i % 10 == 0:
+            reference += [float(np.median([s.ms for s in rstitch.measure_latency(lms[1], REFERENCE, repeats=10)]))]
+        ids = rstitch.encode(pair[2], question(problem))
+        for name in names[i % len(names):] + names[:i % len(names)]:
+            start = time.perf_counter()
+            rstitch.stitch(*lms, ids, routers[name], max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {"kind": "wall-clock", "name": "wall-clock", "ms": times, "reference_ms": reference, **provenance(SEED, n)}
+
+
+def run(path: Path = RESULTS / "frontier.jsonl", n: int = N_TEST, n_wall: int = N_WALL, workers: int = 2) -> list[dict]:
+    """Compute what `path` lacks, a row at a time: fixed rules, policies, random switching at each policy's share, wall-clock."""
+    policies = sorted(folder.name for folder in POLICIES.iterdir())
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+
+        def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
+            rows = {(r["kind"], r["name"]): r for r in read_rows(path)}
+            missing = [pool.submit(row_of, kind, name, n, *p) for kind, name, *p in jobs if (kind, name) not in rows]
+            for job in tqdm(as_completed(missing), total=len(missing), desc="methods", disable=None):
+                append_row(path, job.result())
+            return {(r["kind"], r["name"]): r for r in read_rows(path)}
+
+        rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
+        rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in policies])
+    if ("wall-clock", "wall-clock") not in rows:
+        first = [name for name in policies if name.endswith("seed0")]
+        best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
+        on_hull = [r["name"] for r in best if abs(frontier_gap((r["accuracy"], r["latency_ms"]), fixed_points(rows))) < 1e-9]
+        append_row(path, wall_clock(list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *first])), n_wall))
+    return read_rows(path)
+
+
+def fixed_points(rows: dict) -> np.ndarray:
+    return np.array([(r["accuracy"], r["latency_ms"]) for r in rows.values() if r["kind"] == "fixed"])
+
+
+def show(rows: list[dict]) -> str:
+    """Every method by accuracy, and the gaps."""
+    methods = [r for r in rows if r["kind"] != "wall-clock"]
+    fixed = np.array([r["outcomes"] for r in methods if r["kind"] == "fixed"], float)
+    points = fixed.mean(1)
+    wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
+    lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'wall ms':>8} {'gap, % [95 %] (higher is better)':>33}"]
+    for r in sorted(methods, key=lambda r: (r["kind"] != "policy", r["kind"] == "fixed", -r["accuracy"])):
+        cells = [f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]", f"{100 * r['llm_share']:.1f}",
+                 f"{r['tokens']:.1f}", f"{r['latency_ms']:.1f}"]
+        ms = wall["ms"].get(r["name"]) if wall and r["kind"] != "random" else None
+        cells.append(f"{np.mean(ms):.1f}" if ms else "")
+        if r["kind"] == "fixed":
+            gap = frontier_gap((r["accuracy"], r["latency_ms"]), points)
+            cells.append("on the frontier" if abs(gap) < 1e-9 else f"{100 * gap:.1f}")
+        else:
+            cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(np.array([r["outcomes"]], float), fixed))))
+        name = {"random": "random at the share of "}.get(r["kind"], "") + r["name"]
+        lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>8} {cells[5]:>33}")
+    recipes: dict[str, list] = {}
+    for r in methods:
+        if r["kind"] == "policy" and "-seed" in r["name"]:
+            recipes.setdefault(r["name"].split("-seed")[0], []).append(r["outcomes"])
+    for recipe, outcomes in recipes.items():
+        gap, low, high = gap_with_interval(np.array(outcomes, float), fixed)
+        lines.append(f"{recipe}: mean gap over {len(outcomes)} seeds {100 * gap:.1f} % [{100 * low:.1f}, {100 * high:.1f}] (problems drawn anew, seeds as they are)")
+    r = methods[0]
+    lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}; latency fitted at batch 1; intervals 95 %, paired")
+    if wall:
+        drift = np.array(wall["reference_ms"]) / np.median(wall["reference_ms"]) - 1
+        lines.append(f"wall-clock: mean of {wall['n']} problems at batch 1, methods interleaved; drift of the reference call: median {100 * np.median(abs(drift)):.1f} %, largest {100 * abs(drift).max():.1f} %")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(show(run()))

@@ -1,0 +1,194 @@
+"""The latency model of a pair: fitted to single steps, checked on other steps and on whole trajectories.
+
+    python -m analysis.latency                     (pocket pair; writes analysis/results/latency.json and latency.png)
+    python -m analysis.latency --slm SMALL --llm LARGE --device cuda --dtype bfloat16 --max-len 8192 --out pair.json
+
+Everything runs at batch 1, in one process and on one thread. Every round times the profile once, then points that are held out,
+then the trajectories of a few problems by every method. Reference calls (single steps of the LLM) before and after show how much
+the machine drifted. A trajectory's wall-clock is that of the whole `stitch` call; its fitted latency is the sum over its calls.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import rstitch
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, provenance
+from analysis.problems import problems, question
+
+METHODS = {
+    "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "random, p 0.1": rstitch.RandomRouter(0.1),
+    **{f"R-Stitch, tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (0.001, 0.005, 0.02)}}
+REFERENCE = [(1, 64)]
+
+
+def profile_points(max_len: int) -> list[tuple[int, int]]:
+    """(n_inf, n_kv) that span all calls of rows of up to max_len tokens."""
+    sizes = [2**k for k in range(1, max_len.bit_length()) if 2**k <= max_len // 2]
+    sizes += [3 * size // 2 for size in sizes[1:-1]]
+    grid = [(n, int(kv)) for n in sorted(sizes) for kv in np.linspace(0, max_len - n, 5)]
+    return [(1, int(kv)) for kv in np.linspace(0, max_len - 1, 15)] + grid
+
+
+def held_out_points(max_len: int, n: int = 30, seed: int = 0) -> list[tuple[int, int]]:
+    """Points between those of the profile, a third of them single tokens."""
+    rng = np.random.default_rng(seed)
+    sizes = [1] * (n // 3) + [int(x) for x in np.exp(rng.uniform(np.log(2), np.log(max_len / 2), n - n // 3))]
+    return [(size, int(rng.integers(0, max_len - size))) for size in sizes]
+
+
+def medians(samples: list[rstitch.Sample]) -> list[rstitch.Sample]:
+    """One sample per point."""
+    points: dict[tuple[int, int], list[float]] = {}
+    for n_inf, n_kv, ms in samples:
+        points.setdefault((n_inf, n_kv), []).append(ms)
+    return [rstitch.Sample(*point, float(np.median(ms))) for point, ms in points.items()]
+
+
+def residuals(model: rstitch.LatencyModel, samples: list[rstitch.Sample]) -> dict:
+    """Relative errors of the fit over points: the median of their size, and its 90th percentile."""
+    errors = [abs(model.call(s.n_inf, s.n_kv) / s.ms - 1) for s in medians(samples)]
+    return {"median_error": float(np.median(errors)), "p90_error": float(np.percentile(errors, 90)), "points": len(errors)}
+
+
+def trajectory_figures(fitted: np.ndarray, measured: np.ndarray) -> dict:
+    """R^2 and the median relative error of fitted against measured milliseconds, as they are and after one common factor."""
+    factor = float(np.median(measured / fitted))
+    out: dict = {"n": len(fitted), "factor": factor}
+    for suffix, x in (("", fitted), ("_after_factor", factor * fitted)):
+        out["r2" + suffix] = float(1 - ((measured - x) ** 2).sum() / ((measured - measured.mean()) ** 2).sum())
+        out["median_error" + suffix] = float(np.median(abs(x / measured - 1)))
+    return out
+
+
+def measure(pair, max_len: int, rounds: int, per_round: int, seed: int = 0) -> dict:
+    """Interleaved samples: {"slm", "llm"}: profile, {"slm held out", ...}, trajectories (method, ms, calls, drift), drift per round."""
+    slm, llm, tokenizer = pair
+    lms = {"slm": rstitch.CachedLM(slm, 1, max_len), "llm": rstitch.CachedLM(llm, 1, max_len)}
+    points, held = profile_points(max_len), held_out_points(max_len)
+    samples: dict[str, list[rstitch.Sample]] = {}
+    todo, trajectories, references = problems("dev", rounds * per_round, seed), [], []
+
+    def reference() -> float:
+        return float(np.median([s.ms for s in rstitch.measure_latency(lms["llm"], REFERENCE, repeats=20)]))
+
+    for i in tqdm(range(rounds), desc="rounds", disable=None):
+        for name, lm in lms.items():
+            samples.setdefault(name, []).extend(rstitch.measure_latency(lm, points, repeats=1))
+            samples.setdefault(name + " held out", []).extend(rstitch.measure_latency(lm, held, repeats=1))
+        before, start = reference(), len(trajectories)
+        for j, problem in enumerate(todo[i * per_round:(i + 1) * per_round]):
+            ids = rstitch.encode(tokenizer, question(problem))
+            names = list(METHODS)
+            for name in names[j % len(names):] + names[:j % len(names)]:
+                begin = time.perf_counter()
+                result = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=seed,
+                                        max_new_tokens=min(MAX_NEW_TOKENS, max_len - ids.shape[1]))
+                trajectories.append({"method": name, "round": i, "ms": 1e3 * (time.perf_counter() - begin), "calls": result.calls[0]})
+        references.append([before, reference()])
+        assert len(trajectories) == start + per_round * len(METHODS)
+    for lm in lms.values():
+        lm.close()
+    return {"samples": samples, "trajectories": trajectories, "references": references}
+
+
+def evaluate(measured: dict) -> dict:
+    """Both fits with their residuals, and how well they predict trajectories, per method, over all and over the calm rounds."""
+    samples, out = measured["samples"], {}
+    models = {name: rstitch.LatencyModel.fit(samples[name]) for name in ("slm", "llm")}
+    for name, model in models.items():
+        out[name] = model.coefficients
+        out[name + "_residuals"] = {"profile": residuals(model, samples[name]), "held out": residuals(model, samples[name + " held out"])}
+        out[name + "_profile"] = medians(samples[name])
+    calm = np.median(measured["references"])
+    drift = [max(abs(np.array(pair) / calm - 1)) for pair in measured["references"]]
+    out |= {"reference_ms": float(calm), "drift": drift, "trajectories": {}}
+    for name in METHODS:
+        chosen = [t for t in measured["trajectories"] if t["method"] == name]
+        fitted = np.array([rstitch.trajectory_latency(t["calls"], models["slm"], models["llm"]) for t in chosen])
+        ms = np.array([t["ms"] for t in chosen])
+        quiet = np.array([drift[t["round"]] <= 0.05 for t in chosen])
+        out["trajectories"][name] = {"all": trajectory_figures(fitted, ms), "calm": trajectory_figures(fitted[quiet], ms[quiet]) if quiet.sum() > 2 else None,
+                                     "fitted_ms": fitted.round(2).tolist(), "measured_ms": ms.round(2).tolist()}
+    return out
+
+
+def show(row: dict) -> str:
+    """The fits and how well they hold, as text."""
+    lines = []
+    for name in ("slm", "llm"):
+        (a, b, c, d), (c1, d1) = row[name]["prefill"], row[name]["decode"]
+        lines.append(f"{name.upper()}  prefill {a:.3g} n_inf n_kv + {b:.3g} n_inf^2 + {c:.3g} n_inf + {d:.3g} ms, decode {c1:.3g} n_kv + {d1:.3g} ms")
+        for what, r in row[name + "_residuals"].items():
+            lines.append(f"     {what}: median |error| {100 * r['median_error']:.1f} %, 90th percentile {100 * r['p90_error']:.1f} % ({r['points']} points)")
+    drift = np.array(row["drift"])
+    lines.append(f"drift of the reference call, {row['reference_ms']:.2f} ms: median {100 * np.median(drift):.1f} %, largest {100 * drift.max():.1f} %; "
+                 f"{(drift <= 0.05).sum()} of {len(drift)} rounds within 5 %")
+    lines.append(f"{'trajectories (lower error is better)':38} {'n':>4} {'R^2':>6} {'median |error|':>15} {'factor':>7} {'R^2 after':>10} {'|error| after':>14}")
+    for name, both in row["trajectories"].items():
+        for which, r in (("", both["all"]), (", calm rounds", both["calm"])):
+            if r:
+                lines.append(f"{name + which:38} {r['n']:>4} {r['r2']:>6.3f} {100 * r['median_error']:>13.1f} % {r['factor']:>7.3f} "
+                             f"{r['r2_after_factor']:>10.3f} {100 * r['median_error_after_factor']:>12.1f} %")
+    lines.append(f"seed {row['seed']}, {row['device']}, {row['dtype']}, torch {row['torch']}, batch 1, one thread")
+    return "\n".join(lines)
+
+
+def plot(row: dict, path: Path) -> None:
+    """Residuals over the profile, and fitted against measured trajectories."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, marker in (("slm", "o"), ("llm", "s")):
+        model = rstitch.LatencyModel(**row[name])
+        n_inf, error = zip(*[(n, 100 * (model.call(n, kv) / ms - 1)) for n, kv, ms in row[name + "_profile"]])
+        left.plot(n_inf, error, marker, alpha=0.6, label=name.upper())
+    left.axhline(0, color="grey", lw=0.8)
+    left.set(xscale="log", xlabel="tokens read by the call, n_inf", ylabel="fitted / measured - 1 (%)", title="One call (nearer to 0 is better)")
+    for name, both in row["trajectories"].items():
+        right.plot(both["measured_ms"], both["fitted_ms"], ".", alpha=0.6, label=name)
+    ends = [min(min(b["measured_ms"]) for b in row["trajectories"].values()), max(max(b["measured_ms"]) for b in row["trajectories"].values())]
+    right.plot(ends, ends, color="grey", lw=0.8)
+    right.set(xscale="log", yscale="log", xlabel="measured wall-clock (ms)", ylabel="fitted latency (ms)", title="One trajectory (nearer to the line is better)")
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
+    """(SLM's, LLM's) of a file that this program wrote."""
+    row = json.loads(Path(path).read_text())
+    return rstitch.LatencyModel(**row["slm"]), rstitch.LatencyModel(**row["llm"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--slm", default=str(MODELS / "slm"), help="small model, a Hugging Face name or path (default: the pocket pair's)")
+    add("--llm", default=str(MODELS / "llm"), help="large model with the same tokenizer (default: the pocket pair's)")
+    add("--device", default="cpu", help="torch device (default: %(default)s)")
+    add("--dtype", default="float32", help="of both models (default: %(default)s)")
+    add("--max-len", type=int, default=384, help="longest row, prompt and answer, in tokens (default: %(default)s)")
+    add("--rounds", type=int, default=10, help="rounds of profile and trajectories (default: %(default)s)")
+    add("--per-round", type=int, default=10, help="problems a round, each answered by every method (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the problems and of random switching (default: %(default)s)")
+    add("--out", type=Path, default=RESULTS / "latency.json", help="where the fit goes, with a plot beside it (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pair = rstitch.load_pair(args.slm, args.llm, args.device, args.dtype)
+    row = evaluate(measure(pair, args.max_len, args.rounds, args.per_round, args.seed))
+    row |= provenance(args.seed, args.rounds * args.per_round, args.device, args.dtype)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(row) + "\n")
+    plot(row, args.out.with_suffix(".png"))
+    print(show(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""R-Stitch+ on a pair: a policy that decides, at each uncertain token of the SLM, whether the LLM is worth its time. DAPO.
+
+    python -m analysis.train_policy kappa0.35-seed0        (a run of RUNS; several names run one after the other)
+    python -m analysis.train_policy --name mine --kappa 0.2 --seed 7
+    python -m analysis.train_policy --report               (every policy against fixed thresholds, on the test split)
+
+An iteration answers `prompts` problems of the router-train split `rollouts` times each in one batch, actions sampled, tokens
+greedy; rewards each answer with `rstitch.reward` of its fitted latency; and takes several steps on the DAPO loss of all
+decisions of that batch. The policy that answers dev problems with the best mean reward is kept. Everything random derives from
+the seed and the iteration, so a run that was killed goes on as if nothing had happened.
+"""
+import argparse
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import rstitch
+from analysis.common import MODELS, append_row, load_checkpoint, load_pocket, provenance, read_rows, rewind, save_checkpoint, solve
+from analysis.latency import load_latency
+from analysis.problems import problems
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints" / "policies"
+POLICIES = MODELS / "policies"
+
+
+def option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Everything but the machine's rounding follows from it."""
+
+    kappa: float = option(0.35, "lambda x mean latency of the LLM alone; what a second costs in the reward")
+    seed: int = option(0, "of initial weights, problems, actions and minibatches")
+    tau: float = option(0.001, "the policy is asked where the SLM's entropy exceeds it, in [0, 1]: entropy in nats divided by log V")
+    tau_back: float = option(0.02, "the LLM hands back where its entropy does not exceed it, in [0, 1]")
+    prompts: int = option(32, "problems per iteration")
+    rollouts: int = option(8, "answers per problem")
+    iterations: int = option(40, "batches of rollouts")
+    epochs: int = option(2, "passes over the decisions of a batch")
+    minibatches: int = option(4, "optimizer steps per pass")
+    lr: float = option(3e-3, "learning rate of Adam")
+    width: int = option(64, "hidden units of the policy")
+    start: float = option(0.7, "probability of calling the LLM that the untrained policy gives everywhere")
+    scale: str = option("std", "advantages: std (divided by the group's standard deviation) or none")
+    dynamic: str = option("reward", "dynamic sampling drops groups of equal reward (reward), all right or all wrong (accuracy), or none (off)")
+    eps_low: float = option(0.2, "clip of the probability ratio below 1")
+    eps_high: float = option(0.28, "clip above 1; clip-higher is off where it equals eps_low")
+    gate: bool = option(True, "latency counts only where the answer is right")
+    use_context: bool = option(True, "the policy sees the context length beside the hidden state")
+    hand_back: bool = option(False, "a second policy, on the LLM's hidden state, decides when the LLM hands back")
+    dev_every: int = option(8, "iterations between two evaluations on dev")
+    dev: int = option(256, "dev problems of an evaluation")
+
+    def __post_init__(self):
+        for name in ("prompts", "iterations", "epochs", "minibatches", "width", "dev_every", "dev"):
+            rstitch.check_count(name, getattr(self, name))
+        rstitch.check_count("rollouts", self.rollouts, least=2)
+        for name in ("kappa", "lr"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a finite number, 0 or more")
+        for name, choices in (("scale", ("std", "none")), ("dynamic", ("reward", "accuracy", "off"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {' or '.join(choices)}")
+        rstitch.EntropyRouter(self.tau, tau_back=self.tau_back)
+
+
+RUNS = {f"kappa{kappa:g}-seed{seed}": Config(kappa=kappa, seed=seed) for kappa in (0.35, 0.1, 0.8) for seed in (0, 1, 2)}
+
+
+class HandBackRouter(rstitch.PolicyRouter):
+    """R-Stitch+ with a second policy, asked at every token of the LLM, on the LLM's hidden state, whether to hand back."""
+
+    def __init__(self, policy: rstitch.Policy, back: rstitch.Policy, tau: float, seed: int | None = None):
+        super().__init__(policy, tau, seed=seed)
+        self.back = rstitch.PolicyRouter(back, tau, seed=None if seed is None else -1 - seed)  # its own coins at the same positions
+        self.leave_llm = lambda step: self.back.decide(step, torch.arange(len(step.rows), device=step.token.device))
+
+
+def build_policies(config: Config, slm, llm) -> torch.nn.ModuleDict:
+    """{"call": policy on the SLM's hidden state} and, with hand_back, {"back": policy on the LLM's}; the same for the same config."""
+    torch.manual_seed(config.seed)
+    models = {"call": slm} | ({"back": llm} if config.hand_back else {})
+    return torch.nn.ModuleDict({name: rstitch.Policy(model.config.get_text_config(decoder=True).hidden_size, config.width, config.start, config.use_context)
+                                for name, model in models.items()})
+
+
+def build_router(policies, config: Config, seed: int | None = None) -> rstitch.PolicyRouter:
+    """Sampling with a seed, else the likelier action."""
+    if config.hand_back:
+        return HandBackRouter(policies["call"], policies["back"], config.tau, seed)
+    return rstitch.PolicyRouter(policies["call"], config.tau, config.tau_back, seed)
+
+
+def rewards(solved: list[dict], lam: float, models, gate: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """(total reward, fitted latency in ms) of each answer; without the gate a wrong answer pays for its latency too."""
+    latency = np.array([rstitch.trajectory_latency(s["calls"], *models) for s in solved])
+    correct = np.array([s["correct"] for s in solved])
+    total = np.array([rstitch.reward(bool(c), ms, lam).total for c, ms in zip(correct, latency)])
+    return (total if gate else correct - lam * latency), latency
+
+
+def kept_groups(total: torch.Tensor, correct: torch.Tensor, dynamic: str) -> torch.Tensor:
+    """(P,) which groups of (P, G) rewards dynamic sampling leaves."""
+    if dynamic == "reward":
+        return total.amin(1) < total.amax(1)
+    if dynamic == "accuracy":
+        return correct.any(1) & ~correct.all(1)
+    return torch.ones(len(total), dtype=torch.bool)
+
+
+def update(policies, optimizer, router, advantages: torch.Tensor, keep: torch.Tensor, config: Config, generator) -> dict:
+    """Several optimizer steps on the decisions of one batch. advantages: (P, G), keep: (P,). Returns what a progress line shows."""
+    G, parts = advantages.shape[1], []
+    asked = {"call": router.decisions} | ({"back": router.back.decisions} if config.hand_back else {})
+    for name, decisions in asked.items():
+        if decisions:
+            rows = torch.tensor([row for d in decisions for row in d.rows])
+            hidden, context, call, old = (torch.cat([d[k] for d in decisions]) for k in range(1, 5))
+            use = keep[rows // G]
+            parts.append((name, hidden[use], context[use], call[use], old[use].detach(), advantages.flatten()[rows][use].float()))
+    total = sum(len(old) for *_, old, _ in parts)
+    figures = {"decisions": total, "called": float(np.mean([d.item() for _, _, _, call, *_ in parts for d in call])) if total else None, "clipped": None}
+    if not total:
+        return figures
+    clipped = []
+    for _ in range(config.epochs):
+        orders = [torch.randperm(len(old), generator=generator).chunk(config.minibatches) for *_, old, _ in parts]
+        for step in range(config.minibatches):
+            logp, old, A = [], [], []
+            for (name, hidden, context, call, before, advantage), order in zip(parts, orders):
+                if step < len(order):
+                    picked = order[step]
+                    logp.append(rstitch.log_probability(policies[name](hidden[picked], context[picked]), call[picked]))
+                    old.append(before[picked])
+                    A.append(advantage[picked])
+            if not logp:
+                continue
+            logp, old, A = torch.cat(logp), torch.cat(old), torch.cat(A)
+            loss = rstitch.dapo_loss(logp, old, A, torch.ones_like(A, dtype=torch.bool), config.eps_low, config.eps_high)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policies.parameters(), 1.0)
+            optimizer.step()
+            ratio = (logp.detach() - old).exp()
+            clipped.append(((ratio > 1 + config.eps_high) & (A > 0) | (ratio < 1 - config.eps_low) & (A < 0)).float().mean().item())
+    return figures | {"clipped": float(np.mean(clipped))}
+
+
+def answer(pair, todo, router, lam: float, models, gate: bool = True, **options) -> tuple[list[dict], np.ndarray, dict]:
+    """Solve problems; (solved, reward of each, mean figures)."""
+    solved = solve(pair, todo, router, progress=False, **options)
+    total, latency = rewards(solved, lam, models, gate)
+    tokens = sum(s["tokens"] for s in solved)
+    return solved, total, {"reward": float(total.mean()), "accuracy": float(np.mean([s["correct"] for s in solved])),
+                           "llm_share": sum(s["llm_tokens"] for s in solved) / tokens, "tokens": tokens / len(solved), "latency_ms": float(latency.mean())}
+
+
+def settle(config: Config, pair, models, folder: Path) -> float:
+    """lambda, in 1/ms: kappa over the mean fitted latency of the LLM alone on the dev problems. Written down at the first call;
+    ValueError where the folder holds a run of another config."""
+    path = folder / "config.json"
+    if not path.exists():
+        _, _, alone = answer(pair, problems("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"config": asdict(config), "llm_ms": alone["latency_ms"]}) + "\n")
+    settled = json.loads(path.read_text())
+    if settled["config"] != asdict(config):
+        other = next(name for name, value in asdict(config).items() if settled["config"].get(name) != value)
+        raise ValueError(f"--{other.replace('_', '-')} {getattr(config, other)}: the run in {folder.name} was started with "
+                         f"{settled['config'].get(other)}; expected the same, or another --name")
+    return config.kappa / settled["llm_ms"]
+
+
+def train(config: Config, pair, models, folder: Path) -> torch.nn.ModuleDict:
+    """Train one policy, from its last checkpoint if there is one. The best on dev ends up in best.safetensors and is returned."""
+    slm, llm, _ = pair
+    lam = settle(config, pair, models, folder)
+    policies = build_policies(config, slm, llm)
+    optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
+    first = load_checkpoint(folder / "last.safetensors", policies, optimizer)
+    rewind(folder / "log.jsonl", "iteration", first)
+    best = max((row["dev"]["reward"] for row in read_rows(folder / "log.jsonl") if "dev" in row), default=-float("inf"))
+    todo, dev = problems("router-train", config.prompts * config.iterations, config.seed), problems("dev", config.dev, 1)
+    with tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc=folder.name, disable=None) as bar:
+        for i in bar:
+            start = time.perf_counter()
+            seed = int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
+            batch = [p for p in todo[i * config.prompts:(i + 1) * config.prompts] for _ in range(config.rollouts)]
+            router = build_router(policies, config, seed)
+            solved, total, row = answer(pair, batch, router, lam, models, config.gate, batch_size=len(batch), seed=seed)
+            R = torch.tensor(total).view(config.prompts, config.rollouts)
+            keep = kept_groups(R, torch.tensor([s["correct"] for s in solved]).view_as(R), config.dynamic)
+            row |= {"iteration": i, "groups": int(keep.sum())}
+            row |= update(policies, optimizer, router, rstitch.group_advantages(R, scale=config.scale), keep, config,
+                          torch.Generator().manual_seed(seed))
+            if (i + 1) % config.dev_every == 0 or i + 1 == config.iterations:
+                _, _, row["dev"] = answer(pair, dev, build_router(policies, config), lam, models, config.gate)
+                if row["dev"]["reward"] > best:
+                    best = row["dev"]["reward"]
+                    save_checkpoint(folder / "best.safetensors", policies, optimizer, i + 1)
+            row["seconds"] = time.perf_counter() - start
+            append_row(folder / "log.jsonl", row)
+            save_checkpoint(folder / "last.safetensors", policies, optimizer, i + 1)
+            bar.set_postfix_str(f"reward {row['reward']:.3f} right {100 * row['accuracy']:.0f} % LLM {100 * row['llm_share']:.0f} % {row['latency_ms']:.0f} ms"
+                                + (f" | dev reward {row['dev']['reward']:.3f}" if "dev" in row else ""))
+    load_checkpoint(folder / "best.safetensors", policies)
+    return policies
+
+
+def fingerprint(model) -> str:
+    """Tells one model from another, whatever dtype it was loaded in."""
+    head = model.get_output_embeddings().weight[:1000].detach().to("cpu", torch.bfloat16)
+    return hashlib.sha256(head.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def export(config: Config, policies, pair, folder: Path, target: Path) -> None:
+    """Write a trained policy as safetensors, and how it was made beside it."""
+    log, settled = read_rows(folder / "log.jsonl"), json.loads((folder / "config.json").read_text())
+    evaluated = [row for row in log if "dev" in row]
+    best = max(evaluated, key=lambda row: row["dev"]["reward"])
+    target.mkdir(parents=True, exist_ok=True)
+    save_file({name: p.detach().contiguous() for name, p in policies.named_parameters()}, target / "policy.safetensors")
+    made = {"config": asdict(config), "lam": config.kappa / settled["llm_ms"], "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]),
+            "iteration": best["iteration"], "dev": best["dev"], "minutes": sum(row["seconds"] for row in log) / 60,
+            "curve": [[row["iteration"], row["reward"], row["accuracy"], row["llm_share"], row["latency_ms"]] for row in log],
+            **provenance(config.seed, config.dev)}
+    (target / "made.json").write_text(json.dumps(made) + "\n")
+
+
+def load_router(folder: Path, pair, seed: int | None = None) -> rstitch.PolicyRouter:
+    """The router of an exported policy; ValueError where it was made for another pair."""
+    made = json.loads((folder / "made.json").read_text())
+    for name, model in zip(("slm", "llm"), pair):
+        if made[name] != fingerprint(model):
+            raise ValueError(f"the policy in {folder} was made for another {name.upper()}: expected weights with fingerprint {made[name]}, got {fingerprint(model)}")
+    config = Config(**made["config"])
+    policies = build_policies(config, *pair[:2])
+    policies.load_state_dict(load_file(folder / "policy.safetensors"))
+    return build_router(policies.eval().requires_grad_(False), config, seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="*", help=f"names of RUNS: {', '.join(RUNS)}")
+    parser.add_argument("--name", help="of a run with the options below")
+    parser.add_argument("--report", action="store_true", help="compare every exported policy with fixed thresholds on the test split")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of training (default: %(default)s)")
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} (default: {f.default})",
+                            **(dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)))
+    args = parser.parse_args()
+    changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
+    try:
+        if args.report:
+            from analysis import frontier
+            return frontier.main()
+        unknown = [name for name in args.run if name not in RUNS]
+        if unknown or bool(args.run) == bool(args.name) or args.run and changes:
+            raise ValueError(f"run {unknown[0]!r} is not in RUNS" if unknown else "expected names of RUNS, or --name with options, not both")
+        torch.set_num_threads(args.threads)
+        pair, models = load_pocket(), load_latency()
+        for name, config in {name: RUNS[name] for name in args.run}.items() if args.run else [(args.name, replace(Config(), **changes))]:
+            policies = train(config, pair, models, CHECKPOINTS / name)
+            export(config, policies, pair, CHECKPOINTS / name, POLICIES / name)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
