@@ -73,8 +73,8 @@ def check_count(name: str, value, least: int = 1) -> None:
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of the next-token distribution in nats, float32: (..., V) -> (...).
 
-    R-Stitch Eq. 1 without its division by log V. Taken in float32 because bfloat16 arithmetic costs up to 0.04 nats at
-    V = 152k, more than the thresholds of interest; p log p is 0 where p underflows or a logit is -inf.
+    R-Stitch Eq. 1 without its division by log V. Taken in float32 because bfloat16 arithmetic is off by some hundredths of
+    a nat at V = 152k, more than the thresholds of interest; p log p is 0 where p underflows or a logit is -inf.
     """
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
@@ -655,10 +655,12 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
             lm.reset()
         vocab = min(lm.vocab for lm in lms)
         eos = end_tokens(eos_token_id, lms)
-        if pad_token_id is None:
-            pads = [lm.model.generation_config.pad_token_id for lm in lms]
-            pad_token_id = next((pad for pad in [*pads, *eos] if pad is not None and pad >= 0), 0)
+        own = [lm.model.generation_config.pad_token_id for lm in lms]
+        pads = [pad for pad in own if pad is not None and pad >= 0] if pad_token_id is None else [pad_token_id]
+        pad_token_id = [*pads, *(token for token in eos if token >= 0), 0][0]
         check_count("pad_token_id", pad_token_id, least=0)
+        if attention_mask is None and B > 1 and any(ids[0] in set(pads) - set(eos) for ids in prompts):
+            raise ValueError("input_ids has rows that begin with a padding token: expected an attention_mask with 0 where a row is padded")
         first = getattr(router, "first", SLM)
         rows = [Row(i, seeds[i], list(ids), len(ids), first, []) for i, ids in enumerate(prompts)]
         for row in rows if temperature else []:
@@ -898,8 +900,8 @@ class LatencyModel:
 def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) -> list[Sample]:
     """Time the engine's own step at batch 1 - read, entropy, draw, router, host read - at each (n_inf, n_kv), `repeats` times.
 
-    model: as for `stitch`. A first round over all points is warm-up and not returned. What lies in the cache does not matter to
-    the time; the points are visited in turn, so that whatever else the machine does is spread over them.
+    model: as for `stitch`. Each time follows an untimed step of the same kind, as most steps of a trajectory do. What lies in the
+    cache does not matter to the time; the points are visited in turn, so that whatever else the machine does is spread over them.
     """
     check_count("repeats", repeats)
     for n_inf, n_kv in points:
@@ -911,14 +913,14 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
             lm = CachedLM(model, 1, max(map(sum, points)))
             opened.callback(lm.close)
         router, samples = EntropyRouter(), []
-        for i in range(repeats + 1):
-            for n_inf, n_kv in points:
+        for n_inf, n_kv in list(points) * repeats:
+            for _ in range(2):
                 row = Row(0, 0, [0] * (n_inf + n_kv), n_inf + n_kv, SLM, [])
                 lm.cursor[0] = n_kv
                 start = time.perf_counter()
                 advance(SLM, lm, [row], router, lm.vocab, GREEDY)
-                if i:
-                    samples.append(Sample(n_inf, n_kv, 1e3 * (time.perf_counter() - start)))
+                ms = 1e3 * (time.perf_counter() - start)
+            samples.append(Sample(n_inf, n_kv, ms))
         lm.reset()
     return samples
 
@@ -1092,22 +1094,44 @@ def check_same_tokenizer(slm_tokenizer, llm_tokenizer, special_may_differ: bool 
                              f"{llm_ids.get(i)!r} for the LLM; expected one vocabulary{hint}")
 
 
-def load_pair(slm: str, llm: str, device: str, dtype: str, special_may_differ: bool = False):
-    """(SLM, LLM, the LLM's tokenizer) from Hugging Face names or paths. Safetensors only, no code from the checkpoint."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizers = [AutoTokenizer.from_pretrained(name, trust_remote_code=False) for name in (slm, llm)]
+def load(auto, option: str, name: str, **options):
+    """`auto.from_pretrained(name)`, no code from the checkpoint; ValueError naming the command line's option where there is no such model."""
+    folder = Path(name)
+    for needed in ("config.json", "tokenizer*") if folder.is_dir() else ():
+        if not any(folder.glob(needed)):
+            raise ValueError(f"{option} {name}: this folder has no {needed}; expected model and tokenizer as save_pretrained writes them")
+    if not folder.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"{option} {name}: there is no such folder")
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, **options)
+    except OSError as error:
+        raise ValueError(f"{option} {name}: neither a folder here nor to be had from Hugging Face ({str(error).splitlines()[0]})") from error
+
+
+def load_pair(slm: str, llm: str, device: str = "cpu", dtype: str = "auto", special_may_differ: bool = False):
+    """(SLM, LLM, the LLM's tokenizer) from Hugging Face names or paths, weights from safetensors only. dtype "auto" is the checkpoint's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    names = {"--slm": slm, "--llm": llm}
+    tokenizers = [load(AutoTokenizer, option, name) for option, name in names.items()]
     check_same_tokenizer(*tokenizers, special_may_differ)
-    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    models = [AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval() for name in (slm, llm)]
+    models = [load(AutoModelForCausalLM, option, name, dtype=dtype, use_safetensors=True).to(device).eval() for option, name in names.items()]
     return *models, tokenizers[1]
 
 
-def encode(tokenizer, question: str) -> torch.Tensor:
-    """(1, P) prompt ids: the question as a user's message where the tokenizer has a chat template, else as it stands."""
+def encode(tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of the prompts, (B, P) each, padded on the left: each question as a user's message where the
+    tokenizer has a chat template, else as it stands."""
+    for question in questions:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question={question!r}: expected a text; give several as several arguments")
     if tokenizer.chat_template:
-        message = [{"role": "user", "content": question}]
-        question = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokenizer(question, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).input_ids
+        questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+                     for question in questions]
+    batch = tokenizer(list(questions), return_tensors="pt", padding=len(questions) > 1, padding_side="left",
+                      add_special_tokens=not tokenizer.chat_template)
+    return batch.input_ids, batch.attention_mask
 
 
 class Printer:
@@ -1147,10 +1171,11 @@ def summary(calls: list[Call], seconds: float) -> str:
 
 def run_question(slm, llm, tokenizer, question: str, router, **options) -> list[Call]:
     """Answer one question, printing it as it is written, and a line of figures; the calls."""
-    ids = encode(tokenizer, question)
-    unknown = [] if tokenizer.unk_token_id is None else (ids[0] == tokenizer.unk_token_id).nonzero()
-    if len(unknown):
-        print(f"note: {len(unknown)} words of the question are unknown to the tokenizer", file=sys.stderr)
+    ids, _ = encode(tokenizer, question)
+    if tokenizer.is_fast and tokenizer.unk_token_id in ids:
+        words = tokenizer(question, return_offsets_mapping=True, add_special_tokens=False)
+        unknown = [question[a:b].strip() for i, (a, b) in zip(words.input_ids, words.offset_mapping) if i == tokenizer.unk_token_id]
+        print(f"note: unknown to the tokenizer: {' '.join(unknown)}", file=sys.stderr)
     start = time.perf_counter()
     result = stitch(slm, llm, ids, router, on_token=Printer(tokenizer), **options)
     print("\n" + summary(result.calls[0], time.perf_counter() - start))
@@ -1211,8 +1236,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.top_p < 1 and not args.temperature:
             raise ValueError(f"--top-p {args.top_p} needs a --temperature above 0")
         router = build_router(args.router, args.tau, args.p, args.seed)
+        check_count("--max-new-tokens", args.max_new_tokens)
+        Sampling(args.temperature, 0, args.top_p)
+        if not args.question.strip():
+            raise ValueError(f"question {args.question!r}: expected a text")
         dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
         slm, llm, tokenizer = load_pair(args.slm, args.llm, args.device, dtype, args.special_tokens_may_differ)
+        if sum(p.numel() for p in llm.parameters()) < 1e8:
+            torch.set_num_threads(1)  # models this small gain nothing by more, and crawl where another process wants a core
         run_question(slm, llm, tokenizer, args.question, router, max_new_tokens=args.max_new_tokens,
                      temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     except (ValueError, OSError) as error:

@@ -647,6 +647,8 @@ BAD_INPUT = {
     r"input_ids has shape \(2,\)": dict(input_ids=IDS[0]), r"input_ids has shape \(0, 3\)": dict(input_ids=IDS.new_zeros(0, 3)),
     r"input_ids has shape \(1, 0\)": dict(input_ids=IDS.new_zeros(1, 0)), "input_ids ranges from 5 to 40": dict(input_ids=torch.tensor([[5, 40]])),
     "input_ids ranges from -1": dict(input_ids=torch.tensor([[-1]])),
+    "input_ids has rows that begin with a padding token": dict(input_ids=torch.tensor([[0, 5], [5, 6]])),
+    "input_ids has rows that begin with a padding": dict(input_ids=torch.tensor([[7, 5], [5, 6]]), pad_token_id=7),
     "attention_mask is a list": dict(attention_mask=[[1, 1]]), "attention_mask has shape": dict(attention_mask=torch.ones(1, 3)),
     "attention_mask has a 0 after a 1: .* left": dict(attention_mask=torch.tensor([[1, 0]])),
     "attention_mask has a 0 after a 1: .*padding": dict(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.tensor([[1, 0, 1]])),
@@ -1156,7 +1158,8 @@ def test_a_policy_is_asked_only_over_tau_and_its_argmax_decides():
             seen.extend(call.tolist())
             return call
 
-    result = stitch(*pair, prompts([3, 9, 5, 4])[0], Spy(policy, 0.3, tau_back=0.9), max_new_tokens=40, eos_token_id=[])
+    ids, mask = prompts([3, 9, 5, 4])
+    result = stitch(*pair, ids, Spy(policy, 0.3, tau_back=0.9), attention_mask=mask, max_new_tokens=40, eos_token_id=[])
     over = [call for calls in result.calls for call in calls if call.model == SLM and call.entropy / math.log(VOCAB) > 0.3]
     assert len(seen) == len(over) and {True, False} == set(seen)
     assert sum(seen) == sum(not call.kept for call in over)
@@ -1221,7 +1224,9 @@ def test_main_prints_the_answer_of_stitch_and_a_summary(saved_pair, capsys):
     out = run_main(capsys, *pair, "--tau", "0.85", "--max-new-tokens", "20", "w7 w8")
     slm, llm, tokenizer = rstitch.load_pair(pair[1], pair[3], "cpu", "float32")
     ids = torch.tensor([[5, 7, 8, 6]])  # w5 and w6 come from the chat template
-    assert rstitch.encode(tokenizer, "w7 w8").tolist() == ids.tolist()
+    assert [x.tolist() for x in rstitch.encode(tokenizer, "w7 w8")] == [ids.tolist(), [[1, 1, 1, 1]]]
+    batch, mask = rstitch.encode(tokenizer, "w7", "w7 w8")
+    assert batch.tolist() == [[0, 5, 7, 6], *ids.tolist()] and mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
     result = stitch(slm, llm, ids, EntropyRouter(0.85), max_new_tokens=20)
     text, line, _ = out.split("\n")
     assert text == tokenizer.decode(answers(result)[0], skip_special_tokens=True)
@@ -1236,7 +1241,8 @@ def test_main_prints_the_answer_of_stitch_and_a_summary(saved_pair, capsys):
     (["--router", "slm", "--tau", "0.1"], "--tau 0.1 belongs to --router entropy"), (["--p", "0.1"], "--p 0.1 belongs to --router random"),
     (["--router", "random", "--p", "1.5"], "p=1.5: expected a probability"), (["--top-p", "0.5"], "--top-p 0.5 needs a --temperature"),
     (["--temperature", "-1"], "temperature=-1.0: expected"), (["--temperature", "1", "--top-p", "0"], "top_p=0.0: expected"),
-    (["--max-new-tokens", "0"], "max_new_tokens=0: expected"), (["--slm", "no/such/folder"], "no/such/folder"),
+    (["--max-new-tokens", "0"], "--max-new-tokens=0: expected"), (["--slm", "no/such/folder"], "--slm no/such/folder: there is no such folder"),
+    (["--llm", "./nothing"], "--llm ./nothing: there is no such folder"), (["--llm", "analysis"], "--llm analysis: this folder has no config.json"),
     (["--json", "rows.json"], "--json rows.json belongs to the table"), (["--device", "nope"], "'nope' is no device that torch can use here"),
     (["--dtype", "nope"], "invalid choice: 'nope'"),
 ])
@@ -1244,6 +1250,21 @@ def test_main_refuses_bad_options_in_one_sentence(saved_pair, capsys, argv, mess
     with pytest.raises(SystemExit) as refused:
         rstitch.main(["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu", "w7", *argv])
     assert refused.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_main_refuses_what_is_no_question_and_names_the_words_it_does_not_know(saved_pair, capsys):
+    for argv in ([""], ["  "]):
+        with pytest.raises(SystemExit):
+            rstitch.main(argv)
+        assert "expected a text" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="expected a text; give several"):
+        rstitch.encode(words(9), ["w3", "w4"])
+    rstitch.main(["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu", "--max-new-tokens", "2", "w7 who knows"])
+    assert "note: unknown to the tokenizer: who knows" in capsys.readouterr().err
+    (saved_pair / "bare").mkdir()
+    tiny().save_pretrained(saved_pair / "bare")
+    with pytest.raises(ValueError, match="--llm .*bare: this folder has no tokenizer"):
+        rstitch.load_pair(str(saved_pair / "slm"), str(saved_pair / "bare"))
 
 
 @pytest.mark.parametrize("argv, message", [(["--tau", "0.1"], "--tau needs a question"), (["--max-new-tokens", "9"], "--max-new-tokens needs a question")])
@@ -1306,7 +1327,9 @@ def test_every_snippet_of_the_readme_runs(capsys, monkeypatch):
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(code, "README.md", "exec"), names)
     assert "The answer is" in capsys.readouterr().out
-    gap = stitch(names["slm"], names["llm"], names["ids"], names["GapRouter"](), max_new_tokens=320)
+    gap = stitch(names["slm"], names["llm"], names["ids"], names["GapRouter"](), attention_mask=names["mask"], max_new_tokens=320)
+    sources = [[call.model for call in calls if call.kept] for calls in names["result"].calls]
+    torch.testing.assert_close(names["share"], torch.tensor([np.mean(row) for row in sources], dtype=torch.float32))
     assert torch.equal(names["out"], gap.sequences) and {SLM, LLM} == set(gap.source.unique().tolist())
 
 
@@ -1318,6 +1341,7 @@ def test_every_command_of_the_readme_runs(saved_pair, capsys, monkeypatch):
         if "--slm" in argv:  # a real pair: tiny random models with a chat template and two logit widths in its place, fewer tokens
             argv[argv.index("--slm") + 1], argv[argv.index("--llm") + 1] = str(saved_pair / "slm"), str(saved_pair / "llm")
             argv[argv.index("--max-new-tokens") + 1] = "24"
-        rstitch.main(argv + ["--device", "cpu"])
+        if "--help" not in argv:
+            rstitch.main(argv + ["--device", "cpu"])
     out = capsys.readouterr().out
-    assert len(ran) == 1 and out.count("tokens/s") == len(readme_commands()) - 1 >= 3
+    assert len(ran) == 1 and out.count("tokens/s") == len(readme_commands()) - 2 >= 3

@@ -29,12 +29,8 @@ def load_pocket(slm: str = "slm", llm: str = "llm", device: str = "cpu", dtype: 
 
 
 def encode_problems(tokenizer, problems: Sequence[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask) of the questions as the command line would ask them, padded on the left."""
-    rows = [rstitch.encode(tokenizer, question(problem))[0] for problem in problems]
-    longest = max(map(len, rows))
-    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=tokenizer.pad_token_id) for row in rows])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
-    return ids, mask
+    """(input_ids, attention_mask) of the questions as the command line would ask them."""
+    return rstitch.encode(tokenizer, *map(question, problems))
 
 
 def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, label: str = "", progress: bool = True, **options) -> list[dict]:

@@ -125,9 +125,10 @@ def show(rows: list[dict]) -> str:
 def stream(n: int = 3, seed: int = 0, device: str = "cpu") -> None:
     """The first n test problems, their answers coloured by who writes."""
     slm, llm, tokenizer = pair("llm", device)
+    print(f"The first {n} test problems, R-Stitch at tau {TAUS[0]:g}:")
     for problem in problems("test", n, seed):
         print(f"\n{question(problem)}")
-        calls = rstitch.run_question(slm, llm, tokenizer, question(problem), rstitch.EntropyRouter(0.02), max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+        calls = rstitch.run_question(slm, llm, tokenizer, question(problem), STITCHED[0].router, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
         text = tokenizer.decode([call.token for call in calls if call.kept], skip_special_tokens=True)
         print("right" if verify(problem, text) else f"wrong: it is {problem.answer}")
 

@@ -83,7 +83,7 @@ def wall_clock(names: list[str], n: int) -> dict:
     for i, problem in enumerate(tqdm(problems("test", n, SEED), desc="wall-clock", disable=None)):
         if i % 10 == 0:
             reference += [float(np.median([s.ms for s in rstitch.measure_latency(lms[1], REFERENCE, repeats=10)]))]
-        ids = rstitch.encode(pair[2], question(problem))
+        ids, _ = rstitch.encode(pair[2], question(problem))
         for name in names[i % len(names):] + names[:i % len(names)]:
             start = time.perf_counter()
             rstitch.stitch(*lms, ids, routers[name], max_new_tokens=MAX_NEW_TOKENS, seed=SEED)

@@ -4,8 +4,8 @@
     python -m analysis.latency --slm SMALL --llm LARGE --device cuda --dtype bfloat16 --max-len 8192 --out pair.json
 
 Everything runs at batch 1, in one process and on one thread. Every round times the profile once, then points that are held out,
-then the trajectories of a few problems by every method. Reference calls (single steps of the LLM) before and after show how much
-the machine drifted. A trajectory's wall-clock is that of the whole `stitch` call; its fitted latency is the sum over its calls.
+then the trajectories of a few problems by every method. Reference calls (single steps of the LLM) before and after each problem
+show how much the machine drifted; a problem is calm where both are within 5 % of the run's median. A trajectory's wall-clock is that of the whole `stitch` call; its fitted latency is the sum over its calls.
 """
 import argparse
 import json
@@ -66,7 +66,8 @@ def trajectory_figures(fitted: np.ndarray, measured: np.ndarray) -> dict:
 
 
 def measure(pair, max_len: int, rounds: int, per_round: int, seed: int = 0) -> dict:
-    """Interleaved samples: {"slm", "llm"}: profile, {"slm held out", ...}, trajectories (method, ms, calls, drift), drift per round."""
+    """Interleaved samples: {"slm", "llm"}: profile, {"slm held out", ...}, trajectories (method, problem, ms, calls), and the
+    reference calls' ms before and after each problem."""
     slm, llm, tokenizer = pair
     lms = {"slm": rstitch.CachedLM(slm, 1, max_len), "llm": rstitch.CachedLM(llm, 1, max_len)}
     points, held = profile_points(max_len), held_out_points(max_len)
@@ -74,30 +75,29 @@ def measure(pair, max_len: int, rounds: int, per_round: int, seed: int = 0) -> d
     todo, trajectories, references = problems("dev", rounds * per_round, seed), [], []
 
     def reference() -> float:
-        return float(np.median([s.ms for s in rstitch.measure_latency(lms["llm"], REFERENCE, repeats=20)]))
+        return float(np.median([s.ms for s in rstitch.measure_latency(lms["llm"], REFERENCE, repeats=9)]))
 
     for i in tqdm(range(rounds), desc="rounds", disable=None):
         for name, lm in lms.items():
             samples.setdefault(name, []).extend(rstitch.measure_latency(lm, points, repeats=1))
             samples.setdefault(name + " held out", []).extend(rstitch.measure_latency(lm, held, repeats=1))
-        before, start = reference(), len(trajectories)
-        for j, problem in enumerate(todo[i * per_round:(i + 1) * per_round]):
-            ids = rstitch.encode(tokenizer, question(problem))
+        for j, problem in enumerate(todo[i * per_round:(i + 1) * per_round], i * per_round):
+            before = reference()
+            ids, _ = rstitch.encode(tokenizer, question(problem))
             names = list(METHODS)
             for name in names[j % len(names):] + names[:j % len(names)]:
                 begin = time.perf_counter()
                 result = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=seed,
                                         max_new_tokens=min(MAX_NEW_TOKENS, max_len - ids.shape[1]))
-                trajectories.append({"method": name, "round": i, "ms": 1e3 * (time.perf_counter() - begin), "calls": result.calls[0]})
-        references.append([before, reference()])
-        assert len(trajectories) == start + per_round * len(METHODS)
+                trajectories.append({"method": name, "problem": j, "ms": 1e3 * (time.perf_counter() - begin), "calls": result.calls[0]})
+            references.append([before, reference()])
     for lm in lms.values():
         lm.close()
     return {"samples": samples, "trajectories": trajectories, "references": references}
 
 
 def evaluate(measured: dict) -> dict:
-    """Both fits with their residuals, and how well they predict trajectories, per method, over all and over the calm rounds."""
+    """Both fits with their residuals, and how well they predict trajectories, per method, over all and over calm problems."""
     samples, out = measured["samples"], {}
     models = {name: rstitch.LatencyModel.fit(samples[name]) for name in ("slm", "llm")}
     for name, model in models.items():
@@ -111,7 +111,7 @@ def evaluate(measured: dict) -> dict:
         chosen = [t for t in measured["trajectories"] if t["method"] == name]
         fitted = np.array([rstitch.trajectory_latency(t["calls"], models["slm"], models["llm"]) for t in chosen])
         ms = np.array([t["ms"] for t in chosen])
-        quiet = np.array([drift[t["round"]] <= 0.05 for t in chosen])
+        quiet = np.array([drift[t["problem"]] <= 0.05 for t in chosen])
         out["trajectories"][name] = {"all": trajectory_figures(fitted, ms), "calm": trajectory_figures(fitted[quiet], ms[quiet]) if quiet.sum() > 2 else None,
                                      "fitted_ms": fitted.round(2).tolist(), "measured_ms": ms.round(2).tolist()}
     return out
@@ -127,10 +127,10 @@ def show(row: dict) -> str:
             lines.append(f"     {what}: median |error| {100 * r['median_error']:.1f} %, 90th percentile {100 * r['p90_error']:.1f} % ({r['points']} points)")
     drift = np.array(row["drift"])
     lines.append(f"drift of the reference call, {row['reference_ms']:.2f} ms: median {100 * np.median(drift):.1f} %, largest {100 * drift.max():.1f} %; "
-                 f"{(drift <= 0.05).sum()} of {len(drift)} rounds within 5 %")
+                 f"{(drift <= 0.05).sum()} of {len(drift)} problems calm, within 5 %")
     lines.append(f"{'trajectories (lower error is better)':38} {'n':>4} {'R^2':>6} {'median |error|':>15} {'factor':>7} {'R^2 after':>10} {'|error| after':>14}")
     for name, both in row["trajectories"].items():
-        for which, r in (("", both["all"]), (", calm rounds", both["calm"])):
+        for which, r in (("", both["all"]), (", calm problems", both["calm"])):
             if r:
                 lines.append(f"{name + which:38} {r['n']:>4} {r['r2']:>6.3f} {100 * r['median_error']:>13.1f} % {r['factor']:>7.3f} "
                              f"{r['r2_after_factor']:>10.3f} {100 * r['median_error_after_factor']:>12.1f} %")

@@ -68,7 +68,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     texts = [text for corpus in ("short", "long") for pair in stream(corpus, seed=0, chunk=-1, size=500) for text in pair]
     splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     pieces = sorted({piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)})
-    vocab = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<unk>", "\n", *pieces])}
+    # transformers finds stop strings by writing every token behind "abcdef", which must therefore be known.
+    vocab = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<unk>", "\n", *pieces, "abcdef"])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Fuse()

@@ -170,6 +170,16 @@ def design(rows: list[dict]) -> list[tuple[str, str, bool]]:
     ]
 
 
+def sweep(rows: list[dict]) -> str:
+    """Accuracy against LLM share over tau, as the README has it."""
+    methods = {(r["method"], r["tau"]): r for r in rows if r["what"] == "method"}
+    lines = ["| tau | R-Stitch right, % | LLM tokens, % | tokens per answer | switches | random at that share right, % |", "|---|---|---|---|---|---|"]
+    for tau in sorted(tau for method, tau in methods if method == "R-Stitch"):
+        r, other = methods["R-Stitch", tau], methods["random", tau]
+        lines.append(f"| {tau:g} | {100 * r['accuracy']:.1f} | {100 * r['llm_share']:.1f} | {r['tokens']:.1f} | {r['switches']:.1f} | {100 * other['accuracy']:.1f} |")
+    return "\n".join(lines)
+
+
 def show(rows: list[dict]) -> None:
     """Print everything, with intervals."""
     for name, figure, holds in design(rows):

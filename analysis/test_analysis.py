@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import textwrap
 
 import numpy as np
 import pytest
@@ -213,6 +214,14 @@ def test_pocket_models_alone_equal_generate(pocket):
         expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=120)
         result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=120)
         assert torch.equal(result.sequences, expected)
+
+
+def test_stop_strings_work_with_the_pocket_pair(pocket):
+    slm, llm, tokenizer = pocket
+    ids, _ = encode_problems(tokenizer, problems("dev", 1, seed=1))
+    out = llm.generate(ids, custom_generate=rstitch.custom_generate, slm=slm, router=rstitch.EntropyRouter(0.005), max_new_tokens=200,
+                       stop_strings=["Finally"], tokenizer=tokenizer)
+    assert tokenizer.decode(out[0, ids.shape[1]:]).endswith(" Finally")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
@@ -434,6 +443,13 @@ def test_committed_figures_carry_their_provenance():
     for r in rows:
         assert r["source"] == "measured" and r["command"].startswith("python -m analysis.pair --report")
         assert r["n"] >= 4000 or r["what"] != "method"
+
+
+def test_the_readme_shows_the_committed_figures():
+    readme, rows = (MODELS.parent.parent / "README.md").read_text(), read_rows(report.RESULTS / "pair.jsonl")
+    assert len({r["tau"] for r in rows if r.get("method") == "R-Stitch"}) >= 12
+    assert report.sweep(rows) in readme
+    assert textwrap.indent(demo.show(json.loads((report.RESULTS / "table.json").read_text())), "    ") in readme
 
 
 def test_committed_design_properties_hold():
