@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12, help="measured rounds per batch size (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=100, help="tokens per answer (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; models this small lose by more (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pair, rows = load_pocket(), []
