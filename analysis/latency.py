@@ -2,10 +2,12 @@
 
     python -m analysis.latency                     (pocket pair; writes analysis/results/latency.json and latency.png)
     python -m analysis.latency --slm SMALL --llm LARGE --device cuda --dtype bfloat16 --max-len 8192 --out pair.json
+    python -m analysis.latency --overhead          (what a token costs beside the forward pass; appends to analysis/results/overhead.jsonl)
 
 Everything runs at batch 1, in one process and on one thread. Every round times the profile once, then points that are held out,
 then the trajectories of a few problems by every method. Reference calls (single steps of the LLM) before and after each problem
-show how much the machine drifted; a problem is calm where both are within 5 % of the run's median. A trajectory's wall-clock is that of the whole `stitch` call; its fitted latency is the sum over its calls.
+show how much the machine drifted; a problem is calm where both are within 5 % of the run's median. A trajectory's
+wall-clock is the median of three whole `stitch` calls, other methods in between; its fitted latency sums over its forward passes.
 """
 import argparse
 import json
@@ -17,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, provenance
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, append_row, provenance
 from analysis.problems import problems, question
 
 METHODS = {
@@ -84,12 +86,13 @@ def measure(pair, max_len: int, rounds: int, per_round: int, seed: int = 0) -> d
         for j, problem in enumerate(todo[i * per_round:(i + 1) * per_round], i * per_round):
             before = reference()
             ids, _ = rstitch.encode(tokenizer, question(problem))
-            names = list(METHODS)
-            for name in names[j % len(names):] + names[:j % len(names)]:
+            names, calls, times = list(METHODS), {}, {name: [] for name in METHODS}
+            for name in 3 * (names[j % len(names):] + names[:j % len(names)]):
                 begin = time.perf_counter()
-                result = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=seed,
-                                        max_new_tokens=min(MAX_NEW_TOKENS, max_len - ids.shape[1]))
-                trajectories.append({"method": name, "problem": j, "ms": 1e3 * (time.perf_counter() - begin), "calls": result.calls[0]})
+                calls[name] = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=seed,
+                                             max_new_tokens=min(MAX_NEW_TOKENS, max_len - ids.shape[1])).calls[0]
+                times[name].append(1e3 * (time.perf_counter() - begin))
+            trajectories += [{"method": name, "problem": j, "ms": float(np.median(times[name])), "calls": calls[name]} for name in names]
             references.append([before, reference()])
     for lm in lms.values():
         lm.close()
@@ -115,6 +118,50 @@ def evaluate(measured: dict) -> dict:
         out["trajectories"][name] = {"all": trajectory_figures(fitted, ms), "calm": trajectory_figures(fitted[quiet], ms[quiet]) if quiet.sum() > 2 else None,
                                      "fitted_ms": fitted.round(2).tolist(), "measured_ms": ms.round(2).tolist()}
     return out
+
+
+def overhead(pair, repeats: int, context: int = 100, tokens: int = 60) -> dict:
+    """Milliseconds per token of the SLM at batch 1, medians of interleaved repeats: the forward pass, the entropy, a policy's
+    decision, a whole step with the entropy rule, with a policy that is asked at every token, and the whole loop per token."""
+    slm, llm, _ = pair
+    lm, other = (rstitch.CachedLM(model, 1, context + tokens) for model in (slm, llm))
+    marks: list[float] = []
+    hooks = [slm.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter())), slm.register_forward_hook(lambda *_: marks.append(time.perf_counter()))]
+    policy = rstitch.Policy(slm.config.get_text_config(decoder=True).hidden_size).requires_grad_(False)
+    routers = {"step, entropy rule": rstitch.EntropyRouter(), "step, policy asked": rstitch.PolicyRouter(policy, 0.0)}
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, run):
+        start = time.perf_counter()
+        out = run()
+        times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+        return out
+
+    def step(router):
+        row = rstitch.Row(0, 0, [5] * (context + 1), context + 1, rstitch.SLM, [])
+        lm.cursor[0] = context
+        return rstitch.advance(rstitch.SLM, lm, [row], router, lm.vocab, rstitch.GREEDY)
+
+    prompt = torch.full((1, context), 5)
+    for _ in tqdm(range(repeats), desc="overhead", disable=None):
+        for name, router in routers.items():
+            marks.clear()
+            timed(name, lambda: step(router))
+        times.setdefault("forward", []).append(1e3 * (marks[-1] - marks[-2]))
+        lm.cursor[0] = context
+        out = lm.read([0], [[5]])
+        timed("entropy", lambda: rstitch.entropy(out.logits).tolist())
+        state = out.hidden.clone(), torch.tensor([context])
+        timed("policy", lambda: policy(*state).tolist())
+        lm.reset()
+        ends: list[float] = []  # of the tokens after the first, which reads the prompt
+        rstitch.stitch(lm, other, prompt, rstitch.SLMOnly(), max_new_tokens=tokens, eos_token_id=[], on_token=lambda *_: ends.append(time.perf_counter()))
+        times.setdefault("loop, per token", []).append(1e3 * (ends[-1] - ends[0]) / (len(ends) - 1))
+    for handle in hooks:
+        handle.remove()
+    whole = float(np.median(times["loop, per token"]))
+    return {"what": "overhead", "model": "SLM", "context": context, "loop_ms": whole,
+            **{name: {"ms": float(np.median(ms)), "quartiles": np.percentile(ms, [25, 75]).tolist(), "share": float(np.median(ms)) / whole} for name, ms in times.items()}}
 
 
 def show(row: dict) -> str:
@@ -178,10 +225,19 @@ def main() -> None:
     add("--rounds", type=int, default=10, help="rounds of profile and trajectories (default: %(default)s)")
     add("--per-round", type=int, default=10, help="problems a round, each answered by every method (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the problems and of random switching (default: %(default)s)")
+    add("--overhead", action="store_true", help="measure what a token costs beside the forward pass instead")
     add("--out", type=Path, default=RESULTS / "latency.json", help="where the fit goes, with a plot beside it (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     pair = rstitch.load_pair(args.slm, args.llm, args.device, args.dtype)
+    if args.overhead:
+        repeats = 300
+        row = overhead(pair, repeats) | provenance(args.seed, repeats, args.device, args.dtype)
+        append_row(RESULTS / "overhead.jsonl", row)
+        for name, figures in row.items():
+            if isinstance(figures, dict):
+                print(f"{name:20} {figures['ms']:.3f} ms (quartiles {figures['quartiles'][0]:.3f}, {figures['quartiles'][1]:.3f}), {100 * figures['share']:5.1f} % of a token's time")
+        return
     row = evaluate(measure(pair, args.max_len, args.rounds, args.per_round, args.seed))
     row |= provenance(args.seed, args.rounds * args.per_round, args.device, args.dtype)
     args.out.parent.mkdir(parents=True, exist_ok=True)

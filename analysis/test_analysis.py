@@ -297,6 +297,12 @@ def test_latency_is_fitted_checked_and_read_back(tmp_path, pocket, capsys):
     assert all(name in latency.show(row) for name in latency.METHODS)
 
 
+def test_overhead_names_its_parts(pocket):
+    row = latency.overhead(pocket, repeats=2, tokens=5)
+    assert 0 < row["entropy"]["ms"] < row["step, entropy rule"]["ms"] and row["forward"]["ms"] < row["step, policy asked"]["ms"]
+    assert row["loop, per token"]["share"] == 1 and row["loop_ms"] > 0
+
+
 def test_held_out_points_are_not_those_of_the_profile_and_all_fit():
     profile, held = latency.profile_points(384), latency.held_out_points(384)
     assert all(n + kv <= 384 for n, kv in profile + held) and len(set(held) & set(profile)) <= 1
