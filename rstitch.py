@@ -931,6 +931,96 @@ def trajectory_latency(calls: Sequence[Call], slm: LatencyModel, llm: LatencyMod
     return sum((slm, llm)[call.model].call(call.n_inf, call.n_kv) for call in calls)
 
 
+# ---- 6. R2R: a router trained on divergent tokens ------------------------------------------------------------------------
+
+
+class Residual(torch.nn.Module):
+    """x + Dropout(Linear(Dropout(GELU(Linear(LayerNorm(x)))))), four times as wide inside: (n, width) -> (n, width)."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.inner = torch.nn.Sequential(
+            torch.nn.LayerNorm(width), torch.nn.Linear(width, 4 * width), torch.nn.GELU(), torch.nn.Dropout(dropout),
+            torch.nn.Linear(4 * width, width), torch.nn.Dropout(dropout))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+class R2RNet(torch.nn.Module):
+    """R2R's router (arXiv 2505.21600): does this token of the SLM lead the reasoning astray? One logit per token.
+
+    It sees the SLM's last hidden state, the values of its top_k largest logits (sorted, without their ids) and the embedding of
+    the token that it drew. `embedding` is the SLM's own input embedding: frozen, and no parameter of the router.
+    """
+
+    def __init__(self, hidden_size: int, embedding: torch.nn.Embedding, top_k: int = 100, width: int = 1024, blocks: int = 6,
+                 dropout: float = 0.1):
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("top_k", top_k), ("width", width)):
+            check_count(name, size)
+        if embedding.weight.shape[1] != hidden_size:
+            raise ValueError(f"embedding has {embedding.weight.shape[1]} features: expected hidden_size={hidden_size}")
+        if embedding.weight.shape[0] < top_k:
+            raise ValueError(f"top_k={top_k}: expected at most the {embedding.weight.shape[0]} tokens of the vocabulary")
+        self.hidden_size, self.top_k = hidden_size, top_k
+        self.embed = lambda token: embedding(token).detach()  # a closure keeps the module's parameters out of this one's
+        self.logit_features = torch.nn.Linear(top_k, hidden_size)
+        self.body = torch.nn.Sequential(torch.nn.Linear(3 * hidden_size, width), torch.nn.Linear(width, width),
+                                        *(Residual(width, dropout) for _ in range(blocks)), torch.nn.LayerNorm(width))
+        self.head = torch.nn.Linear(width, 1)
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """(n, D), (n, V), (n,) -> (n,)"""
+        if hidden.shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden has {hidden.shape[-1]} features: this router was made for an SLM of hidden size {self.hidden_size}")
+        if logits.shape[-1] < self.top_k:
+            raise ValueError(f"logits have {logits.shape[-1]} columns: this router reads the {self.top_k} largest")
+        dtype = self.head.weight.dtype
+        top = logits.topk(self.top_k).values
+        top = torch.maximum(top, top[:, :1] - 100)  # e^-100 is nothing, and -inf would be NaN behind a Linear
+        x = torch.cat([hidden.to(dtype), self.embed(token).to(dtype), self.logit_features(top.to(dtype))], 1)  # (n, 3D)
+        return self.head(self.body(x))[:, 0]
+
+
+class R2RRouter:
+    """R2R: the SLM's token is discarded where the net's score, sigmoid of its logit, reaches the threshold; the LLM then writes
+    exactly one token in its place. Threshold 0 is the LLM alone, above 1 the SLM alone.
+
+    Under sampling the net sees the token that was drawn (the paper does not say). ValueError for a threshold below 0 or NaN.
+    """
+
+    def __init__(self, net: R2RNet, threshold: float):
+        if not isinstance(threshold, Real) or not threshold >= 0:
+            raise ValueError(f"threshold={threshold!r}: expected a number, 0 or more")
+        self.net, self.threshold = net.eval(), threshold
+
+    def leave_slm(self, step: Step) -> torch.Tensor:
+        return self.net(step.hidden, step.logits, step.token).float().sigmoid() >= self.threshold
+
+    def leave_llm(self, step: Step) -> torch.Tensor:
+        return torch.ones_like(step.token, dtype=torch.bool)
+
+
+def calibrate_threshold(scores: Sequence[float], labels: Sequence[int] | None = None, *, min_recall: float | None = None,
+                        target_usage: float | None = None) -> float:
+    """The threshold on scores that calls the LLM least at a recall of the divergent tokens of min_recall or more (R2R's rule), or
+    that calls it for a share target_usage of the tokens. ValueError unless exactly one of the two is given, in (0, 1]."""
+    if (min_recall is None) == (target_usage is None):
+        raise ValueError(f"min_recall={min_recall!r}, target_usage={target_usage!r}: expected exactly one of them")
+    name, share = ("min_recall", min_recall) if target_usage is None else ("target_usage", target_usage)
+    scores = np.asarray(scores, float)
+    if not (isinstance(share, Real) and 0 < share <= 1):
+        raise ValueError(f"{name}={share!r}: expected a share in (0, 1]")
+    if not len(scores) or not np.isfinite(scores).all():
+        raise ValueError(f"scores has {len(scores)} entries: expected at least one, and all finite")
+    if min_recall is not None:
+        if labels is None or len(labels) != len(scores) or not np.asarray(labels, bool).any():
+            raise ValueError("labels: expected one per score, with at least one divergent (1)")
+        scores = scores[np.asarray(labels, bool)]
+    return float(np.sort(scores)[len(scores) - max(1, math.ceil(share * len(scores) - 1e-9))])
+
+
 # ---- 7. R-Stitch+: a learned router --------------------------------------------------------------------------------------
 
 

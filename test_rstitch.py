@@ -1010,6 +1010,106 @@ def test_measured_latency_times_every_point_and_leaves_the_caches_as_new():
             rstitch.measure_latency(tiny(), points)
 
 
+# ---- 6. R2R --------------------------------------------------------------------------------------------------------------
+
+
+def r2r_net(hidden: int = 32, vocab: int = VOCAB, **options) -> rstitch.R2RNet:
+    torch.manual_seed(0)
+    return rstitch.R2RNet(hidden, torch.nn.Embedding(vocab, hidden), **dict(top_k=10, width=16, blocks=2) | options)
+
+
+def test_the_papers_router_has_its_number_of_parameters():
+    net = rstitch.R2RNet(1536, torch.nn.Embedding(200, 1536))
+    # 100 x 1536 + 1536; 4608 x 1024 + 1024; 1024 x 1024 + 1024; 6 x (2 x 1024 + 1024 x 4096 + 4096 + 4096 x 1024 + 1024); 2 x 1024; 1025
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == sum(p.numel() for p in net.parameters()) == 56_302_081
+    assert not any("embed" in name for name in net.state_dict())  # the SLM's embedding is not stored again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_is_finite_where_logits_are_not(dtype):
+    net = r2r_net().to(dtype)
+    logits = torch.full((3, VOCAB), -math.inf)
+    logits[:, 3], logits[1, 4] = 20.0, 19.0
+    out = net(torch.randn(3, 32), logits, torch.tensor([3, 4, 3]))
+    assert out.shape == (3,) and out.dtype == dtype and out.isfinite().all()
+
+
+def test_router_sees_hidden_state_logits_and_token_but_not_the_ids_of_the_logits():
+    net = r2r_net().eval()
+    hidden, logits, token = torch.randn(2, 32), torch.randn(2, VOCAB), torch.tensor([3, 4])
+    score = net(hidden, logits, token)
+    assert not torch.allclose(score, net(hidden + 1, logits, token)) and not torch.allclose(score, net(hidden, 2 * logits, token))
+    assert not torch.allclose(score, net(hidden, logits, token + 1))
+    torch.testing.assert_close(score, net(hidden, logits[:, torch.randperm(VOCAB)], token))
+    net(hidden, logits, token).sum().backward()
+    assert net.embed(token).grad_fn is None  # frozen
+
+
+@pytest.mark.parametrize("build, message", [
+    (lambda: r2r_net(top_k=41), "top_k=41: expected at most the 40 tokens"), (lambda: r2r_net(top_k=0), "top_k=0"),
+    (lambda: rstitch.R2RNet(32, torch.nn.Embedding(200, 16)), "embedding has 16 features: expected hidden_size=32"),
+    (lambda: r2r_net()(torch.zeros(1, 32), torch.zeros(1, 9), torch.zeros(1, dtype=torch.long)), "logits have 9 columns"),
+    (lambda: r2r_net()(torch.zeros(1, 16), torch.zeros(1, 40), torch.zeros(1, dtype=torch.long)), "hidden has 16 features"),
+    (lambda: rstitch.R2RRouter(r2r_net(), -0.1), "threshold=-0.1"), (lambda: rstitch.R2RRouter(r2r_net(), math.nan), "threshold=nan"),
+])
+def test_routers_that_fit_nothing_are_refused(build, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
+
+
+@torch.no_grad()
+def test_r2r_at_the_ends_is_one_model_and_in_between_follows_its_net():
+    slm, llm = tiny("Qwen2", 1), tiny("Llama", 2)
+    ids, mask = prompts([3, 9, 5, 4])
+    net = rstitch.R2RNet(32, slm.get_input_embeddings(), top_k=10, width=16, blocks=1).eval()
+    options = dict(attention_mask=mask, max_new_tokens=30, eos_token_id=[])
+    run = lambda threshold: stitch(slm, llm, ids, rstitch.R2RRouter(net, threshold), **options)  # noqa: E731
+    assert answers(run(0.0)) == answers(stitch(slm, llm, ids, LLMOnly(), **options))
+    assert answers(run(1.01)) == answers(stitch(slm, llm, ids, SLMOnly(), **options))
+    seen = []
+
+    class Spy(rstitch.R2RRouter):
+        def leave_slm(self, step):
+            seen.extend(self.net(step.hidden, step.logits, step.token).sigmoid().tolist())
+            return super().leave_slm(step)
+
+    stitch(slm, llm, ids, Spy(net, 0.5), **options)
+    middle, seen = float(np.median(seen)), []
+    result = stitch(slm, llm, ids, Spy(net, middle), **options)
+    slm_calls = [call for calls in result.calls for call in calls if call.model == SLM]
+    assert sum(not call.kept for call in slm_calls) == sum(score >= middle for score in seen) not in (0, len(slm_calls))
+    for calls in result.calls:  # exactly one LLM token per visit
+        assert all(b.model == SLM for a, b in zip(calls, calls[1:]) if a.model == LLM)
+
+
+def test_thresholds_by_hand():
+    scores, labels = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05], [1, 0, 1, 0, 0, 1, 0, 0, 0, 1]
+    assert rstitch.calibrate_threshold(scores, labels, min_recall=0.75) == 0.4  # 0.9, 0.7 and 0.4 of four
+    assert rstitch.calibrate_threshold(scores, labels, min_recall=0.76) == 0.05
+    assert rstitch.calibrate_threshold(scores, target_usage=0.3) == 0.7 and rstitch.calibrate_threshold(scores, target_usage=1.0) == 0.05
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=60), st.floats(0.01, 1))
+def test_thresholds_reach_the_recall_and_no_lower_usage_does(pairs, share):
+    scores, labels = np.array([s / 30 for s, _ in pairs]), np.array([int(x) for _, x in pairs])
+    usage = rstitch.calibrate_threshold(scores, target_usage=share)
+    assert (scores >= usage).mean() >= share - 1e-9 > (scores > usage).mean() - 1e-9
+    if labels.any():
+        recall = rstitch.calibrate_threshold(scores, labels, min_recall=share)
+        assert (scores >= recall)[labels == 1].mean() >= share - 1e-9 and (scores > recall)[labels == 1].mean() < share
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(scores=[0.5]), "expected exactly one of them"), (dict(scores=[0.5], min_recall=0.5, target_usage=0.5), "expected exactly one of them"),
+    (dict(scores=[0.5], target_usage=0.0), "target_usage=0.0"), (dict(scores=[0.5], labels=[1], min_recall=1.5), "min_recall=1.5"),
+    (dict(scores=[], target_usage=0.5), "scores has 0 entries"), (dict(scores=[math.nan], target_usage=0.5), "all finite"),
+    (dict(scores=[0.5, 0.6], labels=[1], min_recall=0.9), "labels: expected one per score"), (dict(scores=[0.5], labels=[0], min_recall=0.9), "at least one divergent"),
+])
+def test_thresholds_of_nothing_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rstitch.calibrate_threshold(**arguments)
+
+
 # ---- 7. R-Stitch+ --------------------------------------------------------------------------------------------------------
 
 

@@ -2,9 +2,10 @@
 
     python -m analysis.train_policy --report       (appends to analysis/results/frontier.jsonl, skips what is there, prints all)
 
-The frontier is what fixed rules reach: one threshold, a threshold on a windowed entropy, two thresholds, either model alone, and
-any mixture of two of them (which of the two answers a problem drawn at random), so the lower convex hull of their points. The
-gap of a method is 1 - its latency / the frontier's latency at its accuracy; positive is better than every fixed rule.
+The frontier is what fixed rules reach: one threshold, a threshold on a windowed entropy, two thresholds, either model alone,
+interpolated between neighbours. The gap of a method is 1 - its latency / the frontier's latency at its accuracy; positive is
+better than every fixed rule. A second, stricter gap is against mixtures too: which of two fixed rules answers a problem is drawn
+at random, so that every chord between two points can be had, and the frontier is their lower convex hull.
 """
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -31,32 +32,36 @@ FIXED = {
 }
 
 
-def frontier_latency(accuracy: float, points: np.ndarray) -> float:
-    """Lowest latency at which a mixture of the points, (k, 2) of accuracy and latency, is at least so accurate; that of the most
-    accurate point where none is."""
-    hull: list[np.ndarray] = []
+def cross(u: np.ndarray, v: np.ndarray) -> float:
+    return u[0] * v[1] - u[1] * v[0]
+
+
+def front(points: np.ndarray, mixtures: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(accuracy, latency) of the vertices, both rising: of the points, (k, 2), those that none beats in both; with mixtures only
+    those on the lower convex hull."""
+    kept: list[np.ndarray] = []
     for point in points[np.lexsort((points[:, 1], -points[:, 0]))]:  # from the most accurate down
-        if hull and point[1] >= hull[-1][1]:
-            continue  # slower and no more accurate
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0]) <= (point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
-            hull.pop()  # above the line that joins its neighbours
-        hull.append(point)
-    x, y = np.array(hull[::-1]).T
-    return float(np.interp(accuracy, x, y))
+        if kept and point[1] >= kept[-1][1]:
+            continue  # no faster than one that is more accurate
+        while mixtures and len(kept) > 1 and cross(kept[-1] - kept[-2], point - kept[-2]) >= 0:
+            kept.pop()  # above the chord of its neighbours
+        kept.append(point)
+    x, y = np.array(kept[::-1]).T
+    return x, y
 
 
-def frontier_gap(method: tuple[float, float], points: np.ndarray) -> float:
-    """1 - latency / frontier latency at equal accuracy, of an (accuracy, latency)."""
-    return 1 - method[1] / frontier_latency(method[0], points)
+def frontier_gap(method: tuple[float, float], points: np.ndarray, mixtures: bool = False) -> float:
+    """1 - latency / latency of the front at equal accuracy, of an (accuracy, latency). Beyond the ends the end counts."""
+    return 1 - method[1] / float(np.interp(method[0], *front(points, mixtures)))
 
 
-def gap_with_interval(methods: np.ndarray, fixed: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+def gap_with_interval(methods: np.ndarray, fixed: np.ndarray, mixtures: bool = False, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
     """Mean gap over methods (seeds of one recipe), with a 95 % interval: (m, n, 2) and (k, n, 2) outcomes of the same n problems,
     (correct, ms) each. Problems are drawn with replacement, for methods and frontier alike, and the frontier is built anew."""
     n = fixed.shape[1]
     weights = np.vstack([np.full(n, 1 / n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])  # (1 + draws, n)
     points, own = (np.einsum("dn,knc->dkc", weights, outcomes) for outcomes in (fixed, methods))
-    gaps = [np.mean([frontier_gap(tuple(method), points[d]) for method in own[d]]) for d in range(draws + 1)]
+    gaps = [np.mean([frontier_gap(tuple(method), points[d], mixtures) for method in own[d]]) for d in range(draws + 1)]
     low, high = np.percentile(gaps[1:], [2.5, 97.5])
     return float(gaps[0]), float(low), float(high)
 
@@ -123,26 +128,28 @@ def show(rows: list[dict]) -> str:
     fixed = np.array([r["outcomes"] for r in methods if r["kind"] == "fixed"], float)
     points = fixed.mean(1)
     wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
-    lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'wall ms':>8} {'gap, % [95 %] (higher is better)':>33}"]
+    lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'wall ms':>8} {'gap, % [95 %] (higher is better)':>33} {'against mixtures too':>22}"]
     for r in sorted(methods, key=lambda r: (r["kind"] != "policy", r["kind"] == "fixed", -r["accuracy"])):
         cells = [f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]", f"{100 * r['llm_share']:.1f}",
                  f"{r['tokens']:.1f}", f"{r['latency_ms']:.1f}"]
         ms = wall["ms"].get(r["name"]) if wall and r["kind"] != "random" else None
         cells.append(f"{np.mean(ms):.1f}" if ms else "")
         if r["kind"] == "fixed":
-            gap = frontier_gap((r["accuracy"], r["latency_ms"]), points)
-            cells.append("on the frontier" if abs(gap) < 1e-9 else f"{100 * gap:.1f}")
+            gaps = [frontier_gap((r["accuracy"], r["latency_ms"]), points, mixtures) for mixtures in (False, True)]
+            cells += ["on the frontier" if abs(gap) < 1e-9 else f"{100 * gap:.1f}" for gap in gaps]
         else:
-            cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(np.array([r["outcomes"]], float), fixed))))
+            cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(np.array([r["outcomes"]], float), fixed, mixtures)))
+                      for mixtures in (False, True)]
         name = {"random": "random at the share of "}.get(r["kind"], "") + r["name"]
-        lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>8} {cells[5]:>33}")
+        lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>8} {cells[5]:>33} {cells[6]:>22}")
     recipes: dict[str, list] = {}
     for r in methods:
         if r["kind"] == "policy" and "-seed" in r["name"]:
             recipes.setdefault(r["name"].split("-seed")[0], []).append(r["outcomes"])
     for recipe, outcomes in recipes.items():
-        gap, low, high = gap_with_interval(np.array(outcomes, float), fixed)
-        lines.append(f"{recipe}: mean gap over {len(outcomes)} seeds {100 * gap:.1f} % [{100 * low:.1f}, {100 * high:.1f}] (problems drawn anew, seeds as they are)")
+        both = [gap_with_interval(np.array(outcomes, float), fixed, mixtures) for mixtures in (False, True)]
+        lines.append(f"{recipe}: mean gap over {len(outcomes)} seeds " + ", against mixtures too ".join(
+            "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * x for x in gap)) for gap in both) + " (problems drawn anew, seeds as they are)")
     r = methods[0]
     lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}; latency fitted at batch 1; intervals 95 %, paired")
     if wall:

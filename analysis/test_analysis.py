@@ -269,7 +269,7 @@ def test_the_table_compares_every_method_on_the_same_problems(pocket):
     with demo.make_pool(1) as pool:
         rows = {r["method"]: r for r in demo.table(pool, n=2, n_latency=1, seed=0)}
     assert list(rows)[:3] == ["SLM alone", "LLM alone", "LLM trained short"]
-    assert [name.split(",")[0] for name in list(rows)[3:]] == ["R-Stitch", "random"] * len(demo.TAUS)
+    assert [name.split(",")[0] for name in list(rows)[3:]] == ["R-Stitch", "random"] * len(demo.TAUS) + ["R-Stitch+"]
     for name, router in (("SLM alone", rstitch.SLMOnly()), ("R-Stitch, tau 0.02", rstitch.EntropyRouter(0.02))):
         solved = solve(pocket, problems("test", 2, 0), router)
         assert rows[name]["tokens"] == np.mean([s["tokens"] for s in solved])
@@ -318,22 +318,25 @@ def test_trajectory_figures_by_hand():
 
 
 def test_frontier_by_hand():
-    # (0.5, 10) and (0.9, 30) are vertices; (0.7, 25) lies above their line (20 at 0.7); (0.8, 40) is slower than a better one
+    # at 0.8 one is slower than a more accurate one, at 0.4 too; (0.7, 25) is on the front, but above the chord, 20 at 0.7
     points = np.array([[0.8, 40.0], [0.9, 30.0], [0.7, 25.0], [0.5, 10.0], [0.4, 12.0]])
-    assert [frontier.frontier_latency(a, points) for a in (0.3, 0.5, 0.7, 0.9, 0.95)] == [10, 10, pytest.approx(20), 30, 30]
-    assert frontier.frontier_gap((0.7, 16.0), points) == pytest.approx(0.2)  # 1 - 16 / 20
-    assert frontier.frontier_gap((0.7, 25.0), points) == pytest.approx(-0.25)
+    assert [x.tolist() for x in frontier.front(points)] == [[0.5, 0.7, 0.9], [10, 25, 30]]
+    assert [x.tolist() for x in frontier.front(points, mixtures=True)] == [[0.5, 0.9], [10, 30]]
+    assert frontier.frontier_gap((0.8, 22.0), points) == pytest.approx(0.2)  # 1 - 22 / 27.5
+    assert frontier.frontier_gap((0.8, 22.0), points, mixtures=True) == pytest.approx(0.12)  # 1 - 22 / 25
+    assert frontier.frontier_gap((0.95, 30.0), points) == 0 and frontier.frontier_gap((0.3, 11.0), points) == pytest.approx(-0.1)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(1, 100)), min_size=1, max_size=12), st.floats(0, 1))
-def test_no_mixture_of_two_points_beats_the_frontier(points, w):
+def test_nothing_fixed_beats_the_frontier_and_no_mixture_the_hull(points, w):
     points = np.array(points)
     for a in points:
+        assert frontier.frontier_gap(tuple(a), points) <= 1e-9
         for b in points:
-            accuracy, ms = w * a + (1 - w) * b
-            assert frontier.frontier_latency(accuracy, points) <= ms + 1e-6
-    for a in points:  # and it is reached: by a vertex at the accuracy of the best point
-        assert min(points[points[:, 0] == points[:, 0].max(), 1]) == pytest.approx(frontier.frontier_latency(points[:, 0].max(), points))
+            assert frontier.frontier_gap(tuple(w * a + (1 - w) * b), points, mixtures=True) <= 1e-6
+    for mixtures in (False, True):
+        x, y = frontier.front(points, mixtures)
+        assert {*zip(x, y)} <= {*map(tuple, points)} and (np.diff(x) > 0).all() and (np.diff(y) > 0).all()
 
 
 def test_gap_and_its_interval_know_a_method_that_is_better():

@@ -44,13 +44,14 @@ class Config:
     tau_back: float = option(0.02, "the LLM hands back where its entropy does not exceed it, in [0, 1]")
     prompts: int = option(32, "problems per iteration")
     rollouts: int = option(8, "answers per problem")
-    iterations: int = option(40, "batches of rollouts")
+    iterations: int = option(32, "batches of rollouts")
     epochs: int = option(2, "passes over the decisions of a batch")
     minibatches: int = option(4, "optimizer steps per pass")
-    lr: float = option(3e-3, "learning rate of Adam")
+    lr: float = option(3e-3, "learning rate of Adam at the start; it falls linearly to zero")
     width: int = option(64, "hidden units of the policy")
     start: float = option(0.7, "probability of calling the LLM that the untrained policy gives everywhere")
-    scale: str = option("std", "advantages: std (divided by the group's standard deviation) or none")
+    scale: str = option("std", "advantages: std (divided by the group's standard deviation + eps) or none")
+    eps: float = option(0.05, "see scale; where it is small, lambda cancels in groups that are all right")
     dynamic: str = option("reward", "dynamic sampling drops groups of equal reward (reward), all right or all wrong (accuracy), or none (off)")
     eps_low: float = option(0.2, "clip of the probability ratio below 1")
     eps_high: float = option(0.28, "clip above 1; clip-higher is off where it equals eps_low")
@@ -64,7 +65,7 @@ class Config:
         for name in ("prompts", "iterations", "epochs", "minibatches", "width", "dev_every", "dev"):
             rstitch.check_count(name, getattr(self, name))
         rstitch.check_count("rollouts", self.rollouts, least=2)
-        for name in ("kappa", "lr"):
+        for name in ("kappa", "lr", "eps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a finite number, 0 or more")
         for name, choices in (("scale", ("std", "none")), ("dynamic", ("reward", "accuracy", "off"))):
@@ -90,7 +91,7 @@ def build_policies(config: Config, slm, llm) -> torch.nn.ModuleDict:
     torch.manual_seed(config.seed)
     models = {"call": slm} | ({"back": llm} if config.hand_back else {})
     return torch.nn.ModuleDict({name: rstitch.Policy(model.config.get_text_config(decoder=True).hidden_size, config.width, config.start, config.use_context)
-                                for name, model in models.items()})
+                                .to(model.device) for name, model in models.items()})
 
 
 def build_router(policies, config: Config, seed: int | None = None) -> rstitch.PolicyRouter:
@@ -126,24 +127,22 @@ def update(policies, optimizer, router, advantages: torch.Tensor, keep: torch.Te
             rows = torch.tensor([row for d in decisions for row in d.rows])
             hidden, context, call, old = (torch.cat([d[k] for d in decisions]) for k in range(1, 5))
             use = keep[rows // G]
-            parts.append((name, hidden[use], context[use], call[use], old[use].detach(), advantages.flatten()[rows][use].float()))
+            parts.append((name, hidden[use], context[use], call[use], old[use].detach(), advantages.flatten()[rows][use].to(hidden)))
     total = sum(len(old) for *_, old, _ in parts)
     figures = {"decisions": total, "called": float(np.mean([d.item() for _, _, _, call, *_ in parts for d in call])) if total else None, "clipped": None}
     if not total:
         return figures
     clipped = []
     for _ in range(config.epochs):
-        orders = [torch.randperm(len(old), generator=generator).chunk(config.minibatches) for *_, old, _ in parts]
-        for step in range(config.minibatches):
-            logp, old, A = [], [], []
-            for (name, hidden, context, call, before, advantage), order in zip(parts, orders):
-                if step < len(order):
-                    picked = order[step]
-                    logp.append(rstitch.log_probability(policies[name](hidden[picked], context[picked]), call[picked]))
-                    old.append(before[picked])
-                    A.append(advantage[picked])
-            if not logp:
-                continue
+        order = torch.randperm(total, generator=generator)
+        for step in order.chunk(config.minibatches):
+            logp, old, A, start = [], [], [], 0
+            for name, hidden, context, call, before, advantage in parts:
+                mine = step[(step >= start) & (step < start + len(before))] - start
+                start += len(before)
+                logp.append(rstitch.log_probability(policies[name](hidden[mine], context[mine]), call[mine]))
+                old.append(before[mine])
+                A.append(advantage[mine])
             logp, old, A = torch.cat(logp), torch.cat(old), torch.cat(A)
             loss = rstitch.dapo_loss(logp, old, A, torch.ones_like(A, dtype=torch.bool), config.eps_low, config.eps_high)
             optimizer.zero_grad()
@@ -193,6 +192,8 @@ def train(config: Config, pair, models, folder: Path) -> torch.nn.ModuleDict:
     with tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc=folder.name, disable=None) as bar:
         for i in bar:
             start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * (1 - i / config.iterations)
             seed = int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
             batch = [p for p in todo[i * config.prompts:(i + 1) * config.prompts] for _ in range(config.rollouts)]
             router = build_router(policies, config, seed)
@@ -200,7 +201,7 @@ def train(config: Config, pair, models, folder: Path) -> torch.nn.ModuleDict:
             R = torch.tensor(total).view(config.prompts, config.rollouts)
             keep = kept_groups(R, torch.tensor([s["correct"] for s in solved]).view_as(R), config.dynamic)
             row |= {"iteration": i, "groups": int(keep.sum())}
-            row |= update(policies, optimizer, router, rstitch.group_advantages(R, scale=config.scale), keep, config,
+            row |= update(policies, optimizer, router, rstitch.group_advantages(R, config.eps, config.scale), keep, config,
                           torch.Generator().manual_seed(seed))
             if (i + 1) % config.dev_every == 0 or i + 1 == config.iterations:
                 _, _, row["dev"] = answer(pair, dev, build_router(policies, config), lam, models, config.gate)
