@@ -1,8 +1,9 @@
 """rstitch: one answer, written token by token by a small and a large language model.
 
-A small model (SLM) writes most of a chain of thought cheaply; a large one (LLM) writes the tokens that matter. This file is the
-method of R-Stitch (arXiv 2507.17307), which hands over where the SLM's next-token entropy is high; any other rule is a router of
-a few lines (section 3).
+A small model (SLM) writes most of a chain of thought cheaply; a large one (LLM) writes the tokens that matter. R-Stitch (arXiv
+2507.17307) hands over where the SLM's next-token entropy is high; R-Stitch+ learns where, by reinforcement, with a latency model
+in its reward; R2R (arXiv 2505.21600) trains a network on tokens where the two models' reasoning diverges. Each is a router of a
+few lines (sections 3, 6 and 7) in one loop (section 4) over two cached models (section 2).
 
 The idea that keeps it small: a problem is ONE token sequence with TWO cursors into it, one per model. A cursor says how much of
 the sequence the model's KV cache has read. Prefill, catching up after a switch and plain decoding are then one operation:
@@ -29,6 +30,8 @@ Glossary (code name, paper symbol, unit, default):
     position           index of a token in the answer, 0 for the first
     cursor             L of R-Stitch Algorithm 1: tokens a model has read of a row, prompt included
     n_inf, n_kv        N_inf, N_kv of the R-Stitch latency model: tokens a call reads, tokens its cache held before
+    lam                lambda of R-Stitch+'s reward: what a millisecond of latency costs, 5e-6
+    logp, A            log-probability of a decision, its advantage (DAPO)
 
     python rstitch.py                                         # three problems by the pocket pair, then every method in a table
     python rstitch.py "Ann has 596 coins. First Ann ends up with 7 times as many. Finally Ann loses 120. How many coins does Ann have?"
@@ -1087,30 +1090,31 @@ def dapo_loss(logp: torch.Tensor, logp_old: torch.Tensor, advantages: torch.Tens
 class Policy(torch.nn.Module):
     """The network of the R-Stitch+ router: call the LLM at this uncertain SLM token? One logit per token.
 
-    State: the SLM's last hidden state and the context length (the paper publishes neither architecture nor size; ours is a
-    small MLP on [normalised hidden state, log of context length / 1000]). `start` is the probability of calling the LLM that
-    an untrained policy gives everywhere; use_context=False leaves the length out.
+    State: the SLM's last hidden state and the context length (the paper publishes neither architecture nor size). Ours is a
+    small MLP on [normalised hidden state, log of the entropy in nats, log of context length / 1000]; the entropy follows from
+    the hidden state, but a net this small would first have to find the output embedding. `start` is the probability of calling
+    the LLM that an untrained policy gives everywhere; use_entropy=False and use_context=False leave either out.
     """
 
-    def __init__(self, hidden_size: int, width: int = 64, start: float = 0.5, use_context: bool = True):
+    def __init__(self, hidden_size: int, width: int = 64, start: float = 0.5, use_entropy: bool = True, use_context: bool = True):
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("width", width)):
             check_count(name, size)
         if not 0 < start < 1:
             raise ValueError(f"start={start!r}: expected a probability inside (0, 1)")
-        self.hidden_size, self.use_context = hidden_size, use_context
-        self.mlp = torch.nn.Sequential(torch.nn.Linear(hidden_size + use_context, width), torch.nn.GELU(), torch.nn.Linear(width, 1))
+        self.hidden_size, self.use_entropy, self.use_context = hidden_size, use_entropy, use_context
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(hidden_size + use_entropy + use_context, width), torch.nn.GELU(), torch.nn.Linear(width, 1))
         torch.nn.init.zeros_(self.mlp[-1].weight)
         torch.nn.init.constant_(self.mlp[-1].bias, math.log(start / (1 - start)))
 
-    def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """(n, D), (n,) -> (n,)"""
+    def forward(self, hidden: torch.Tensor, entropy: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """(n, D), (n,) nats, (n,) tokens -> (n,)"""
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden has {hidden.shape[-1]} features: this policy was made for an SLM of hidden size {self.hidden_size}")
-        x = torch.nn.functional.layer_norm(hidden.float(), (self.hidden_size,))
-        if self.use_context:
-            x = torch.cat([x, (context.float() / 1000).log()[:, None]], 1)
-        return self.mlp(x)[:, 0]
+        x = [torch.nn.functional.layer_norm(hidden.float(), (self.hidden_size,))]
+        x += [entropy.clamp(min=1e-6).log()[:, None]] if self.use_entropy else []
+        x += [(context / 1000).log()[:, None]] if self.use_context else []
+        return self.mlp(torch.cat(x, 1))[:, 0]
 
 
 def log_probability(logit: torch.Tensor, call: torch.Tensor) -> torch.Tensor:
@@ -1122,8 +1126,7 @@ class Decisions(NamedTuple):
     """What a sampled policy did at one step, about the k rows where it was asked."""
 
     rows: list[int]
-    hidden: torch.Tensor  # (k, D)
-    context: torch.Tensor  # (k,)
+    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # what the policy saw: hidden (k, D), entropy (k,), context (k,)
     call: torch.Tensor  # (k,) bool: the LLM was called
     logp: torch.Tensor  # (k,) of that action
 
@@ -1151,14 +1154,14 @@ class PolicyRouter:
 
     def decide(self, step: Step, asked: torch.Tensor) -> torch.Tensor:
         """(k,) bool: call the LLM?"""
-        hidden, context = step.hidden[asked], step.context[asked]
-        logit = self.policy(hidden, context)
+        state = step.hidden[asked], step.entropy[asked], step.context[asked]
+        logit = self.policy(*state)
         if self.seed is None:
             return logit > 0
         rows = asked.tolist()
         uniform = torch.tensor(coins(self.seed, step, SLM), device=logit.device)[asked]
         call = uniform < logit.sigmoid()
-        self.decisions.append(Decisions([step.rows[i] for i in rows], hidden, context, call, log_probability(logit, call)))
+        self.decisions.append(Decisions([step.rows[i] for i in rows], state, call, log_probability(logit, call)))
         return call
 
 

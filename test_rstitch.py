@@ -1219,18 +1219,19 @@ def spread_policy(bias: float = 0.0, **options) -> rstitch.Policy:
 
 def test_an_untrained_policy_calls_with_the_probability_it_was_given():
     policy = rstitch.Policy(8, start=0.8)
-    hidden, context = torch.randn(5, 8), torch.arange(1, 6)
-    assert policy(hidden, context).sigmoid().tolist() == [pytest.approx(0.8)] * 5
+    hidden, H, context = torch.randn(5, 8), torch.rand(5), torch.arange(1, 6)
+    assert policy(hidden, H, context).sigmoid().tolist() == [pytest.approx(0.8)] * 5
     with pytest.raises(ValueError, match="hidden has 9 features.*hidden size 8"):
-        policy(torch.randn(5, 9), context)
+        policy(torch.randn(5, 9), H, context)
     for options, message in ((dict(hidden_size=0), "hidden_size=0"), (dict(hidden_size=8, width=0), "width=0"), (dict(hidden_size=8, start=1.0), "start=1.0")):
         with pytest.raises(ValueError, match=message):
             rstitch.Policy(**options)
-    seen = spread_policy()
     states = torch.randn(5, 32)
-    assert not torch.equal(seen(states, context), seen(states, context + 100))
-    blind = spread_policy(use_context=False)
-    assert torch.equal(blind(states, context), blind(states, context + 100))
+    for which, moved in (("use_entropy", (states, H + 1, context)), ("use_context", (states, H, context + 100))):
+        seeing, blind = spread_policy(), spread_policy(**{which: False})
+        assert not torch.equal(seeing(states, H, context), seeing(*moved))
+        assert torch.equal(blind(states, H, context), blind(*moved))
+    assert seeing(states, torch.zeros(5), context).isfinite().all()
 
 
 def test_a_policy_that_always_calls_is_r_stitch_and_one_that_never_does_is_the_slm():
@@ -1254,7 +1255,7 @@ def test_a_policy_is_asked_only_over_tau_and_its_argmax_decides():
         def decide(self, step, asked):
             assert (step.entropy[asked] / math.log(VOCAB) > 0.3).all()
             call = super().decide(step, asked)
-            assert call.tolist() == (policy(step.hidden[asked], step.context[asked]) > 0).tolist()
+            assert call.tolist() == (policy(step.hidden[asked], step.entropy[asked], step.context[asked]) > 0).tolist()
             seen.extend(call.tolist())
             return call
 
@@ -1272,19 +1273,20 @@ def test_a_sampled_policy_records_what_training_needs_whatever_the_batch():
     router = rstitch.PolicyRouter(policy, 0.3, tau_back=0.9, seed=5)
     together = stitch(*pair, ids, router, attention_mask=mask, max_new_tokens=40, eos_token_id=[], seed=1)
     rows = [row for d in router.decisions for row in d.rows]
-    hidden, context, call, logp = (torch.cat([d[k] for d in router.decisions]) for k in range(1, 5))
-    logit = policy(hidden, context)
+    hidden, H, context = (torch.cat(part) for part in zip(*(d.state for d in router.decisions)))
+    call, logp = (torch.cat(part) for part in zip(*((d.call, d.logp) for d in router.decisions)))
+    logit = policy(hidden, H, context)
     torch.testing.assert_close(logp, torch.where(call, logit.sigmoid(), 1 - logit.sigmoid()).log(), atol=1e-5, rtol=1e-4)
     assert call.any() and not call.all() and (call != (logit > 0)).any()  # sampled, not argmax
     for b in range(4):
         over = [c for c in together.calls[b] if c.model == SLM and c.entropy / math.log(VOCAB) > 0.3]
         mine = [i for i, row in enumerate(rows) if row == b]
         assert [not c.kept for c in over] == call[mine].tolist()
-        assert [c.n_kv + c.n_inf for c in over] == context[mine].tolist()
+        assert [c.n_kv + c.n_inf for c in over] == context[mine].tolist() and [c.entropy for c in over] == H[mine].tolist()
         alone = stitch(*pair, ids[b:b + 1, mask[b].bool()], rstitch.PolicyRouter(policy, 0.3, tau_back=0.9, seed=5), max_new_tokens=40,
                        eos_token_id=[], seed=[together.seed[b]])
         assert_same_calls(alone.calls, together.calls[b:b + 1])
-    assert not router.decisions[0].hidden.is_inference()  # or nothing could be trained on it
+    assert not router.decisions[0].state[0].is_inference()  # or nothing could be trained on it
 
 
 def test_a_policy_of_another_hidden_size_is_refused():

@@ -98,7 +98,7 @@ def wall_clock(names: list[str], n: int) -> dict:
 
 def run(path: Path = RESULTS / "frontier.jsonl", n: int = N_TEST, n_wall: int = N_WALL, workers: int = 2) -> list[dict]:
     """Compute what `path` lacks, a row at a time: fixed rules, policies, random switching at each policy's share, wall-clock."""
-    policies = sorted(folder.name for folder in POLICIES.iterdir())
+    policies = sorted(made.parent.name for made in POLICIES.glob("*/made.json"))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
 
         def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
@@ -113,7 +113,7 @@ def run(path: Path = RESULTS / "frontier.jsonl", n: int = N_TEST, n_wall: int = 
     if ("wall-clock", "wall-clock") not in rows:
         first = [name for name in policies if name.endswith("seed0")]
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
-        on_hull = [r["name"] for r in best if abs(frontier_gap((r["accuracy"], r["latency_ms"]), fixed_points(rows))) < 1e-9]
+        on_hull = [r["name"] for r in best if abs(frontier_gap((r["accuracy"], r["latency_ms"]), fixed_points(rows), mixtures=True)) < 1e-9]
         append_row(path, wall_clock(list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *first])), n_wall))
     return read_rows(path)
 

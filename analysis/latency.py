@@ -151,7 +151,7 @@ def overhead(pair, repeats: int, context: int = 100, tokens: int = 60) -> dict:
         lm.cursor[0] = context
         out = lm.read([0], [[5]])
         timed("entropy", lambda: rstitch.entropy(out.logits).tolist())
-        state = out.hidden.clone(), torch.tensor([context])
+        state = out.hidden.clone(), out.entropy.clone(), torch.tensor([context])
         timed("policy", lambda: policy(*state).tolist())
         lm.reset()
         ends: list[float] = []  # of the tokens after the first, which reads the prompt

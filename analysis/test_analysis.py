@@ -407,14 +407,14 @@ def test_the_update_raises_what_was_rewarded():
     states, generator = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]]), torch.Generator().manual_seed(0)
     for _ in range(20):
         kind = torch.arange(32) // 2 % 2  # 16 groups of 2 rollouts of one decision each
-        hidden, context = states[kind], torch.full((32,), 100)
-        logit = policies["call"](hidden, context).detach()
+        state = states[kind], torch.ones(32), torch.full((32,), 100)
+        logit = policies["call"](*state).detach()
         call = torch.rand(32, generator=generator) < logit.sigmoid()
         router = rstitch.PolicyRouter(policies["call"], 0.0, seed=0)
-        router.decisions.append(rstitch.Decisions(list(range(32)), hidden, context, call, rstitch.log_probability(logit, call)))
+        router.decisions.append(rstitch.Decisions(list(range(32)), state, call, rstitch.log_probability(logit, call)))
         right = (call == (kind == 0)).float().view(16, 2)
         train_policy.update(policies, optimizer, router, rstitch.group_advantages(right), train_policy.kept_groups(right, right > 0, "reward"), config, generator)
-    p = policies["call"](states, torch.tensor([100, 100])).sigmoid().tolist()
+    p = policies["call"](states, torch.ones(2), torch.tensor([100, 100])).sigmoid().tolist()
     assert p[0] > 0.8 and p[1] < 0.2
 
 
@@ -426,6 +426,10 @@ def test_dynamic_sampling_by_hand():
     assert train_policy.kept_groups(total, correct, "off").tolist() == [True] * 4
 
 
+def test_lambda_is_given_or_follows_from_kappa():
+    assert train_policy.price(train_policy.Config(kappa=0.5), 250.0) == 0.002 and train_policy.price(train_policy.Config(lam=0.01), 250.0) == 0.01
+
+
 def test_rewards_with_and_without_the_gate():
     call = rstitch.Call(rstitch.LLM, 0, 1, 0, 5, 0.0, True)  # 4 ms
     solved = [{"calls": [call] * 25, "correct": True}, {"calls": [call] * 50, "correct": False}]
@@ -435,7 +439,7 @@ def test_rewards_with_and_without_the_gate():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(rollouts=1), "rollouts=1"), (dict(kappa=-0.1), "kappa=-0.1"), (dict(tau=2.0), "tau=2.0"), (dict(prompts=0), "prompts=0"),
+    (dict(rollouts=1), "rollouts=1"), (dict(lam=-1e-3), "lam=-0.001"), (dict(kappa=-0.1), "kappa=-0.1"), (dict(tau=2.0), "tau=2.0"), (dict(prompts=0), "prompts=0"),
     (dict(scale="max"), "scale='max'"), (dict(dynamic="no"), "dynamic='no'"), (dict(lr=float("nan")), "lr=nan"),
 ])
 def test_policy_runs_with_bad_options_are_refused(change, message):

@@ -39,33 +39,35 @@ class Config:
     """A training run. Everything but the machine's rounding follows from it."""
 
     kappa: float = option(0.35, "lambda x mean latency of the LLM alone; what a second costs in the reward")
+    lam: float = option(0.0, "lambda of the reward, in 1/ms; 0 takes it from kappa")
     seed: int = option(0, "of initial weights, problems, actions and minibatches")
-    tau: float = option(0.001, "the policy is asked where the SLM's entropy exceeds it, in [0, 1]: entropy in nats divided by log V")
+    tau: float = option(0.02, "the policy is asked where the SLM's entropy exceeds it, in [0, 1]: entropy in nats divided by log V")
     tau_back: float = option(0.02, "the LLM hands back where its entropy does not exceed it, in [0, 1]")
     prompts: int = option(32, "problems per iteration")
     rollouts: int = option(8, "answers per problem")
     iterations: int = option(32, "batches of rollouts")
     epochs: int = option(2, "passes over the decisions of a batch")
     minibatches: int = option(4, "optimizer steps per pass")
-    lr: float = option(3e-3, "learning rate of Adam at the start; it falls linearly to zero")
+    lr: float = option(5e-3, "learning rate of Adam at the start; it falls linearly to zero")
     width: int = option(64, "hidden units of the policy")
-    start: float = option(0.7, "probability of calling the LLM that the untrained policy gives everywhere")
+    start: float = option(0.5, "probability of calling the LLM that the untrained policy gives everywhere")
     scale: str = option("std", "advantages: std (divided by the group's standard deviation + eps) or none")
     eps: float = option(0.05, "see scale; where it is small, lambda cancels in groups that are all right")
     dynamic: str = option("reward", "dynamic sampling drops groups of equal reward (reward), all right or all wrong (accuracy), or none (off)")
     eps_low: float = option(0.2, "clip of the probability ratio below 1")
     eps_high: float = option(0.28, "clip above 1; clip-higher is off where it equals eps_low")
     gate: bool = option(True, "latency counts only where the answer is right")
+    use_entropy: bool = option(True, "the policy sees the entropy beside the hidden state")
     use_context: bool = option(True, "the policy sees the context length beside the hidden state")
     hand_back: bool = option(False, "a second policy, on the LLM's hidden state, decides when the LLM hands back")
-    dev_every: int = option(8, "iterations between two evaluations on dev")
+    dev_every: int = option(4, "iterations between two evaluations on dev")
     dev: int = option(256, "dev problems of an evaluation")
 
     def __post_init__(self):
         for name in ("prompts", "iterations", "epochs", "minibatches", "width", "dev_every", "dev"):
             rstitch.check_count(name, getattr(self, name))
         rstitch.check_count("rollouts", self.rollouts, least=2)
-        for name in ("kappa", "lr", "eps"):
+        for name in ("kappa", "lam", "lr", "eps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a finite number, 0 or more")
         for name, choices in (("scale", ("std", "none")), ("dynamic", ("reward", "accuracy", "off"))):
@@ -90,7 +92,8 @@ def build_policies(config: Config, slm, llm) -> torch.nn.ModuleDict:
     """{"call": policy on the SLM's hidden state} and, with hand_back, {"back": policy on the LLM's}; the same for the same config."""
     torch.manual_seed(config.seed)
     models = {"call": slm} | ({"back": llm} if config.hand_back else {})
-    return torch.nn.ModuleDict({name: rstitch.Policy(model.config.get_text_config(decoder=True).hidden_size, config.width, config.start, config.use_context)
+    return torch.nn.ModuleDict({name: rstitch.Policy(model.config.get_text_config(decoder=True).hidden_size, config.width, config.start,
+                                                     config.use_entropy, config.use_context)
                                 .to(model.device) for name, model in models.items()})
 
 
@@ -125,11 +128,12 @@ def update(policies, optimizer, router, advantages: torch.Tensor, keep: torch.Te
     for name, decisions in asked.items():
         if decisions:
             rows = torch.tensor([row for d in decisions for row in d.rows])
-            hidden, context, call, old = (torch.cat([d[k] for d in decisions]) for k in range(1, 5))
             use = keep[rows // G]
-            parts.append((name, hidden[use], context[use], call[use], old[use].detach(), advantages.flatten()[rows][use].to(hidden)))
-    total = sum(len(old) for *_, old, _ in parts)
-    figures = {"decisions": total, "called": float(np.mean([d.item() for _, _, _, call, *_ in parts for d in call])) if total else None, "clipped": None}
+            state = [torch.cat(part)[use] for part in zip(*(d.state for d in decisions))]
+            call, old = (torch.cat(part)[use] for part in zip(*((d.call, d.logp) for d in decisions)))
+            parts.append((name, state, call, old.detach(), advantages.flatten()[rows][use].to(old)))
+    total = sum(len(call) for _, _, call, *_ in parts)
+    figures = {"decisions": total, "called": float(np.mean([d.item() for _, _, call, *_ in parts for d in call])) if total else None, "clipped": None}
     if not total:
         return figures
     clipped = []
@@ -137,10 +141,10 @@ def update(policies, optimizer, router, advantages: torch.Tensor, keep: torch.Te
         order = torch.randperm(total, generator=generator)
         for step in order.chunk(config.minibatches):
             logp, old, A, start = [], [], [], 0
-            for name, hidden, context, call, before, advantage in parts:
+            for name, state, call, before, advantage in parts:
                 mine = step[(step >= start) & (step < start + len(before))] - start
                 start += len(before)
-                logp.append(rstitch.log_probability(policies[name](hidden[mine], context[mine]), call[mine]))
+                logp.append(rstitch.log_probability(policies[name](*(x[mine] for x in state)), call[mine]))
                 old.append(before[mine])
                 A.append(advantage[mine])
             logp, old, A = torch.cat(logp), torch.cat(old), torch.cat(A)
@@ -163,8 +167,13 @@ def answer(pair, todo, router, lam: float, models, gate: bool = True, **options)
                            "llm_share": sum(s["llm_tokens"] for s in solved) / tokens, "tokens": tokens / len(solved), "latency_ms": float(latency.mean())}
 
 
+def price(config: Config, llm_ms: float) -> float:
+    """lambda in 1/ms."""
+    return config.lam or config.kappa / llm_ms
+
+
 def settle(config: Config, pair, models, folder: Path) -> float:
-    """lambda, in 1/ms: kappa over the mean fitted latency of the LLM alone on the dev problems. Written down at the first call;
+    """lambda, from kappa by the mean fitted latency of the LLM alone on the dev problems, which is written down at the first call.
     ValueError where the folder holds a run of another config."""
     path = folder / "config.json"
     if not path.exists():
@@ -176,7 +185,7 @@ def settle(config: Config, pair, models, folder: Path) -> float:
         other = next(name for name, value in asdict(config).items() if settled["config"].get(name) != value)
         raise ValueError(f"--{other.replace('_', '-')} {getattr(config, other)}: the run in {folder.name} was started with "
                          f"{settled['config'].get(other)}; expected the same, or another --name")
-    return config.kappa / settled["llm_ms"]
+    return price(config, settled["llm_ms"])
 
 
 def train(config: Config, pair, models, folder: Path) -> torch.nn.ModuleDict:
@@ -230,7 +239,7 @@ def export(config: Config, policies, pair, folder: Path, target: Path) -> None:
     best = max(evaluated, key=lambda row: row["dev"]["reward"])
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in policies.named_parameters()}, target / "policy.safetensors")
-    made = {"config": asdict(config), "lam": config.kappa / settled["llm_ms"], "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]),
+    made = {"config": asdict(config), "lam": price(config, settled["llm_ms"]), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]),
             "iteration": best["iteration"], "dev": best["dev"], "minutes": sum(row["seconds"] for row in log) / 60,
             "curve": [[row["iteration"], row["reward"], row["accuracy"], row["llm_share"], row["latency_ms"]] for row in log],
             **provenance(config.seed, config.dev)}
