@@ -76,7 +76,17 @@ class Config:
         rstitch.EntropyRouter(self.tau, tau_back=self.tau_back)
 
 
-RUNS = {f"kappa{kappa:g}-seed{seed}": Config(kappa=kappa, seed=seed) for kappa in (0.35, 0.1, 0.8) for seed in (0, 1, 2)}
+# Kappa at which latency costs what it buys between the SLM alone and the LLM alone, on the 256 dev problems:
+# (0.992 - 0.539) / (464.7 - 47.6 ms) x 464.7 ms.
+BREAK_EVEN = 0.505
+RUNS = {
+    **{f"kappa{kappa:g}-seed{seed}": Config(kappa=kappa, seed=seed) for kappa in (0.35, 0.1, 0.8) for seed in (0, 1, 2)},
+    **{f"{name}-{times}": Config(kappa=round(BREAK_EVEN * factor, 3), gate=gate) for times, factor in (("third", 1 / 3), ("even", 1.0), ("triple", 3.0))
+       for name, gate in (("gate", True), ("no-gate", False))},
+    "no-context": Config(use_context=False), "no-entropy": Config(use_entropy=False), "hidden-only": Config(use_context=False, use_entropy=False),
+    "hand-back": Config(hand_back=True), "clip-symmetric": Config(eps_high=0.2), "advantages-none": Config(scale="none"),
+    "advantages-std": Config(eps=1e-6), "dynamic-accuracy": Config(dynamic="accuracy"),
+}
 
 
 class HandBackRouter(rstitch.PolicyRouter):
