@@ -907,6 +907,8 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
     cache does not matter to the time; the points are visited in turn, so that whatever else the machine does is spread over them.
     """
     check_count("repeats", repeats)
+    if not points:
+        raise ValueError(f"points={points!r}: expected at least one (n_inf, n_kv)")
     for n_inf, n_kv in points:
         check_count("n_inf", n_inf)
         check_count("n_kv", n_kv, least=0)
@@ -962,6 +964,7 @@ class R2RNet(torch.nn.Module):
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("top_k", top_k), ("width", width)):
             check_count(name, size)
+        check_count("blocks", blocks, least=0)
         if embedding.weight.shape[1] != hidden_size:
             raise ValueError(f"embedding has {embedding.weight.shape[1]} features: expected hidden_size={hidden_size}")
         if embedding.weight.shape[0] < top_k:
@@ -996,7 +999,9 @@ class R2RRouter:
     def __init__(self, net: R2RNet, threshold: float):
         if not isinstance(threshold, Real) or not threshold >= 0:
             raise ValueError(f"threshold={threshold!r}: expected a number, 0 or more")
-        self.net, self.threshold = net.eval(), threshold
+        if net.training:
+            raise ValueError("net is in training mode: call .eval() first")
+        self.net, self.threshold = net, threshold
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         return self.net(step.hidden, step.logits, step.token).float().sigmoid() >= self.threshold
@@ -1008,18 +1013,19 @@ class R2RRouter:
 def calibrate_threshold(scores: Sequence[float], labels: Sequence[int] | None = None, *, min_recall: float | None = None,
                         target_usage: float | None = None) -> float:
     """The threshold on scores that calls the LLM least at a recall of the divergent tokens of min_recall or more (R2R's rule), or
-    that calls it for a share target_usage of the tokens. ValueError unless exactly one of the two is given, in (0, 1]."""
+    that calls it for a share target_usage of the tokens or more (equal scores stand together). ValueError unless exactly one of the
+    two is given, in (0, 1]."""
     if (min_recall is None) == (target_usage is None):
         raise ValueError(f"min_recall={min_recall!r}, target_usage={target_usage!r}: expected exactly one of them")
     name, share = ("min_recall", min_recall) if target_usage is None else ("target_usage", target_usage)
     scores = np.asarray(scores, float)
     if not (isinstance(share, Real) and 0 < share <= 1):
         raise ValueError(f"{name}={share!r}: expected a share in (0, 1]")
-    if not len(scores) or not np.isfinite(scores).all():
-        raise ValueError(f"scores has {len(scores)} entries: expected at least one, and all finite")
+    if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
+        raise ValueError(f"scores has shape {scores.shape}: expected one score per token, at least one, and all finite")
     if min_recall is not None:
-        if labels is None or len(labels) != len(scores) or not np.asarray(labels, bool).any():
-            raise ValueError("labels: expected one per score, with at least one divergent (1)")
+        if labels is None or len(labels) != len(scores) or not set(np.unique(labels)) <= {0, 1} or not np.asarray(labels, bool).any():
+            raise ValueError("labels: expected one per score, 0 or 1, with at least one divergent (1)")
         scores = scores[np.asarray(labels, bool)]
     return float(np.sort(scores)[len(scores) - max(1, math.ceil(share * len(scores) - 1e-9))])
 
@@ -1036,7 +1042,7 @@ class Reward(NamedTuple):
 def reward(correct: bool, latency_ms: float, lam: float = 5e-6) -> Reward:
     """R = r_acc - lam r_acc L of R-Stitch+, L in ms: a wrong answer has exactly 0 whatever it took, so speed never buys accuracy.
 
-    Warns where lam L >= 1: there a right answer scores no better than a wrong one, and the gate does not hold. ValueError for a
+    Warns (once per place) where lam L >= 1: there a right answer scores no better than a wrong one, and the gate does not hold. ValueError for a
     latency or a lam that is negative or not finite.
     """
     for name, value in (("latency_ms", latency_ms), ("lam", lam)):
@@ -1045,7 +1051,7 @@ def reward(correct: bool, latency_ms: float, lam: float = 5e-6) -> Reward:
     if not correct:
         return Reward(0.0, 0.0, 0.0)
     if lam * latency_ms >= 1:
-        warnings.warn(f"lam x latency = {lam * latency_ms:.3g}: a right answer this slow has a reward of 0 or less", stacklevel=2)
+        warnings.warn("lam x latency is 1 or more: a right answer this slow has a reward of 0 or less", stacklevel=2)
     return Reward(1 - lam * latency_ms, 1.0, -lam * latency_ms)
 
 
@@ -1059,8 +1065,8 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: str = "std
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected (prompts, rollouts), two rollouts or more")
     if not rewards.isfinite().all():
         raise ValueError(f"rewards holds {rewards[~rewards.isfinite()][0].item()}: expected finite numbers")
-    if scale not in ("std", "none"):
-        raise ValueError(f"scale={scale!r}: expected 'std' or 'none'")
+    if scale not in ("std", "none") or not eps >= 0:
+        raise ValueError(f"scale={scale!r}, eps={eps!r}: expected 'std' or 'none', and 0 or more")
     centred = rewards - rewards.mean(1, keepdim=True)
     equal = rewards.amin(1, keepdim=True) == rewards.amax(1, keepdim=True)  # their mean may be off by a rounding
     if scale == "std":

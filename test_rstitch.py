@@ -1051,6 +1051,8 @@ def test_router_sees_hidden_state_logits_and_token_but_not_the_ids_of_the_logits
     (lambda: r2r_net()(torch.zeros(1, 32), torch.zeros(1, 9), torch.zeros(1, dtype=torch.long)), "logits have 9 columns"),
     (lambda: r2r_net()(torch.zeros(1, 16), torch.zeros(1, 40), torch.zeros(1, dtype=torch.long)), "hidden has 16 features"),
     (lambda: rstitch.R2RRouter(r2r_net(), -0.1), "threshold=-0.1"), (lambda: rstitch.R2RRouter(r2r_net(), math.nan), "threshold=nan"),
+    (lambda: rstitch.R2RRouter(r2r_net(), 0.5), "net is in training mode"), (lambda: r2r_net(blocks=-1), "blocks=-1"),
+    (lambda: rstitch.measure_latency(tiny(), []), "points=[]"),
 ])
 def test_routers_that_fit_nothing_are_refused(build, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -1102,8 +1104,9 @@ def test_thresholds_reach_the_recall_and_no_lower_usage_does(pairs, share):
 @pytest.mark.parametrize("arguments, message", [
     (dict(scores=[0.5]), "expected exactly one of them"), (dict(scores=[0.5], min_recall=0.5, target_usage=0.5), "expected exactly one of them"),
     (dict(scores=[0.5], target_usage=0.0), "target_usage=0.0"), (dict(scores=[0.5], labels=[1], min_recall=1.5), "min_recall=1.5"),
-    (dict(scores=[], target_usage=0.5), "scores has 0 entries"), (dict(scores=[math.nan], target_usage=0.5), "all finite"),
+    (dict(scores=[], target_usage=0.5), "scores has shape"), (dict(scores=[math.nan], target_usage=0.5), "all finite"),
     (dict(scores=[0.5, 0.6], labels=[1], min_recall=0.9), "labels: expected one per score"), (dict(scores=[0.5], labels=[0], min_recall=0.9), "at least one divergent"),
+    (dict(scores=[0.5, 0.6], labels=[1, -100], min_recall=0.9), "0 or 1"), (dict(scores=[[0.5]], target_usage=0.5), "scores has shape"),
 ])
 def test_thresholds_of_nothing_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -1124,7 +1127,7 @@ def test_a_wrong_answer_has_reward_zero_at_any_latency(latency, lam):
 
 
 def test_reward_warns_where_the_gate_does_not_hold():
-    with pytest.warns(UserWarning, match="lam x latency = 2"):
+    with pytest.warns(UserWarning, match="lam x latency is 1 or more"):
         assert rstitch.reward(True, 400_000.0, lam=5e-6).total == pytest.approx(-1.0)
     for latency, lam, message in ((-1, 0.1, "latency_ms=-1"), (1, -0.1, "lam=-0.1"), (math.nan, 0.1, "latency_ms=nan"), (math.inf, 0, "latency_ms=inf")):
         with pytest.raises(ValueError, match=message):
@@ -1155,7 +1158,7 @@ def test_without_division_lam_keeps_its_weight_in_groups_that_are_all_right():
 
 @pytest.mark.parametrize("rewards, options, message", [
     (torch.zeros(4, 1), {}, "rewards has shape (4, 1)"), (torch.zeros(4), {}, "rewards has shape (4,)"),
-    (torch.tensor([[0.0, math.nan]]), {}, "rewards holds nan"), (torch.zeros(2, 2), dict(scale="max"), "scale='max'"),
+    (torch.tensor([[0.0, math.nan]]), {}, "rewards holds nan"), (torch.zeros(2, 2), dict(eps=-1.0), "eps=-1.0"), (torch.zeros(2, 2), dict(scale="max"), "scale='max'"),
 ])
 def test_groups_that_compare_nothing_are_refused(rewards, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):

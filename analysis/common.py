@@ -33,14 +33,17 @@ def encode_problems(tokenizer, problems: Sequence[Problem]) -> tuple[torch.Tenso
     return rstitch.encode(tokenizer, *map(question, problems))
 
 
-def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, label: str = "", progress: bool = True, **options) -> list[dict]:
-    """Answer every problem in batches. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats), calls."""
+def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, label: str = "", progress: bool = True,
+          seed: int | None = None, **options) -> list[dict]:
+    """Answer every problem in batches. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats), calls.
+    Random draws of a problem depend on (seed, its index), not on the batches."""
     slm, llm, tokenizer = pair
-    out = []
+    out, seeds = [], rstitch.row_seeds(seed, len(problems))
     for start in tqdm(range(0, len(problems), batch_size), desc=label, leave=False, disable=None if progress else True):
         batch = problems[start:start + batch_size]
         ids, mask = encode_problems(tokenizer, batch)
-        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, **options)
+        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS,
+                                seed=seeds[start:start + batch_size], **options)
         for problem, calls in zip(batch, result.calls):
             kept = [call for call in calls if call.kept]
             text = tokenizer.decode([call.token for call in kept], skip_special_tokens=True)
@@ -78,14 +81,23 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def commit() -> str | None:
+    """The commit of this code, "+dirty" where files differ from it; None outside of git."""
+    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()  # noqa: E731
+    head = git("rev-parse", "--short", "HEAD")
+    return head + ("+dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "") if head else None
+
+
+COMMIT = commit()  # when the code was read: a run that takes an hour may see another HEAD at its end
+
+
 def provenance(seed: int, n: int, device: str = "cpu", dtype: str = "float32") -> dict:
     """What every row of results carries."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     spec = sys.modules["__main__"].__spec__
     command = " ".join(["python", *(["-m", spec.name] if spec else [Path(sys.argv[0]).name]), *sys.argv[1:]])
     return {"source": "measured", "command": command, "seed": seed, "n": n, "device": device, "dtype": dtype,
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "commit": git.stdout.strip() or None}
+            "commit": COMMIT}
 
 
 def read_rows(path: Path) -> list[dict]:

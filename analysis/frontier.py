@@ -25,9 +25,10 @@ from analysis.train_policy import POLICIES, load_router
 
 N_TEST, N_WALL, SEED = 1000, 200, 0
 FIXED = {
-    **{f"tau {tau:g}": rstitch.EntropyRouter(tau) for tau in TAUS},
+    **{f"tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (*TAUS, 0.0035, 0.007)},
     **{f"tau {tau:g}, window {w}": rstitch.EntropyRouter(tau, window=w) for w in (2, 4, 8) for tau in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)},
     **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.0005, 0.001, 0.002, 0.005) for back in (0.02, 0.1, 1.0)},
+    **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
 
@@ -51,8 +52,11 @@ def front(points: np.ndarray, mixtures: bool = False) -> tuple[np.ndarray, np.nd
 
 
 def frontier_gap(method: tuple[float, float], points: np.ndarray, mixtures: bool = False) -> float:
-    """1 - latency / latency of the front at equal accuracy, of an (accuracy, latency). Beyond the ends the end counts."""
-    return 1 - method[1] / float(np.interp(method[0], *front(points, mixtures)))
+    """1 - latency / latency of the front at equal accuracy, of an (accuracy, latency). Beyond the ends the end counts; what is less
+    accurate than the fastest point can be slower than it, but not better: 0 at most."""
+    x, y = front(points, mixtures)
+    gap = 1 - method[1] / float(np.interp(method[0], x, y))
+    return min(gap, 0.0) if method[0] < x[0] else gap
 
 
 def gap_with_interval(methods: np.ndarray, fixed: np.ndarray, mixtures: bool = False, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:

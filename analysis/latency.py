@@ -89,7 +89,7 @@ def measure(pair, max_len: int, rounds: int, per_round: int, seed: int = 0) -> d
             names, calls, times = list(METHODS), {}, {name: [] for name in METHODS}
             for name in 3 * (names[j % len(names):] + names[:j % len(names)]):
                 begin = time.perf_counter()
-                calls[name] = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=seed,
+                calls[name] = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=[1000 * seed + j],
                                              max_new_tokens=min(MAX_NEW_TOKENS, max_len - ids.shape[1])).calls[0]
                 times[name].append(1e3 * (time.perf_counter() - begin))
             trajectories += [{"method": name, "problem": j, "ms": float(np.median(times[name])), "calls": calls[name]} for name in names]
@@ -126,8 +126,14 @@ def overhead(pair, repeats: int, context: int = 100, tokens: int = 60) -> dict:
     slm, llm, _ = pair
     lm, other = (rstitch.CachedLM(model, 1, context + tokens) for model in (slm, llm))
     marks: list[float] = []
-    hooks = [slm.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter())), slm.register_forward_hook(lambda *_: marks.append(time.perf_counter()))]
-    policy = rstitch.Policy(slm.config.get_text_config(decoder=True).hidden_size).requires_grad_(False)
+
+    def mark(*_) -> None:
+        if slm.device.type == "cuda":
+            torch.cuda.synchronize(slm.device)
+        marks.append(time.perf_counter())
+
+    hooks = [slm.register_forward_pre_hook(mark), slm.register_forward_hook(mark)]
+    policy = rstitch.Policy(slm.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).to(slm.device)
     routers = {"step, entropy rule": rstitch.EntropyRouter(), "step, policy asked": rstitch.PolicyRouter(policy, 0.0)}
     times: dict[str, list[float]] = {}
 
@@ -151,7 +157,7 @@ def overhead(pair, repeats: int, context: int = 100, tokens: int = 60) -> dict:
         lm.cursor[0] = context
         out = lm.read([0], [[5]])
         timed("entropy", lambda: rstitch.entropy(out.logits).tolist())
-        state = out.hidden.clone(), out.entropy.clone(), torch.tensor([context])
+        state = out.hidden.clone(), out.entropy.clone(), torch.tensor([context], device=slm.device)
         timed("policy", lambda: policy(*state).tolist())
         lm.reset()
         ends: list[float] = []  # of the tokens after the first, which reads the prompt

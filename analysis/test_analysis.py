@@ -1,4 +1,5 @@
 """Tests of the analyses: the domain, the splits, training that survives a kill, the committed pocket pair, the report."""
+import copy
 import dataclasses
 import itertools
 import json
@@ -325,6 +326,7 @@ def test_frontier_by_hand():
     assert frontier.frontier_gap((0.8, 22.0), points) == pytest.approx(0.2)  # 1 - 22 / 27.5
     assert frontier.frontier_gap((0.8, 22.0), points, mixtures=True) == pytest.approx(0.12)  # 1 - 22 / 25
     assert frontier.frontier_gap((0.95, 30.0), points) == 0 and frontier.frontier_gap((0.3, 11.0), points) == pytest.approx(-0.1)
+    assert frontier.frontier_gap((0.3, 2.0), points) == 0  # fast, but less accurate than anything on the front
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(1, 100)), min_size=1, max_size=12), st.floats(0, 1))
@@ -397,6 +399,56 @@ def test_an_exported_policy_routes_as_it_did_and_refuses_another_pair(tmp_path, 
         train_policy.load_router(tmp_path / "out", (pocket[1], pocket[1]))
     with pytest.raises(ValueError, match="was made for another LLM"):
         train_policy.load_router(tmp_path / "out", (pocket[0], pocket[0]))
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
+    """`update` against a loop over single decisions: 4 prompts of 3 answers, one group dropped, two policies, drifted probabilities."""
+    config = train_policy.Config(hand_back=True, epochs=1, minibatches=minibatches)
+    generator = torch.Generator().manual_seed(0)
+    policies = torch.nn.ModuleDict({name: rstitch.Policy(4, 8) for name in ("call", "back")})
+    for p in policies.parameters():
+        torch.nn.init.normal_(p, std=0.5, generator=generator)
+    router = train_policy.HandBackRouter(policies["call"], policies["back"], 0.02, seed=0)
+    for decisions in (router.decisions, router.back.decisions):
+        for rows in ([11, 0, 5], [5], [2, 7, 8, 11, 1], [0, 10]):
+            k = len(rows)
+            state = torch.randn(k, 4, generator=generator), torch.rand(k, generator=generator), torch.randint(1, 99, (k,), generator=generator)
+            decisions.append(rstitch.Decisions(rows, state, torch.rand(k, generator=generator) < 0.5, -2 * torch.rand(k, generator=generator)))
+    A, keep = torch.randn(4, 3, generator=generator), torch.tensor([True, True, False, True])
+
+    single = []  # (policy, state, call, old log-probability, advantage) of each decision whose group was kept
+    for name, decisions in (("call", router.decisions), ("back", router.back.decisions)):
+        for d in decisions:
+            for i, row in enumerate(d.rows):
+                if keep[row // 3]:
+                    single.append((name, [x[i:i + 1] for x in d.state], d.call[i:i + 1], d.logp[i], A[row // 3, row % 3]))
+    naive, order = copy.deepcopy(policies), torch.randperm(len(single), generator=torch.Generator().manual_seed(7))
+    optimizer = torch.optim.SGD(naive.parameters(), lr=0.5)
+    for part in order.chunk(minibatches):
+        loss = 0.0
+        for i in part.tolist():
+            name, state, call, old, a = single[i]
+            ratio = (rstitch.log_probability(naive[name](*state), call)[0] - old).exp()
+            loss = loss - min(ratio * a, ratio.clamp(0.8, 1.28) * a) / len(part)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(naive.parameters(), 1.0)
+        optimizer.step()
+    figures = train_policy.update(policies, torch.optim.SGD(policies.parameters(), lr=0.5), router, A, keep, config, torch.Generator().manual_seed(7))
+    assert figures["decisions"] == len(single) and figures["clipped"] > 0
+    for p, q in zip(policies.parameters(), naive.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_group_is_one_problem(tmp_path, pocket, monkeypatch):
+    batches, answer = [], train_policy.answer
+    monkeypatch.setattr(train_policy, "answer", lambda pair, todo, *args, **options: batches.append((todo, options)) or answer(pair, todo, *args, **options))
+    train_policy.train(dataclasses.replace(FAST, iterations=2, dev_every=2), pocket, MODELS_MS, tmp_path / "run")
+    rollouts = [todo for todo, options in batches if "batch_size" in options]
+    assert len(rollouts) == 2 and all(len(todo) == 6 for todo in rollouts)
+    groups = [todo[2 * g:2 * g + 2] for todo in rollouts for g in range(3)]
+    assert all(a == b for a, b in groups) and len({a for a, _ in groups}) == 6  # and no problem comes twice
 
 
 def test_the_update_raises_what_was_rewarded():

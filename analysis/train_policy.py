@@ -12,6 +12,7 @@ the seed and the iteration, so a run that was killed goes on as if nothing had h
 import argparse
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -76,7 +77,7 @@ class Config:
         rstitch.EntropyRouter(self.tau, tau_back=self.tau_back)
 
 
-# Kappa at which latency costs what it buys between the SLM alone and the LLM alone, on the 256 dev problems:
+# Kappa at which latency costs what it buys between the SLM alone and the LLM alone (without the gate), on the 256 dev problems:
 # (0.992 - 0.539) / (464.7 - 47.6 ms) x 464.7 ms.
 BREAK_EVEN = 0.505
 RUNS = {
@@ -100,11 +101,12 @@ class HandBackRouter(rstitch.PolicyRouter):
 
 def build_policies(config: Config, slm, llm) -> torch.nn.ModuleDict:
     """{"call": policy on the SLM's hidden state} and, with hand_back, {"back": policy on the LLM's}; the same for the same config."""
-    torch.manual_seed(config.seed)
     models = {"call": slm} | ({"back": llm} if config.hand_back else {})
-    return torch.nn.ModuleDict({name: rstitch.Policy(model.config.get_text_config(decoder=True).hidden_size, config.width, config.start,
-                                                     config.use_entropy, config.use_context)
-                                .to(model.device) for name, model in models.items()})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return torch.nn.ModuleDict({name: rstitch.Policy(model.config.get_text_config(decoder=True).hidden_size, config.width, config.start,
+                                                         config.use_entropy, config.use_context)
+                                    .to(model.device) for name, model in models.items()})
 
 
 def build_router(policies, config: Config, seed: int | None = None) -> rstitch.PolicyRouter:
@@ -118,8 +120,9 @@ def rewards(solved: list[dict], lam: float, models, gate: bool = True) -> tuple[
     """(total reward, fitted latency in ms) of each answer; without the gate a wrong answer pays for its latency too."""
     latency = np.array([rstitch.trajectory_latency(s["calls"], *models) for s in solved])
     correct = np.array([s["correct"] for s in solved])
-    total = np.array([rstitch.reward(bool(c), ms, lam).total for c, ms in zip(correct, latency)])
-    return (total if gate else correct - lam * latency), latency
+    if not gate:
+        return correct - lam * latency, latency
+    return np.array([rstitch.reward(bool(c), ms, lam).total for c, ms in zip(correct, latency)]), latency
 
 
 def kept_groups(total: torch.Tensor, correct: torch.Tensor, dynamic: str) -> torch.Tensor:
@@ -143,7 +146,7 @@ def update(policies, optimizer, router, advantages: torch.Tensor, keep: torch.Te
             call, old = (torch.cat(part)[use] for part in zip(*((d.call, d.logp) for d in decisions)))
             parts.append((name, state, call, old.detach(), advantages.flatten()[rows][use].to(old)))
     total = sum(len(call) for _, _, call, *_ in parts)
-    figures = {"decisions": total, "called": float(np.mean([d.item() for _, _, call, *_ in parts for d in call])) if total else None, "clipped": None}
+    figures = {"decisions": total, "called": torch.cat([call for _, _, call, *_ in parts]).float().mean().item() if total else None, "clipped": None}
     if not total:
         return figures
     clipped = []
@@ -186,11 +189,16 @@ def settle(config: Config, pair, models, folder: Path) -> float:
     """lambda, from kappa by the mean fitted latency of the LLM alone on the dev problems, which is written down at the first call.
     ValueError where the folder holds a run of another config."""
     path = folder / "config.json"
+    world = {"slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]), "latency": [{k: list(v) for k, v in m.coefficients.items()} for m in models]}
     if not path.exists():
         _, _, alone = answer(pair, problems("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models)
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"config": asdict(config), "llm_ms": alone["latency_ms"]}) + "\n")
+        path.with_suffix(".new").write_text(json.dumps({"config": asdict(config), "llm_ms": alone["latency_ms"], **world}) + "\n")
+        os.replace(path.with_suffix(".new"), path)
     settled = json.loads(path.read_text())
+    for name, value in world.items():
+        if settled[name] != value:
+            raise ValueError(f"{name}: the run in {folder.name} was started with {settled[name]}, now it is {value}; expected the same, or another --name")
     if settled["config"] != asdict(config):
         other = next(name for name, value in asdict(config).items() if settled["config"].get(name) != value)
         raise ValueError(f"--{other.replace('_', '-')} {getattr(config, other)}: the run in {folder.name} was started with "
@@ -250,7 +258,7 @@ def export(config: Config, policies, pair, folder: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in policies.named_parameters()}, target / "policy.safetensors")
     made = {"config": asdict(config), "lam": price(config, settled["llm_ms"]), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]),
-            "iteration": best["iteration"], "dev": best["dev"], "minutes": sum(row["seconds"] for row in log) / 60,
+            "latency": settled["latency"], "iteration": best["iteration"], "dev": best["dev"], "minutes": sum(row["seconds"] for row in log) / 60,
             "curve": [[row["iteration"], row["reward"], row["accuracy"], row["llm_share"], row["latency_ms"]] for row in log],
             **provenance(config.seed, config.dev)}
     (target / "made.json").write_text(json.dumps(made) + "\n")
