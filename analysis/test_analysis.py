@@ -329,7 +329,7 @@ def test_frontier_by_hand():
     assert frontier.frontier_gap((0.3, 2.0), points) == 0  # fast, but less accurate than anything on the front
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(1, 100)), min_size=1, max_size=12), st.floats(0, 1))
+@given(st.lists(st.tuples(st.integers(0, 1000).map(lambda k: k / 1000), st.floats(1, 100)), min_size=1, max_size=12), st.floats(0, 1))
 def test_nothing_fixed_beats_the_frontier_and_no_mixture_the_hull(points, w):
     points = np.array(points)
     for a in points:
