@@ -438,9 +438,9 @@ class LLMOnly(SLMOnly):
     first = LLM
 
 
-def coins(seed: int, step: Step, model: int) -> list[float]:
+def coins(seed: int, row_seeds: list[int], positions: list[int], model: int) -> list[float]:
     """One number in [0, 1) per row, for a random decision that depends on (seed, row seed, position) and not on the batch."""
-    return [random.Random(f"{seed} {row_seed} {t} {model}").random() for row_seed, t in zip(step.seeds, step.position.tolist())]
+    return [random.Random(f"{seed} {row_seed} {t} {model}").random() for row_seed, t in zip(row_seeds, positions)]
 
 
 @dataclass(frozen=True)
@@ -461,7 +461,7 @@ class RandomRouter:
                 raise ValueError(f"{name}={p!r}: expected a probability in [0, 1]")
 
     def flip(self, step: Step, model: int, p: float) -> torch.Tensor:
-        return torch.tensor([u < p for u in coins(self.seed, step, model)], device=step.token.device)
+        return torch.tensor([u < p for u in coins(self.seed, step.seeds, step.position.tolist(), model)], device=step.token.device)
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         return self.flip(step, SLM, self.p)
@@ -625,7 +625,8 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
     """Answer each prompt with two models (R-Stitch Algorithm 1), the router deciding who writes which token.
 
     slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts; without attention_mask (B, P)
-    every token counts, with it the zeros on the left are padding. eos_token_id: None takes every EOS of either model's generation
+    every token counts (rows of a batch that begin with a known padding token are refused), with it the zeros on the left are
+    padding. eos_token_id: None takes every EOS of either model's generation
     config, [] none; pad_token_id: None takes theirs, else the first token that ends an answer, else 0. on_token(row, call) sees every forward pass in
     each row's order; stop(row, ids) ends a row after the token that makes it true, ids being the answer so far.
 
@@ -849,6 +850,14 @@ class Sample(NamedTuple):
     ms: float
 
 
+def medians(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample per (n_inf, n_kv), the median of its times."""
+    points: dict[tuple[int, int], list[float]] = {}
+    for n_inf, n_kv, ms in samples:
+        points.setdefault((n_inf, n_kv), []).append(ms)
+    return [Sample(*point, float(np.median(ms))) for point, ms in points.items()]
+
+
 class LatencyModel:
     """Milliseconds of one forward pass of ONE model at batch 1, as R-Stitch+ fits it:
 
@@ -883,15 +892,13 @@ class LatencyModel:
         Samples of one (n_inf, n_kv) count as their median. The paper says least squares; without the bound a noisy profile gives
         negative times. ValueError where the samples do not determine the coefficients, or a time is not positive.
         """
+        for n_inf, n_kv, ms in samples:
+            if not 0 < ms < math.inf:
+                raise ValueError(f"samples hold a time of {ms!r} ms at n_inf={n_inf}, n_kv={n_kv}: expected more than 0")
         fitted = {}
         for kind, terms in cls.TERMS.items():
-            points: dict[tuple[int, int], list[float]] = {}
-            for n_inf, n_kv, ms in samples:
-                if not 0 < ms < math.inf:
-                    raise ValueError(f"samples hold a time of {ms!r} ms at n_inf={n_inf}, n_kv={n_kv}: expected more than 0")
-                if (n_inf == 1) == (kind == "decode"):
-                    points.setdefault((n_inf, n_kv), []).append(ms)
-            X = np.array([np.array(terms(*point)) / np.median(ms) for point, ms in points.items()]).reshape(-1, len(terms(1, 1)))
+            points = [s for s in medians(samples) if (s.n_inf == 1) == (kind == "decode")]
+            X = np.array([np.array(terms(s.n_inf, s.n_kv)) / s.ms for s in points]).reshape(-1, len(terms(1, 1)))
             scale = X.max(0, initial=0)  # the columns differ by orders of magnitude
             if (scale == 0).any() or np.linalg.matrix_rank(X / scale) < X.shape[1]:
                 raise ValueError(f"samples have {len(points)} different {kind} points: expected points that determine "
@@ -905,6 +912,7 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
 
     model: as for `stitch`. Each time follows an untimed step of the same kind, as most steps of a trajectory do. What lies in the
     cache does not matter to the time; the points are visited in turn, so that whatever else the machine does is spread over them.
+    ValueError for no points, or points and repeats that are no counts.
     """
     check_count("repeats", repeats)
     if not points:
@@ -1042,8 +1050,8 @@ class Reward(NamedTuple):
 def reward(correct: bool, latency_ms: float, lam: float = 5e-6) -> Reward:
     """R = r_acc - lam r_acc L of R-Stitch+, L in ms: a wrong answer has exactly 0 whatever it took, so speed never buys accuracy.
 
-    Warns (once per place) where lam L >= 1: there a right answer scores no better than a wrong one, and the gate does not hold. ValueError for a
-    latency or a lam that is negative or not finite.
+    Warns (once per place) where lam L >= 1: there a right answer scores no better than a wrong one, and the gate does not hold.
+    ValueError for a latency or a lam that is negative or not finite.
     """
     for name, value in (("latency_ms", latency_ms), ("lam", lam)):
         if not 0 <= value < math.inf:
@@ -1165,8 +1173,8 @@ class PolicyRouter:
         if self.seed is None:
             return logit > 0
         rows = asked.tolist()
-        uniform = torch.tensor(coins(self.seed, step, SLM), device=logit.device)[asked]
-        call = uniform < logit.sigmoid()
+        uniform = coins(self.seed, [step.seeds[i] for i in rows], step.position[asked].tolist(), SLM)
+        call = torch.tensor(uniform, device=logit.device) < logit.sigmoid()
         self.decisions.append(Decisions([step.rows[i] for i in rows], state, call, log_probability(logit, call)))
         return call
 
@@ -1219,12 +1227,17 @@ def load_pair(slm: str, llm: str, device: str = "cpu", dtype: str = "auto", spec
     return *models, tokenizers[1]
 
 
+def check_question(question) -> None:
+    """ValueError unless there is something to answer."""
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question={question!r}: expected a text; give several as several arguments")
+
+
 def encode(tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, attention_mask) of the prompts, (B, P) each, padded on the left: each question as a user's message where the
     tokenizer has a chat template, else as it stands."""
     for question in questions:
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"question={question!r}: expected a text; give several as several arguments")
+        check_question(question)
     if tokenizer.chat_template:
         questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
                      for question in questions]
@@ -1337,8 +1350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         router = build_router(args.router, args.tau, args.p, args.seed)
         check_count("--max-new-tokens", args.max_new_tokens)
         Sampling(args.temperature, 0, args.top_p)
-        if not args.question.strip():
-            raise ValueError(f"question {args.question!r}: expected a text")
+        check_question(args.question)
         dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
         slm, llm, tokenizer = load_pair(args.slm, args.llm, args.device, dtype, args.special_tokens_may_differ)
         if sum(p.numel() for p in llm.parameters()) < 1e8:

@@ -53,6 +53,11 @@ def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, labe
     return out
 
 
+def rotated(items: list, i: int) -> list:
+    """The items, beginning with another one for each i: the order in which methods are timed on problem i."""
+    return items[i % len(items):] + items[:i % len(items)]
+
+
 def wilson(k: int, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a share k / n."""
     interval = stats.binomtest(k, n).proportion_ci(method="wilson")
@@ -112,7 +117,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """Replace a JSONL file in one step."""
+    """Replace a file of one JSON row per line in one step."""
     path.with_suffix(".new").write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(path.with_suffix(".new"), path)
 

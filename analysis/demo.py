@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, load_pocket, provenance, solve
+from analysis.common import MAX_NEW_TOKENS, load_pocket, provenance, rotated, solve
 from analysis.problems import problems, question, verify
 from analysis.report import describe
 from analysis.train_policy import POLICIES, load_router
@@ -59,7 +59,7 @@ def answer(method: Method, chosen: list, seed: int, device: str) -> list[dict]:
 def latencies(methods: list[Method], problem, i: int, seed: int, device: str) -> list[tuple[float, int]]:
     """(seconds, tokens) of each method on one problem alone, in an order that rotates with i."""
     out: dict[Method, tuple[float, int]] = {}
-    for method in methods[i % len(methods):] + methods[:i % len(methods)]:
+    for method in rotated(methods, i):
         pair(method.llm, device)
         start = time.perf_counter()
         solved = answer(method, [problem], seed, device)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, load_pocket, provenance, read_rows, solve
+from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, load_pocket, provenance, read_rows, rotated, solve
 from analysis.latency import REFERENCE, load_latency
 from analysis.problems import problems, question
 from analysis.report import TAUS, describe
@@ -93,7 +93,7 @@ def wall_clock(names: list[str], n: int) -> dict:
         if i % 10 == 0:
             reference += [float(np.median([s.ms for s in rstitch.measure_latency(lms[1], REFERENCE, repeats=10)]))]
         ids, _ = rstitch.encode(pair[2], question(problem))
-        for name in names[i % len(names):] + names[:i % len(names)]:
+        for name in rotated(names, i):
             start = time.perf_counter()
             rstitch.stitch(*lms, ids, routers[name], max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
             times[name].append(1e3 * (time.perf_counter() - start))
@@ -117,13 +117,10 @@ def run(path: Path = RESULTS / "frontier.jsonl", n: int = N_TEST, n_wall: int = 
     if ("wall-clock", "wall-clock") not in rows:
         first = [name for name in policies if name.endswith("seed0")]
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
-        on_hull = [r["name"] for r in best if abs(frontier_gap((r["accuracy"], r["latency_ms"]), fixed_points(rows), mixtures=True)) < 1e-9]
+        points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
+        on_hull = [r["name"] for r, point in zip(best, points) if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
         append_row(path, wall_clock(list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *first])), n_wall))
     return read_rows(path)
-
-
-def fixed_points(rows: dict) -> np.ndarray:
-    return np.array([(r["accuracy"], r["latency_ms"]) for r in rows.values() if r["kind"] == "fixed"])
 
 
 def show(rows: list[dict]) -> str:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, append_row, provenance
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, append_row, provenance, rotated
 from analysis.problems import problems, question
 
 METHODS = {
@@ -43,17 +43,9 @@ def held_out_points(max_len: int, n: int = 30, seed: int = 0) -> list[tuple[int,
     return [(size, int(rng.integers(0, max_len - size))) for size in sizes]
 
 
-def medians(samples: list[rstitch.Sample]) -> list[rstitch.Sample]:
-    """One sample per point."""
-    points: dict[tuple[int, int], list[float]] = {}
-    for n_inf, n_kv, ms in samples:
-        points.setdefault((n_inf, n_kv), []).append(ms)
-    return [rstitch.Sample(*point, float(np.median(ms))) for point, ms in points.items()]
-
-
 def residuals(model: rstitch.LatencyModel, samples: list[rstitch.Sample]) -> dict:
     """Relative errors of the fit over points: the median of their size, and its 90th percentile."""
-    errors = [abs(model.call(s.n_inf, s.n_kv) / s.ms - 1) for s in medians(samples)]
+    errors = [abs(model.call(s.n_inf, s.n_kv) / s.ms - 1) for s in rstitch.medians(samples)]
     return {"median_error": float(np.median(errors)), "p90_error": float(np.percentile(errors, 90)), "points": len(errors)}
 
 
@@ -87,7 +79,7 @@ def measure(pair, max_len: int, rounds: int, per_round: int, seed: int = 0) -> d
             before = reference()
             ids, _ = rstitch.encode(tokenizer, question(problem))
             names, calls, times = list(METHODS), {}, {name: [] for name in METHODS}
-            for name in 3 * (names[j % len(names):] + names[:j % len(names)]):
+            for name in 3 * rotated(names, j):
                 begin = time.perf_counter()
                 calls[name] = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=[1000 * seed + j],
                                              max_new_tokens=min(MAX_NEW_TOKENS, max_len - ids.shape[1])).calls[0]
@@ -106,7 +98,7 @@ def evaluate(measured: dict) -> dict:
     for name, model in models.items():
         out[name] = model.coefficients
         out[name + "_residuals"] = {"profile": residuals(model, samples[name]), "held out": residuals(model, samples[name + " held out"])}
-        out[name + "_profile"] = medians(samples[name])
+        out[name + "_profile"] = rstitch.medians(samples[name])
     calm = np.median(measured["references"])
     drift = [max(abs(np.array(pair) / calm - 1)) for pair in measured["references"]]
     out |= {"reference_ms": float(calm), "drift": drift, "trajectories": {}}

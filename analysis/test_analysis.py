@@ -391,7 +391,7 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
 def test_an_exported_policy_routes_as_it_did_and_refuses_another_pair(tmp_path, pocket):
     config = dataclasses.replace(FAST, iterations=1)
     policies = train_policy.train(config, pocket, MODELS_MS, tmp_path / "run")
-    train_policy.export(config, policies, pocket, tmp_path / "run", tmp_path / "out")
+    train_policy.export(config, policies, tmp_path / "run", tmp_path / "out")
     todo = problems("dev", 4, seed=5)
     before = solve(pocket, todo, train_policy.build_router(policies, config))
     assert [s["text"] for s in solve(pocket, todo, train_policy.load_router(tmp_path / "out", pocket))] == [s["text"] for s in before]

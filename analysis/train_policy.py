@@ -12,7 +12,6 @@ the seed and the iteration, so a run that was killed goes on as if nothing had h
 import argparse
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MODELS, append_row, load_checkpoint, load_pocket, provenance, read_rows, rewind, save_checkpoint, solve
+from analysis.common import MODELS, append_row, load_checkpoint, load_pocket, provenance, read_rows, rewind, save_checkpoint, solve, write_rows
 from analysis.latency import load_latency
 from analysis.problems import problems
 
@@ -193,8 +192,7 @@ def settle(config: Config, pair, models, folder: Path) -> float:
     if not path.exists():
         _, _, alone = answer(pair, problems("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models)
         folder.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".new").write_text(json.dumps({"config": asdict(config), "llm_ms": alone["latency_ms"], **world}) + "\n")
-        os.replace(path.with_suffix(".new"), path)
+        write_rows(path, [{"config": asdict(config), "llm_ms": alone["latency_ms"], **world}])
     settled = json.loads(path.read_text())
     for name, value in world.items():
         if settled[name] != value:
@@ -250,15 +248,15 @@ def fingerprint(model) -> str:
     return hashlib.sha256(head.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-def export(config: Config, policies, pair, folder: Path, target: Path) -> None:
+def export(config: Config, policies, folder: Path, target: Path) -> None:
     """Write a trained policy as safetensors, and how it was made beside it."""
     log, settled = read_rows(folder / "log.jsonl"), json.loads((folder / "config.json").read_text())
     evaluated = [row for row in log if "dev" in row]
     best = max(evaluated, key=lambda row: row["dev"]["reward"])
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in policies.named_parameters()}, target / "policy.safetensors")
-    made = {"config": asdict(config), "lam": price(config, settled["llm_ms"]), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]),
-            "latency": settled["latency"], "iteration": best["iteration"], "dev": best["dev"], "minutes": sum(row["seconds"] for row in log) / 60,
+    made = {"config": asdict(config), "lam": price(config, settled["llm_ms"]), **{name: settled[name] for name in ("slm", "llm", "latency")},
+            "iteration": best["iteration"], "dev": best["dev"], "minutes": sum(row["seconds"] for row in log) / 60,
             "curve": [[row["iteration"], row["reward"], row["accuracy"], row["llm_share"], row["latency_ms"]] for row in log],
             **provenance(config.seed, config.dev)}
     (target / "made.json").write_text(json.dumps(made) + "\n")
@@ -298,7 +296,7 @@ def main() -> None:
         pair, models = load_pocket(), load_latency()
         for name, config in {name: RUNS[name] for name in args.run}.items() if args.run else [(args.name, replace(Config(), **changes))]:
             policies = train(config, pair, models, CHECKPOINTS / name)
-            export(config, policies, pair, CHECKPOINTS / name, POLICIES / name)
+            export(config, policies, CHECKPOINTS / name, POLICIES / name)
     except ValueError as error:
         parser.error(str(error))
 
