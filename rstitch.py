@@ -215,13 +215,18 @@ class Output(NamedTuple):
 MISPLACED = frozenset("""gpt_neo moshi roberta roberta-prelayernorm camembert data2vec-text xlm-roberta xlm-roberta-xl xmod""".split())
 
 
+def cache_keyword(model) -> str:
+    """What the model's forward calls its cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def check_servable(model, max_len: int, name: str = "model") -> None:
     """ValueError or TypeError for what cannot stand at different positions in different rows, before any work."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{name} is a {type(model).__name__}: expected a decoder-only model of transformers")
     name, config = f"{name} ({type(model).__name__})", model.config.get_text_config(decoder=True)
     accepts = inspect.signature(model.forward).parameters
-    missing = [a for a in ("position_ids", "attention_mask", "past_key_values", "logits_to_keep") if a not in accepts]
+    missing = [a for a in ("position_ids", "attention_mask", cache_keyword(model), "logits_to_keep") if a not in accepts]
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     devices = {p.device for p in model.parameters()}
     attention = config._attn_implementation
@@ -268,7 +273,7 @@ class CachedLM:
         self.cursor = [0] * batch_size
         self.place = Place()
         self.layers = [StitchLayer(self.place, batch_size, slots) for _ in range(config.num_hidden_layers)]
-        self.cache = Cache(layers=self.layers)
+        self.cache = {cache_keyword(model): Cache(layers=self.layers)}
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
         self.vocab = model.get_output_embeddings().weight.shape[0]
@@ -315,7 +320,7 @@ class CachedLM:
         ids, positions = self.inputs[:, :n * S].view(2, n, S)
         self.place.rows, self.place.slots, self.place.live = rows, positions[:, None, :, None], live
         out = self.model(input_ids=ids, position_ids=positions, attention_mask=self.mask(positions, live),
-                         past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                         use_cache=True, logits_to_keep=1, **self.cache)
         logits = out.logits[:, -1, :vocab].float()  # (n, V)
         return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
 

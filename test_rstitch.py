@@ -899,7 +899,7 @@ def test_seeds_that_nobody_gives_come_from_the_generator_of_torch():
     (dict(no_repeat_ngram_size=2), "no_repeat_ngram_size=2"), (dict(output_scores=True), "output_scores=True"), (dict(use_cache=False), "use_cache=False"),
     (dict(cache_implementation="static"), "cache_implementation='static'"), (dict(prefix_allowed_tokens_fn=lambda row, ids: [3]), "prefix_allowed"),
     (dict(logits_processor=[TopKLogitsWarper(3)]), "logits_processor"), (dict(do_sample=True, min_p=0.1), "min_p=0.1"),
-    (dict(position_ids=IDS), "position_ids=Tensor"), (dict(past_key_values=lambda: transformers.DynamicCache()), "past_key_values=DynamicCache"),
+    (dict(position_ids=IDS), "position_ids=Tensor"), (dict(past_key_values=lambda: transformers.DynamicCache()), "(past_key_values|cache)=DynamicCache"),
     (dict(bad_words_ids=[[3]]), "bad_words_ids"), (dict(synced_gpus=True), "synced_gpus=True"), (dict(slm=None), "slm is missing"),
     (dict(router=None), "router is missing"),
 ])
