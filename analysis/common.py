@@ -1,10 +1,14 @@
 """What the analyses share: the pocket pair, running a router over problems, intervals, and rows of results with provenance."""
+import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import field
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +55,33 @@ def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, labe
                         "tokens": len(kept), "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
                         "entropy": float(np.mean([call.entropy for call in kept])), "calls": calls})
     return out
+
+
+def fingerprint(model) -> str:
+    """Tells one model from another, whatever dtype it was loaded in."""
+    head = model.get_output_embeddings().weight[:1000].detach().to("cpu", torch.bfloat16)
+    return hashlib.sha256(head.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def check_made_for(what: str, made: dict, pair) -> None:
+    """ValueError where `made`, the record of what was trained, names other models than those of `pair`."""
+    for name, model in zip(("slm", "llm"), pair):
+        if made[name] != fingerprint(model):
+            raise ValueError(f"{what} was made for another {name.upper()}: expected weights with fingerprint {made[name]}, got {fingerprint(model)}")
+
+
+def option(default, text: str):
+    """A field of a config, with its help on the command line."""
+    return field(default=default, metadata={"help": text})
+
+
+def make_pool(workers: int, *preload: str) -> Executor:
+    """Processes, or for one worker a thread of this one. A server that has imported `preload` once forks them, where there is one."""
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(list(preload))
+    return ProcessPoolExecutor(workers, mp_context=context)
 
 
 def rotated(items: list, i: int) -> list:
@@ -122,13 +153,17 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     os.replace(path.with_suffix(".new"), path)
 
 
-def append_row(path: Path, row: dict) -> None:
-    """Append one row. Rows read so far are written back first if the last one was torn."""
+def append_row(path: Path, *rows: dict) -> None:
+    """Append rows in one write. Rows read so far are written back first if the last one was torn."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        write_rows(path, read_rows(path))
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read() != b"\n"
+        if torn:
+            write_rows(path, read_rows(path))
     with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rewind(path: Path, key: str, done: int) -> None:

@@ -9,9 +9,8 @@ beginning with another one each time, so that whatever else the machine does hit
 the product of two: how much shorter the answers are, and how much cheaper a token of them is.
 """
 import json
-import multiprocessing
 import time
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, load_pocket, provenance, rotated, solve
+from analysis.common import MAX_NEW_TOKENS, load_pocket, make_pool, provenance, rotated, solve
 from analysis.problems import problems, question, verify
 from analysis.report import describe
 from analysis.train_policy import POLICIES, load_router
@@ -65,15 +64,6 @@ def latencies(methods: list[Method], problem, i: int, seed: int, device: str) ->
         solved = answer(method, [problem], seed, device)
         out[method] = time.perf_counter() - start, solved[0]["tokens"]
     return [out[method] for method in methods]
-
-
-def make_pool(workers: int) -> Executor:
-    """Processes, or for one worker a thread of this one. A server that has imported everything once forks them, where there is one."""
-    if workers == 1:
-        return ThreadPoolExecutor(1)
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-    context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context)
 
 
 def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, device: str = "cpu") -> list[dict]:
@@ -141,7 +131,7 @@ def main(seed: int = 0, device: str = "cpu", json_file: str | None = None) -> No
         Path(json_file).touch()  # a path that cannot be written is told now, not after two minutes
     workers = 2 if device == "cpu" else 1
     start = time.perf_counter()
-    with make_pool(workers) as pool:
+    with make_pool(workers, __name__) as pool:
         for _ in range(workers):
             pool.submit(pair, "llm", device)  # they load while the problems are streamed
         stream(seed=seed, device=device)

@@ -7,21 +7,23 @@ interpolated between neighbours. The gap of a method is 1 - its latency / the fr
 better than every fixed rule. A second, stricter gap is against mixtures too: which of two fixed rules answers a problem is drawn
 at random, so that every chord between two points can be had, and the frontier is their lower convex hull.
 """
+import hashlib
+import json
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-import time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, load_pocket, provenance, read_rows, rotated, solve
+from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, bootstrap, load_pocket, provenance, read_rows, rotated, solve
 from analysis.latency import REFERENCE, load_latency
 from analysis.problems import problems, question
 from analysis.report import TAUS, describe
-from analysis.train_policy import POLICIES, load_router
+from analysis.train_policy import POLICIES, RUNS, load_router
 
 N_TEST, N_WALL, SEED = 1000, 200, 0
 FIXED = {
@@ -31,6 +33,10 @@ FIXED = {
     **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
+BASE = "kappa0.35-seed0"
+ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
+    ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"), ("hidden-only", "no-entropy"),
+    *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none", "advantages-std", "dynamic-accuracy"))]
 
 
 def cross(u: np.ndarray, v: np.ndarray) -> float:
@@ -70,6 +76,13 @@ def gap_with_interval(methods: np.ndarray, fixed: np.ndarray, mixtures: bool = F
     return float(gaps[0]), float(low), float(high)
 
 
+def made_with(kind: str, name: str) -> str:
+    """Changes where a row of this kind and name has to be computed anew: with the fitted latency, and with a policy's weights."""
+    parts = [json.dumps([model.coefficients for model in load_latency()])]
+    parts += [(POLICIES / name / "policy.safetensors").read_bytes().hex()] if kind != "fixed" else []
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
+
+
 def row_of(kind: str, name: str, n: int, p: float | None = None) -> dict:
     """One method over the first n test problems, greedy."""
     torch.set_num_threads(1)
@@ -77,7 +90,7 @@ def row_of(kind: str, name: str, n: int, p: float | None = None) -> dict:
     router = load_router(POLICIES / name, pair) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
     solved = solve(pair, problems("test", n, SEED), router, label=name, seed=SEED)
     ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
-    return {"kind": kind, "name": name, "p": p, **describe(solved), "latency_ms": float(np.mean(ms)),
+    return {"kind": kind, "name": name, "p": p, "made_with": made_with(kind, name), **describe(solved), "latency_ms": float(np.mean(ms)),
             "outcomes": [[int(s["correct"]), x] for s, x in zip(solved, ms)], **provenance(SEED, n)}
 
 
@@ -101,26 +114,31 @@ def wall_clock(names: list[str], n: int) -> dict:
 
 
 def run(path: Path = RESULTS / "frontier.jsonl", n: int = N_TEST, n_wall: int = N_WALL, workers: int = 2) -> list[dict]:
-    """Compute what `path` lacks, a row at a time: fixed rules, policies, random switching at each policy's share, wall-clock."""
+    """Compute what `path` lacks, a row at a time: fixed rules, policies, random switching at the share of those of 3 kappas x 3 seeds,
+    wall-clock. Rows of other weights or another latency model are passed over, and so is the wall-clock where methods changed."""
     policies = sorted(made.parent.name for made in POLICIES.glob("*/made.json"))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
 
+        def current() -> dict[tuple[str, str], dict]:
+            return {(r["kind"], r["name"]): r for r in read_rows(path) if r["kind"] == "wall-clock" or r["made_with"] == made_with(r["kind"], r["name"])}
+
         def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
-            rows = {(r["kind"], r["name"]): r for r in read_rows(path)}
+            rows = current()
             missing = [pool.submit(row_of, kind, name, n, *p) for kind, name, *p in jobs if (kind, name) not in rows]
             for job in tqdm(as_completed(missing), total=len(missing), desc="methods", disable=None):
                 append_row(path, job.result())
-            return {(r["kind"], r["name"]): r for r in read_rows(path)}
+            return current()
 
         rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
-        rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in policies])
-    if ("wall-clock", "wall-clock") not in rows:
-        first = [name for name in policies if name.endswith("seed0")]
+        rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in policies if "-seed" in name])
+    first = [name for name in policies if name.endswith("seed0")]
+    if not rows.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"].keys() >= set(first):
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
         on_hull = [r["name"] for r, point in zip(best, points) if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
         append_row(path, wall_clock(list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *first])), n_wall))
-    return read_rows(path)
+        rows = current()
+    return list(rows.values())
 
 
 def show(rows: list[dict]) -> str:
@@ -159,5 +177,23 @@ def show(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def show_ablations(rows: list[dict]) -> str:
+    """What each change did, in right answers, time and reward on the same problems, 95 % intervals over problems."""
+    outcomes = {r["name"]: np.array(r["outcomes"], float) for r in rows if r["kind"] in ("policy", "fixed")}
+    llm_ms = outcomes["LLM alone"][:, 1].mean()
+    lines = [f"{'change':17} {'against':16} {'kappa':>6} {'right, pp (higher is better)':>29} {'fitted ms (lower is better)':>28} {'reward x 100 (higher is better)':>32}"]
+    for changed, against in ABLATIONS:
+        if changed in outcomes and against in outcomes:
+            (right, ms), (right_0, ms_0) = outcomes[changed].T, outcomes[against].T
+            kappa = RUNS[changed].kappa
+            earned, earned_0 = (r * (1 - kappa * t / llm_ms) for r, t in ((right, ms), (right_0, ms_0)))
+            cells = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(x.mean(), *bootstrap(np.mean, x))
+                     for x in (100 * (right - right_0), ms - ms_0, 100 * (earned - earned_0))]
+            lines.append(f"{changed:17} {against:16} {kappa:>6g} {cells[0]:>29} {cells[1]:>28} {cells[2]:>32}")
+    lines.append("one seed each: the intervals are over problems, and say nothing about other seeds; kappa is that of both")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    print(show(run()))
+    rows = run()
+    print(show(rows), show_ablations(rows), sep="\n\n")

@@ -353,6 +353,27 @@ def test_gap_and_its_interval_know_a_method_that_is_better():
     assert same == pytest.approx(0, abs=0.05) and low <= 0 <= high + 1e-9
 
 
+def test_rows_of_other_weights_or_times_are_computed_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "POLICIES", tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "policy.safetensors").write_bytes(b"a")
+    policy, fixed = frontier.made_with("policy", "one"), frontier.made_with("fixed", "tau 0.02")
+    (tmp_path / "one" / "policy.safetensors").write_bytes(b"b")
+    assert frontier.made_with("policy", "one") != policy and frontier.made_with("fixed", "tau 0.02") == fixed
+    monkeypatch.setattr(frontier, "load_latency", lambda: MODELS_MS)
+    assert frontier.made_with("fixed", "tau 0.02") != fixed
+
+
+def test_ablations_compare_on_the_same_problems():
+    llm = [[1, 400.0]] * 4
+    base, changed = [[1, 100.0], [0, 50.0], [1, 100.0], [1, 110.0]], [[1, 80.0], [0, 50.0], [0, 40.0], [1, 90.0]]
+    rows = [{"kind": "policy", "name": name, "outcomes": outcomes} for name, outcomes in ((frontier.BASE, base), ("hand-back", changed))]
+    text = frontier.show_ablations([*rows, {"kind": "fixed", "name": "LLM alone", "outcomes": llm}])
+    # right: -1 of 4; ms: (-20 + 0 - 60 - 20) / 4. Reward at kappa 0.35, 0.000875 a ms: + 0.0175, 0, - 0.9125, + 0.0175, in all - 0.8775
+    assert re.search(r"hand-back +kappa0.35-seed0 +0.35 +-25.0 \[-75.0, \+0.0\] +-25.0 \[.*?\] +-21.9 ", text)
+    assert "no-context" not in text  # it has no row here
+
+
 FAST = train_policy.Config(prompts=3, rollouts=2, iterations=3, dev_every=1, dev=4, width=8, minibatches=2)
 MODELS_MS = rstitch.LatencyModel((0, 0, 0.01, 1.0), (0.001, 1.0)), rstitch.LatencyModel((0, 0, 0.05, 4.0), (0.002, 4.0))
 

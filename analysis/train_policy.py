@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MODELS, append_row, load_checkpoint, load_pocket, provenance, read_rows, rewind, save_checkpoint, solve, write_rows
+from analysis.common import (MODELS, append_row, check_made_for, fingerprint, load_checkpoint, load_pocket, option, provenance, read_rows,
+                             rewind, save_checkpoint, solve, write_rows)
 from analysis.latency import load_latency
 from analysis.problems import problems
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints" / "policies"
 POLICIES = MODELS / "policies"
-
-
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -242,12 +239,6 @@ def train(config: Config, pair, models, folder: Path) -> torch.nn.ModuleDict:
     return policies
 
 
-def fingerprint(model) -> str:
-    """Tells one model from another, whatever dtype it was loaded in."""
-    head = model.get_output_embeddings().weight[:1000].detach().to("cpu", torch.bfloat16)
-    return hashlib.sha256(head.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-
-
 def export(config: Config, policies, folder: Path, target: Path) -> None:
     """Write a trained policy as safetensors, and how it was made beside it."""
     log, settled = read_rows(folder / "log.jsonl"), json.loads((folder / "config.json").read_text())
@@ -265,9 +256,7 @@ def export(config: Config, policies, folder: Path, target: Path) -> None:
 def load_router(folder: Path, pair, seed: int | None = None) -> rstitch.PolicyRouter:
     """The router of an exported policy; ValueError where it was made for another pair."""
     made = json.loads((folder / "made.json").read_text())
-    for name, model in zip(("slm", "llm"), pair):
-        if made[name] != fingerprint(model):
-            raise ValueError(f"the policy in {folder} was made for another {name.upper()}: expected weights with fingerprint {made[name]}, got {fingerprint(model)}")
+    check_made_for(f"the policy in {folder}", made, pair)
     config = Config(**made["config"])
     policies = build_policies(config, *pair[:2])
     policies.load_state_dict(load_file(folder / "policy.safetensors"))
