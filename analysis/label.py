@@ -1,0 +1,469 @@
+"""Labels for R2R: which tokens of the SLM lead the LLM's reasoning astray? (arXiv 2505.21600, section 3)
+
+    python -m analysis.label                              (pocket pair: 2,000 router-train problems, and a share of the other splits)
+    python -m analysis.label --slm SMALL --llm LARGE --problems file.jsonl --judge JUDGE --out labels --device cuda --dtype bfloat16
+    python -m analysis.label --report                     (figures of the labels; writes analysis/results/labels.json)
+
+Four stages, each a JSONL file in the folder --out with one row per problem:
+
+    answers     the LLM answers; its token ids are kept, and nothing is ever tokenised again
+    readings    the SLM reads that answer, teacher forced: its own choice and its entropy at every position
+    branches    where they differ the LLM goes on from the SLM's token, to the end of the sentence (or of the answer)
+    labels      a judge compares that with the LLM's own text: I identical, N neutral, D divergent, U unjudged
+
+A stage works through blocks of problems in order and appends a block at a time, so a run that was killed goes on from its last
+whole block and ends with the same bytes. End-of-answer and end-of-thinking tokens are labelled like any other; prompts are not.
+What a judge cannot decide is U, never "not divergent".
+"""
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import rstitch
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, append_row, bootstrap, fingerprint, make_pool, option, provenance, read_rows, write_rows
+from analysis.problems import problems, question
+
+FOLDER = Path(__file__).parent / "checkpoints" / "labels"
+SIZES = {"router-train": 1.0, "dev": 0.15, "calibration": 0.15, "test": 0.25}  # problems of the pocket domain, as shares of --n
+BOUNDARY = re.compile(r"[.!?][\"')\]]*\s|\n")  # a decimal point has no space behind it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How labels are made. All that is written follows from it and from the problems."""
+
+    slm: str = option(str(MODELS / "slm"), "small model, a Hugging Face name or path")
+    llm: str = option(str(MODELS / "llm"), "large model with the same tokenizer")
+    judge: str = option("statement", "statement (the pocket domain: what the sentence states), answer (go on to the end, compare the final "
+                                     "answers), or a causal LM that is asked, a Hugging Face name or path")
+    device: str = option("cpu", "torch device of all models")
+    dtype: str = option("float32", "of all models")
+    max_new_tokens: int = option(MAX_NEW_TOKENS, "longest answer, in tokens")
+    sentence_tokens: int = option(160, "longest continuation of a sentence, in tokens; one that is longer is unjudged")
+    block: int = option(32, "problems worked on together")
+    rows: int = option(256, "continuations in one batch")
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "sentence_tokens", "block", "rows"):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+
+
+# ---- sentences -----------------------------------------------------------------------------------------------------------
+
+
+def closed(text: str, before: int) -> bool:
+    """Does a sentence of `text` end at character `before` or behind it?"""
+    return BOUNDARY.search(text, before) is not None
+
+
+def sentence_end(decode: Callable[[list[int]], str], ids: list[int], start: int, t: int, eos: Sequence[int]) -> int | None:
+    """Index behind the sentence that holds token t; decoding starts at token `start` <= t. None where it is cut off.
+
+    That a sentence is over shows only in the space that follows, which often belongs to the next token.
+    """
+    before = len(decode(ids[start:t]))
+    for end in range(t + 1, len(ids) + 1):
+        if closed(decode(ids[start:end]), before):
+            return end - 1 if end - 1 > t and closed(decode(ids[start:end - 1]) + " ", before) else end
+    return len(ids) if ids[-1] in eos else None
+
+
+def sentences(decode, ids: list[int], eos: Sequence[int]) -> list[int]:
+    """First token of each sentence."""
+    starts, end = [], 0
+    while end is not None and end < len(ids):
+        starts.append(end)
+        end = sentence_end(decode, ids, end, end, eos)
+    return starts
+
+
+def opening(starts: list[int], t: int) -> int:
+    """Where the text that a judge compares begins: the last sentence that begins before t. At the first token of a sentence that is
+    the one before it, since there the branches may differ in whether a sentence is over."""
+    return max((s for s in starts if s < t), default=0)
+
+
+# ---- judges --------------------------------------------------------------------------------------------------------------
+# A judge is called with a list of cases and returns True (same meaning), False or None (cannot tell) for each. Its attribute `until`
+# is how far the LLM goes on: to the end of the "sentence" or of the "answer".
+
+
+class Case(NamedTuple):
+    question: str
+    before: str  # the answer up to the sentence in question
+    own: str  # how the LLM's answer goes on
+    branch: str  # how it goes on where the SLM's token stands in place of the LLM's
+
+
+class SameStatement:
+    """The pocket domain, exactly: two texts mean the same if their sentences state the same steps and results. How a result was worked
+    out does not matter. None where the LLM's own sentence states nothing that can be read."""
+
+    until = "sentence"
+    STATEMENTS = (re.compile(r"(\w+), (\d+) ([*+-]) (\d+)(?::.*;)? = (\d+)\."), re.compile(r"The answer is (\d+)\."))
+
+    def read(self, text: str) -> list[tuple]:
+        """What each sentence states; ("?", the sentence) for one that states nothing."""
+        parts = [part for part in re.split(r"(?<=\.) ", text.strip()) if part]
+        found = [next((m.groups() for m in (pattern.fullmatch(part) for pattern in self.STATEMENTS) if m), ("?", part)) for part in parts]
+        return found
+
+    def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
+        read = [(self.read(case.own), self.read(case.branch)) for case in cases]
+        return [None if any(s[0] == "?" for s in own) else own == branch for own, branch in read]
+
+
+class SameAnswer:
+    """Any domain with checkable answers: both branches go on to the end, and their final answers agree (math-verify). None where
+    either has none."""
+
+    until = "answer"
+
+    def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
+        from math_verify import parse, verify
+        pairs = [(parse(case.own), parse(case.branch)) for case in cases]
+        return [verify(own, branch) if own and branch else None for own, branch in pairs]
+
+
+class LMJudge:
+    """A causal LM that is asked whether two sentences mean the same. None unless it says one of the two words, and that alone."""
+
+    until = "sentence"
+    PROMPT = """Here is a problem, the beginning of a solution, and two ways, A and B, in which the solution goes on.
+
+Problem: {0.question}
+
+Solution so far: {0.before}
+
+A: {0.own}
+
+B: {0.branch}
+
+Do A and B mean the same? They do if they state the same facts and results and take the same step, whatever their wording.
+Answer with one word, same or different."""
+
+    def __init__(self, name: str, device: str, dtype: str, tokens: int = 16):
+        self.tokenizer = rstitch.load(AutoTokenizer, "--judge", name)
+        self.model = rstitch.load(AutoModelForCausalLM, "--judge", name, dtype=dtype, use_safetensors=True).to(device).eval()
+        self.tokens = tokens
+
+    @staticmethod
+    def verdict(said: str) -> bool | None:
+        words = set(re.findall(r"\b(same|different|not)\b", said.lower()))
+        return {"same": True, "different": False}.get(words.pop()) if len(words) == 1 else None
+
+    def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
+        ids, mask = rstitch.encode(self.tokenizer, *(self.PROMPT.format(case) for case in cases))
+        out = rstitch.stitch(self.model, self.model, ids, rstitch.LLMOnly(), attention_mask=mask, max_new_tokens=self.tokens, seed=0)
+        return [self.verdict(self.tokenizer.decode([call.token for call in calls], skip_special_tokens=True)) for calls in out.calls]
+
+
+@lru_cache(maxsize=None)
+def build_judge(name: str, device: str, dtype: str):
+    return {"statement": SameStatement, "answer": SameAnswer}.get(name, lambda: LMJudge(name, device, dtype))()
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def load_models(slm: str, llm: str, device: str, dtype: str):
+    """(SLM, LLM, tokenizer, EOS tokens), once per process."""
+    pair = rstitch.load_pair(slm, llm, device, dtype)
+    if sum(p.numel() for p in pair[1].parameters()) < 1e8:
+        torch.set_num_threads(1)
+    eos = [model.generation_config.eos_token_id for model in pair[:2]]
+    return *pair, sorted({e for entry in eos if entry is not None for e in (entry if isinstance(entry, list) else [entry])})
+
+
+def models_of(settings: Settings):
+    return load_models(settings.slm, settings.llm, settings.device, settings.dtype)
+
+
+def decoder(tokenizer) -> Callable[[list[int]], str]:
+    return partial(tokenizer.decode, skip_special_tokens=True)
+
+
+def answers(settings: Settings, rows: list[dict]) -> list[dict]:
+    """What the LLM says to each question."""
+    slm, llm, tokenizer, _ = models_of(settings)
+    ids, mask = rstitch.encode(tokenizer, *(row["question"] for row in rows))
+    out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, max_new_tokens=settings.max_new_tokens, seed=0)
+    return [{**row, "prompt": prompt, "answer": [call.token for call in calls]}
+            for row, prompt, calls in zip(rows, rstitch.unpadded(ids, mask), out.calls)]
+
+
+@torch.inference_mode()
+def teacher_forced(model, prompt: list[int], answer: list[int], chunk: int = 512) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the model predicts at every position of an answer that it reads: (hidden states (n, D), logits (n, V)), in order, in pieces."""
+    ids = torch.tensor([prompt + answer[:-1]], device=model.device)
+    cache, caught = {rstitch.cache_keyword(model): DynamicCache(config=model.config)}, {}
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: caught.update(hidden=args[0][0]))
+    try:
+        for start in range(0, ids.shape[1], chunk):
+            logits = model(input_ids=ids[:, start:start + chunk], use_cache=True, **cache).logits[0]
+            skip = max(0, len(prompt) - 1 - start)
+            if skip < len(logits):
+                yield caught["hidden"][skip:], logits[skip:]
+    finally:
+        hook.remove()
+
+
+def readings(settings: Settings, rows: list[dict]) -> list[dict]:
+    """The SLM's choice and its entropy (nats) at every token of the LLM's answers."""
+    slm, llm, *_ = models_of(settings)
+    vocab, out = min(m.get_output_embeddings().weight.shape[0] for m in (slm, llm)), []
+    for row in rows:
+        pieces = [(logits[:, :vocab].argmax(-1), rstitch.entropy(logits[:, :vocab])) for _, logits in teacher_forced(slm, row["prompt"], row["answer"])]
+        choice, H = (torch.cat(part).tolist() for part in zip(*pieces))
+        out.append({"slm": choice, "entropy": [float(f"{h:.4g}") for h in H]})
+    return out
+
+
+def branches(settings: Settings, rows: list[dict]) -> list[dict]:
+    """[t, token ids] of every position t where the SLM differs: its token, and how the LLM goes on from there; None where that or the
+    LLM's own sentence is cut off."""
+    slm, llm, tokenizer, eos = models_of(settings)
+    decode, whole = decoder(tokenizer), build_judge(settings.judge, settings.device, settings.dtype).until == "answer"
+    found: dict[tuple[int, int], list[int] | None] = {}
+    todo = []  # (row, t, first token that is decoded, length of the text before t)
+    for i, row in enumerate(rows):
+        answer, starts = row["answer"], sentences(decode, row["answer"], eos)
+        for t, (own, choice) in enumerate(zip(answer, row["slm"])):
+            if own != choice:
+                found[i, t] = [choice] if choice in eos else None
+                start = opening(starts, t)
+                if choice not in eos and (whole or sentence_end(decode, answer, start, t, eos) is not None):
+                    todo.append((i, t, start, len(decode(answer[start:t]))))
+    todo.sort(key=lambda case: (len(rows[case[0]]["prompt"]) + case[1], case))  # like lengths share a batch
+    for at in range(0, len(todo), settings.rows):
+        batch = todo[at:at + settings.rows]
+        prompts = [rows[i]["prompt"] + rows[i]["answer"][:t] + [rows[i]["slm"][t]] for i, t, *_ in batch]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+
+        def complete(b: int, more: list[int]) -> bool:
+            i, t, start, before = batch[b]
+            return closed(decode(rows[i]["answer"][start:t] + [rows[i]["slm"][t]] + more), before)
+
+        out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0, stop=None if whole else complete,
+                             max_new_tokens=settings.max_new_tokens if whole else settings.sentence_tokens)
+        for (i, t, start, _), calls in zip(batch, out.calls):
+            line = rows[i]["answer"][:t] + [rows[i]["slm"][t]] + [call.token for call in calls]
+            end = (len(line) if line[-1] in eos else None) if whole else sentence_end(decode, line, start, t, eos)
+            found[i, t] = None if end is None else line[t:end]
+    return [{"branches": [[t, found[j, t]] for j, t in sorted(found) if j == i]} for i in range(len(rows))]
+
+
+def cases_of(settings: Settings, row: dict) -> dict[int, Case]:
+    """What there is to judge of one problem, by position."""
+    *_, tokenizer, eos = models_of(settings)
+    decode, whole = decoder(tokenizer), build_judge(settings.judge, settings.device, settings.dtype).until == "answer"
+    starts, cases = sentences(decode, row["answer"], eos), {}
+    for t, branch in row["branches"]:
+        if branch is not None:
+            start = opening(starts, t)
+            end = len(row["answer"]) if whole else sentence_end(decode, row["answer"], start, t, eos)
+            if end is not None:
+                own, other = row["answer"][start:end], row["answer"][start:t] + branch
+                cases[t] = Case(row["question"], decode(row["answer"][:start]), decode(own), decode(other))
+    return cases
+
+
+def labels(settings: Settings, rows: list[dict]) -> list[dict]:
+    """One letter per token of the answer."""
+    judge = build_judge(settings.judge, settings.device, settings.dtype)
+    cases = [(i, t, case) for i, row in enumerate(rows) for t, case in cases_of(settings, row).items()]
+    same: dict[tuple[int, int], bool | None] = {}
+    for at in range(0, len(cases), settings.rows):
+        part = cases[at:at + settings.rows]
+        verdicts = judge([case for *_, case in part])
+        if len(verdicts) != len(part):
+            raise ValueError(f"judge {settings.judge} gave {len(verdicts)} verdicts on {len(part)} cases: expected one each")
+        same |= {(i, t): verdict for (i, t, _), verdict in zip(part, verdicts)}
+    letters = {True: "N", False: "D"}
+    return [{"labels": "".join("I" if own == choice else letters.get(same.get((i, t)), "U") for t, (own, choice) in enumerate(zip(row["answer"], row["slm"])))}
+            for i, row in enumerate(rows)]
+
+
+STAGES = {"answers": answers, "readings": readings, "branches": branches, "labels": labels}
+
+
+def run_stage(path: Path, stage, settings: Settings, rows: list[dict], run) -> list[dict]:
+    """The rows with what the stage adds. A block that a kill cut short is worked on again, whole: rounding depends on who shares a batch."""
+    done = read_rows(path)
+    if len(done) < len(rows):
+        done = done[:len(done) // settings.block * settings.block]
+        if path.exists():
+            write_rows(path, done)
+        blocks = [rows[at:at + settings.block] for at in range(len(done), len(rows), settings.block)]
+        with tqdm(total=len(rows), initial=len(done), desc=path.stem, unit="problem", disable=None) as bar:
+            for block in run(partial(stage, settings), blocks):
+                append_row(path, *block)
+                done += block
+                bar.update(len(block))
+    return [row | more for row, more in zip(rows, done)]
+
+
+def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:
+    """Write down what a folder's labels are made with; ValueError where it holds those of other settings or problems."""
+    path = folder / "config.json"
+    pair = models_of(settings)
+    now = {"settings": asdict(settings), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(path, [now])
+    for name, value in json.loads(path.read_text()).items():
+        if value != now[name]:
+            raise ValueError(f"--out {folder} holds labels of other {name}: expected {value}, got {now[name]}; take another folder")
+    for old, new in zip(read_rows(folder / "answers.jsonl"), todo):
+        if (old["question"], old["split"]) != (new["question"], new["split"]):
+            raise ValueError(f"--out {folder} holds labels of other problems: its {old['split']} has {old['question']!r} where {new['question']!r} is asked for")
+
+
+def make_labels(settings: Settings, todo: list[dict], folder: Path, workers: int = 1) -> list[dict]:
+    """Label the LLM's answers to `todo`, rows {question, split}, in the folder; the rows with what every stage added."""
+    settle(folder, settings, todo)
+    rows = todo
+    if workers == 1:
+        for name, stage in STAGES.items():
+            rows = run_stage(folder / f"{name}.jsonl", stage, settings, rows, map)
+    else:
+        with make_pool(workers, __name__) as pool:
+            for name, stage in STAGES.items():
+                rows = run_stage(folder / f"{name}.jsonl", stage, settings, rows, pool.map)
+    return rows
+
+
+def pocket_problems(n: int, seed: int = 0) -> list[dict]:
+    """Problems that the pair never saw: n of router-train, and of the other splits their share."""
+    return [{"question": question(p), "split": split} for split, share in SIZES.items() for p in problems(split, round(n * share), seed)]
+
+
+def file_problems(path: Path) -> list[dict]:
+    """Questions of a JSONL file, split 70 / 10 / 10 / 10 by their hash, in the order of the splits."""
+    ends, rows = dict(zip(SIZES, (70, 80, 90, 100))), []
+    for i, row in enumerate(read_rows(path)):
+        if not isinstance(row, dict) or "question" not in row:
+            raise ValueError(f"--problems {path}: line {i + 1} has no question; expected rows such as {{\"question\": ..., \"answer\": ...}}")
+        rstitch.check_question(row["question"])
+        percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
+        rows.append({"question": row["question"], "split": next(split for split, end in ends.items() if percent < end)})
+    if not rows:
+        raise ValueError(f"--problems {path}: expected a JSONL file with a question a line, found none")
+    return sorted(rows, key=lambda row: list(SIZES).index(row["split"]))
+
+
+def problems_of(path: Path | None, n: int | None, seed: int = 0) -> list[dict]:
+    """Those of a file, else of the pocket domain."""
+    if path and n is not None:
+        raise ValueError(f"--n {n} is of the pocket domain: --problems {path} has its own number of problems")
+    if n is not None:
+        rstitch.check_count("--n", n)
+    return file_problems(path) if path else pocket_problems(2000 if n is None else n, seed)
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------------
+
+
+PAPER = {"I": 0.89, "N": 0.06, "D": 0.05}  # R2R, section 3
+LETTERS = {"I": "identical", "N": "neutral", "D": "divergent", "U": "unjudged"}
+
+
+def kind_of(text: str) -> str:
+    """Of a token: digit, word, sign, or end."""
+    text = text.strip()
+    return "end" if not text else "digit" if text.isdigit() else "word" if text.isalpha() else "sign"
+
+
+def quotient(a: np.ndarray, n_a: np.ndarray, b: np.ndarray, n_b: np.ndarray) -> float:
+    """Ratio of two means, from sums and counts per problem."""
+    return float(a.sum() / n_a.sum() / (b.sum() / n_b.sum())) if n_a.sum() and b.sum() else float("nan")
+
+
+def figures(settings: Settings, rows: list[dict]) -> dict:
+    """Shares of the labels and SLM entropies of labelled rows, intervals over problems; by kind of token and by place."""
+    *_, tokenizer, eos = models_of(settings)
+    decode, tokens = decoder(tokenizer), []
+    for i, row in enumerate(rows):
+        starts = sentences(decode, row["answer"], eos) + [len(row["answer"])]
+        where = [(t - a) / (b - a) for a, b in zip(starts, starts[1:]) for t in range(a, b)]
+        tokens += [(i, letter, H, kind_of(decode([token])), int(10 * t / len(row["answer"])), int(10 * inside))
+                   for t, (letter, H, token, inside) in enumerate(zip(row["labels"], row["entropy"], row["answer"], where))]
+    problem, letter, H, kind, decile, inside = (np.array(column) for column in zip(*tokens))
+    per_problem = lambda mask, weight=None: np.bincount(problem[mask], None if weight is None else weight[mask], minlength=len(rows))  # noqa: E731
+    total = per_problem(np.ones(len(H), bool))
+    shares = {name: [float((letter == c).mean()), *bootstrap(lambda k, n: k.sum() / n.sum(), per_problem(letter == c), total)] for c, name in LETTERS.items()}
+    divergent, other = letter == "D", (letter == "I") | (letter == "N")
+    sums = [per_problem(divergent, H), per_problem(divergent), per_problem(other, H), per_problem(other)]
+    table = lambda key: {str(value): {"n": int((key == value).sum()), "entropy": float(H[key == value].mean()),  # noqa: E731
+                                      **{name: float((letter[key == value] == c).mean()) for c, name in LETTERS.items()}} for value in np.unique(key)}
+    return {"problems": len(rows), "tokens": len(H), "shares": shares,
+            "entropy_nats": {name: float(H[letter == c].mean()) if (letter == c).any() else None for c, name in LETTERS.items()},
+            "entropy_ratio": [quotient(*sums), *bootstrap(quotient, *sums)], "kind": table(kind), "decile of the answer": table(decile), "decile of the sentence": table(inside)}
+
+
+def show(row: dict) -> str:
+    lines = [f"{row['problems']} problems, {row['tokens']} tokens; intervals 95 %, over problems"]
+    for c, name in LETTERS.items():
+        share, low, high = (100 * x for x in row["shares"][name])
+        H = row["entropy_nats"][name]
+        lines.append(f"{name:10} {share:6.2f} % [{low:.2f}, {high:.2f}]" + (f"   paper {100 * PAPER[c]:.0f} %" if c in PAPER else " " * 12)
+                     + (f"   mean SLM entropy {H:.3f} nats" if H is not None else ""))
+    lines.append("SLM entropy of divergent over identical and neutral tokens: {:.1f} x [{:.1f}, {:.1f}]   paper 3.8 x".format(*row["entropy_ratio"]))
+    for what in ("kind", "decile of the answer", "decile of the sentence"):
+        lines.append(f"{what:24} {'tokens':>8} {'identical':>10} {'neutral':>9} {'divergent':>10} {'unjudged':>9}   entropy, nats")
+        lines += [f"{value:>24} {r['n']:>8} " + " ".join(f"{100 * r[name]:>{w}.1f}" for name, w in zip(LETTERS.values(), (10, 9, 10, 9))) + f"   {r['entropy']:.3f}"
+                  for value, r in row[what].items()]
+    return "\n".join(lines)
+
+
+def sample(settings: Settings, rows: list[dict], n: int, seed: int) -> list[dict]:
+    """n judged positions at random, as a person would check them."""
+    everything = [(i, t, case) for i, row in enumerate(rows) for t, case in cases_of(settings, row).items() if row["labels"][t] in "ND"]
+    picks = np.random.default_rng(seed).choice(len(everything), min(n, len(everything)), replace=False)
+    return [{"t": t, "label": rows[i]["labels"][t], **case._asdict()} for i, t, case in (everything[k] for k in sorted(picks))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Settings):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, help=f"{f.metadata['help']} (default: {f.default})")
+    add = parser.add_argument
+    add("--problems", type=Path, help="JSONL file of questions (default: the pocket domain)")
+    add("--n", type=int, help="router-train problems of the pocket domain, and of the other splits a share (default: 2000)")
+    add("--seed", type=int, default=0, help="of the pocket problems and the sample (default: %(default)s)")
+    add("--out", type=Path, default=FOLDER, help="folder of the stages (default: %(default)s)")
+    add("--workers", type=int, default=1, help="processes, on a CPU (default: %(default)s)")
+    add("--report", action="store_true", help="figures of the router-train labels, into results/labels.json")
+    add("--sample", type=int, metavar="N", help="print N judged positions of the router-train labels at random, as JSON, to check by hand")
+    args = parser.parse_args()
+    try:
+        settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+        rstitch.check_count("--workers", args.workers)
+        rows = make_labels(settings, problems_of(args.problems, args.n, args.seed), args.out, args.workers)
+        train = [row for row in rows if row["split"] == "router-train"]
+        if args.sample:
+            print(*map(json.dumps, sample(settings, train, args.sample, args.seed)), sep="\n")
+        if args.report:
+            row = figures(settings, train) | provenance(args.seed, len(train), settings.device, settings.dtype)
+            (RESULTS / "labels.json").write_text(json.dumps(row) + "\n")
+            print(show(row))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
