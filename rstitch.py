@@ -983,11 +983,15 @@ class R2RNet(torch.nn.Module):
         if embedding.weight.shape[0] < top_k:
             raise ValueError(f"top_k={top_k}: expected at most the {embedding.weight.shape[0]} tokens of the vocabulary")
         self.hidden_size, self.top_k = hidden_size, top_k
-        self.embed = lambda token: embedding(token).detach()  # a closure keeps the module's parameters out of this one's
+        self.embedding = (embedding,)  # in a tuple, or its weights would be parameters of the router
         self.logit_features = torch.nn.Linear(top_k, hidden_size)
         self.body = torch.nn.Sequential(torch.nn.Linear(3 * hidden_size, width), torch.nn.Linear(width, width),
                                         *(Residual(width, dropout) for _ in range(blocks)), torch.nn.LayerNorm(width))
         self.head = torch.nn.Linear(width, 1)
+
+    def embed(self, token: torch.Tensor) -> torch.Tensor:
+        """(n,) -> (n, D)"""
+        return self.embedding[0](token).detach()
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """(n, D), (n, V), (n,) -> (n,)"""

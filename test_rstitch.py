@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -27,6 +28,7 @@ from rstitch import (LLM, SLM, CachedLM, EntropyRouter, LLMOnly, RandomRouter, S
 
 torch.set_num_threads(1)  # models this small only lose by threads
 VOCAB = 40
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 # ---- tiny models -------------------------------------------------------------------------------------------------------
@@ -550,6 +552,16 @@ def test_bfloat16_models_run_and_return_float32_entropies():
     assert set(result.source.unique().tolist()) == {SLM, LLM}
 
 
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_writes_what_the_cpu_writes(family, device):
+    ids, mask = prompts([4, 9, 70], seed=9)
+    options = dict(attention_mask=mask, max_new_tokens=16, seed=0)
+    for router, temperature in ((SLMOnly(), 0.0), (LLMOnly(), 0.0), (EntropyRouter(0.85), 0.0), (RandomRouter(0.4, stay=0.5), 0.7)):
+        here, there = ((tiny.__wrapped__(family, 23).to(d), tiny.__wrapped__("Llama", 24).to(d)) for d in ("cpu", device))
+        assert answers(stitch(*there, ids, router, temperature=temperature, **options)) == answers(stitch(*here, ids, router, temperature=temperature, **options))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_models_on_two_devices():
     here, there = (tiny("Qwen2", 23), tiny("Llama", 24)), (tiny("Qwen2", 23), tiny("Llama", 24, num_hidden_layers=2).to("cuda"))
@@ -1023,6 +1035,10 @@ def test_the_papers_router_has_its_number_of_parameters():
     # 100 x 1536 + 1536; 4608 x 1024 + 1024; 1024 x 1024 + 1024; 6 x (2 x 1024 + 1024 x 4096 + 4096 + 4096 x 1024 + 1024); 2 x 1024; 1025
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == sum(p.numel() for p in net.parameters()) == 56_302_081
     assert not any("embed" in name for name in net.state_dict())  # the SLM's embedding is not stored again
+    small = r2r_net()
+    again = pickle.loads(pickle.dumps(small))  # as worker processes get it
+    x = torch.randn(2, 32), torch.randn(2, VOCAB), torch.tensor([3, 4])
+    assert torch.equal(again.eval()(*x), small.eval()(*x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1059,11 +1075,13 @@ def test_routers_that_fit_nothing_are_refused(build, message):
         build()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
-def test_r2r_at_the_ends_is_one_model_and_in_between_follows_its_net():
-    slm, llm = tiny("Qwen2", 1), tiny("Llama", 2)
+def test_r2r_at_the_ends_is_one_model_and_in_between_follows_its_net(device):
+    slm, llm = tiny.__wrapped__("Qwen2", 1).to(device), tiny.__wrapped__("Llama", 2).to(device)
     ids, mask = prompts([3, 9, 5, 4])
-    net = rstitch.R2RNet(32, slm.get_input_embeddings(), top_k=10, width=16, blocks=1).eval()
+    torch.manual_seed(0)
+    net = rstitch.R2RNet(32, slm.get_input_embeddings(), top_k=10, width=16, blocks=1).eval().to(device)
     options = dict(attention_mask=mask, max_new_tokens=30, eos_token_id=[])
     run = lambda threshold: stitch(slm, llm, ids, rstitch.R2RRouter(net, threshold), **options)  # noqa: E731
     assert answers(run(0.0)) == answers(stitch(slm, llm, ids, LLMOnly(), **options))

@@ -16,11 +16,11 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from scipy import stats
 from tqdm import tqdm
 
 import rstitch
 from analysis.problems import Problem, question, verify
+from analysis.stats import auroc, bootstrap, ratio_of_means, read_rows, wilson  # noqa: F401  (one place to import from)
 
 MODELS = Path(__file__).parent / "models"
 RESULTS = Path(__file__).parent / "results"
@@ -89,34 +89,6 @@ def rotated(items: list, i: int) -> list:
     return items[i % len(items):] + items[:i % len(items)]
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share k / n."""
-    interval = stats.binomtest(k, n).proportion_ci(method="wilson")
-    return interval.low, interval.high
-
-
-def bootstrap(statistic, *samples: Sequence[float], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of statistic(*samples), problems (the common index of the samples) drawn with replacement."""
-    rng, arrays = np.random.default_rng(seed), [np.asarray(s) for s in samples]
-    picks = (rng.integers(0, len(arrays[0]), len(arrays[0])) for _ in range(draws))
-    low, high = np.nanpercentile([statistic(*(a[i] for a in arrays)) for i in picks], [2.5, 97.5])
-    return float(low), float(high)
-
-
-def ratio_of_means(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a.sum() / b.sum())
-
-
-def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive scores above a negative, ties counted half; NaN where one class is empty."""
-    positive = np.asarray(positive, bool)
-    n, m = positive.sum(), (~positive).sum()
-    if not n or not m:
-        return float("nan")
-    ranks = stats.rankdata(scores)
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
-
-
 def commit() -> str | None:
     """The commit of this code, "+dirty" where files differ from it; None outside of git."""
     git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()  # noqa: E731
@@ -134,17 +106,6 @@ def provenance(seed: int, n: int, device: str = "cpu", dtype: str = "float32") -
     return {"source": "measured", "command": command, "seed": seed, "n": n, "device": device, "dtype": dtype,
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
             "commit": COMMIT}
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file; a last line torn by a kill is dropped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -23,6 +23,7 @@ from analysis.common import MAX_NEW_TOKENS, load_pocket, make_pool, provenance, 
 from analysis.problems import problems, question, verify
 from analysis.report import describe
 from analysis.train_policy import POLICIES, load_router
+from analysis.train_r2r import ROUTER, load_r2r
 
 TAUS = (0.005, 0.02, 0.1)
 POLICY = "kappa0.35-seed0"
@@ -69,7 +70,9 @@ def latencies(methods: list[Method], problem, i: int, seed: int, device: str) ->
 def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, device: str = "cpu") -> list[dict]:
     """The rows, one per method, LLM alone second."""
     chosen = problems("test", n, seed)
-    with tqdm(total=n * (len(ALONE) + 2 * len(STITCHED) + 1) + n_latency, desc="answers", unit="problem", disable=None) as bar:
+    here = pair("llm", device)
+    learned = (Method("R-Stitch+, kappa 0.35", load_router(POLICIES / POLICY, here)), Method("R2R", load_r2r(ROUTER, here)))
+    with tqdm(total=n * (len(ALONE) + 2 * len(STITCHED) + len(learned)) + n_latency, desc="answers", unit="problem", disable=None) as bar:
 
         def start(weight: int, function, *args) -> Future:
             job = pool.submit(function, *args, seed, device)
@@ -77,14 +80,13 @@ def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, devi
             return job
 
         # R-Stitch first, for its LLM shares; everything else is queued behind it, so that no process waits for another.
-        learned = Method("R-Stitch+, kappa 0.35", load_router(POLICIES / POLICY, pair("llm", device)))
-        jobs = {method: start(n, answer, method, chosen) for method in (*STITCHED, learned, *ALONE)}
+        jobs = {method: start(n, answer, method, chosen) for method in (*STITCHED, *learned, *ALONE)}
         figures = {method: describe(jobs[method].result()) for method in STITCHED}
         random = [Method(f"random, {100 * r['llm_share']:.1f} % LLM", rstitch.RandomRouter(r["llm_share"], seed=seed)) for r in figures.values()]
         jobs |= {method: start(n, answer, method, chosen) for method in random}
-        methods = [*ALONE, *(m for both in zip(STITCHED, random) for m in both), learned]
+        methods = [*ALONE, *(m for both in zip(STITCHED, random) for m in both), *learned]
         timed = [start(1, latencies, methods, problem, i) for i, problem in enumerate(chosen[:n_latency])]
-        figures |= {method: describe(jobs[method].result()) for method in (*ALONE, *random, learned)}
+        figures |= {method: describe(jobs[method].result()) for method in (*ALONE, *random, *learned)}
         timed = [job.result() for job in timed]
     rows = []
     for k, method in enumerate(methods):

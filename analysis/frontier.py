@@ -23,6 +23,7 @@ from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, bootstrap, load
 from analysis.latency import REFERENCE, load_latency
 from analysis.problems import problems, question
 from analysis.report import TAUS, describe
+from analysis.stats import frontier_gap, gap_with_interval
 from analysis.train_policy import POLICIES, RUNS, load_router
 
 N_TEST, N_WALL, SEED = 1000, 200, 0
@@ -37,43 +38,6 @@ BASE = "kappa0.35-seed0"
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"), ("hidden-only", "no-entropy"),
     *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none", "advantages-std", "dynamic-accuracy"))]
-
-
-def cross(u: np.ndarray, v: np.ndarray) -> float:
-    return u[0] * v[1] - u[1] * v[0]
-
-
-def front(points: np.ndarray, mixtures: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(accuracy, latency) of the vertices, both rising: of the points, (k, 2), those that none beats in both; with mixtures only
-    those on the lower convex hull."""
-    kept: list[np.ndarray] = []
-    for point in points[np.lexsort((points[:, 1], -points[:, 0]))]:  # from the most accurate down
-        if kept and point[1] >= kept[-1][1]:
-            continue  # no faster than one that is more accurate
-        while mixtures and len(kept) > 1 and cross(kept[-1] - kept[-2], point - kept[-2]) >= 0:
-            kept.pop()  # above the chord of its neighbours
-        kept.append(point)
-    x, y = np.array(kept[::-1]).T
-    return x, y
-
-
-def frontier_gap(method: tuple[float, float], points: np.ndarray, mixtures: bool = False) -> float:
-    """1 - latency / latency of the front at equal accuracy, of an (accuracy, latency). Beyond the ends the end counts; what is less
-    accurate than the fastest point can be slower than it, but not better: 0 at most."""
-    x, y = front(points, mixtures)
-    gap = 1 - method[1] / float(np.interp(method[0], x, y))
-    return min(gap, 0.0) if method[0] < x[0] else gap
-
-
-def gap_with_interval(methods: np.ndarray, fixed: np.ndarray, mixtures: bool = False, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean gap over methods (seeds of one recipe), with a 95 % interval: (m, n, 2) and (k, n, 2) outcomes of the same n problems,
-    (correct, ms) each. Problems are drawn with replacement, for methods and frontier alike, and the frontier is built anew."""
-    n = fixed.shape[1]
-    weights = np.vstack([np.full(n, 1 / n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])  # (1 + draws, n)
-    points, own = (np.einsum("dn,knc->dkc", weights, outcomes) for outcomes in (fixed, methods))
-    gaps = [np.mean([frontier_gap(tuple(method), points[d], mixtures) for method in own[d]]) for d in range(draws + 1)]
-    low, high = np.percentile(gaps[1:], [2.5, 97.5])
-    return float(gaps[0]), float(low), float(high)
 
 
 def made_with(kind: str, name: str) -> str:
@@ -161,14 +125,6 @@ def show(rows: list[dict]) -> str:
                       for mixtures in (False, True)]
         name = {"random": "random at the share of "}.get(r["kind"], "") + r["name"]
         lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>8} {cells[5]:>33} {cells[6]:>22}")
-    recipes: dict[str, list] = {}
-    for r in methods:
-        if r["kind"] == "policy" and "-seed" in r["name"]:
-            recipes.setdefault(r["name"].split("-seed")[0], []).append(r["outcomes"])
-    for recipe, outcomes in recipes.items():
-        both = [gap_with_interval(np.array(outcomes, float), fixed, mixtures) for mixtures in (False, True)]
-        lines.append(f"{recipe}: mean gap over {len(outcomes)} seeds " + ", against mixtures too ".join(
-            "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * x for x in gap)) for gap in both) + " (problems drawn anew, seeds as they are)")
     r = methods[0]
     lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}; latency fitted at batch 1; intervals 95 %, paired")
     if wall:
@@ -177,23 +133,41 @@ def show(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def show_ablations(rows: list[dict]) -> str:
-    """What each change did, in right answers, time and reward on the same problems, 95 % intervals over problems."""
+def recipes(rows: list[dict]) -> str:
+    """R-Stitch+ by kappa, mean over seeds, as the README has it."""
+    by = {(r["kind"], r["name"]): r for r in rows}
+    fixed = np.array([r["outcomes"] for r in rows if r["kind"] == "fixed"], float)
+    wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
+    lines = ["| | right, % | LLM, % | tokens | fitted ms | wall ms, seed 0 | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|"]
+    for kappa in ("0.1", "0.35", "0.8"):
+        for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("random", "random at these shares")):
+            seeds = [r for (k, name), r in sorted(by.items()) if k == kind and name.startswith(f"kappa{kappa}-seed")]
+            outcomes = np.array([r["outcomes"] for r in seeds], float)
+            gaps = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in gap_with_interval(outcomes, fixed, mixtures))) for mixtures in (False, True)]
+            ms = wall.get(seeds[0]["name"]) if kind == "policy" else None
+            cells = [", ".join(f"{100 * r['accuracy']:.1f}" for r in seeds), *(f"{np.mean([scale * r[k] for r in seeds]):.1f}" for k, scale in (("llm_share", 100), ("tokens", 1), ("latency_ms", 1))),
+                     f"{np.mean(ms):.0f}" if ms else "", *gaps]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablations(rows: list[dict]) -> str:
+    """What each change did, in right answers, time and reward on the same problems, 95 % intervals over problems; as the README has it."""
     outcomes = {r["name"]: np.array(r["outcomes"], float) for r in rows if r["kind"] in ("policy", "fixed")}
     llm_ms = outcomes["LLM alone"][:, 1].mean()
-    lines = [f"{'change':17} {'against':16} {'kappa':>6} {'right, pp (higher is better)':>29} {'fitted ms (lower is better)':>28} {'reward x 100 (higher is better)':>32}"]
+    lines = ["| changed | against | kappa | right, % | fitted ms | right, pp | fitted ms | reward x 100 |", "|---|---|---|---|---|---|---|---|"]
     for changed, against in ABLATIONS:
         if changed in outcomes and against in outcomes:
             (right, ms), (right_0, ms_0) = outcomes[changed].T, outcomes[against].T
             kappa = RUNS[changed].kappa
             earned, earned_0 = (r * (1 - kappa * t / llm_ms) for r, t in ((right, ms), (right_0, ms_0)))
-            cells = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(x.mean(), *bootstrap(np.mean, x))
-                     for x in (100 * (right - right_0), ms - ms_0, 100 * (earned - earned_0))]
-            lines.append(f"{changed:17} {against:16} {kappa:>6g} {cells[0]:>29} {cells[1]:>28} {cells[2]:>32}")
-    lines.append("one seed each: the intervals are over problems, and say nothing about other seeds; kappa is that of both")
+            cells = [f"{kappa:g}", f"{100 * right.mean():.1f}", f"{ms.mean():.1f}",
+                     *("{:+.1f} [{:+.1f}, {:+.1f}]".format(x.mean(), *bootstrap(np.mean, x)) for x in (100 * (right - right_0), ms - ms_0, 100 * (earned - earned_0)))]
+            lines.append(f"| {changed} | {against} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     rows = run()
-    print(show(rows), show_ablations(rows), sep="\n\n")
+    print(show(rows), "R-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as they are):", recipes(rows),
+          "Ablations, one seed each (intervals over problems; they say nothing about other seeds):", ablations(rows), sep="\n\n")

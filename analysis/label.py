@@ -74,8 +74,9 @@ def sentence_end(decode: Callable[[list[int]], str], ids: list[int], start: int,
     """
     before = len(decode(ids[start:t]))
     for end in range(t + 1, len(ids) + 1):
-        if closed(decode(ids[start:end]), before):
-            return end - 1 if end - 1 > t and closed(decode(ids[start:end - 1]) + " ", before) else end
+        if found := BOUNDARY.search(decode(ids[start:end]), before):
+            last = len(decode(ids[start:end - 1]))  # where the last token begins
+            return end - 1 if found.start() < last == found.end() - 1 else end
     return len(ids) if ids[-1] in eos else None
 
 
@@ -231,46 +232,62 @@ def readings(settings: Settings, rows: list[dict]) -> list[dict]:
     return out
 
 
-def branches(settings: Settings, rows: list[dict]) -> list[dict]:
-    """[t, token ids] of every position t where the SLM differs: its token, and how the LLM goes on from there; None where that or the
-    LLM's own sentence is cut off."""
+def goes_on_to_the_end(settings: Settings) -> bool:
+    return build_judge(settings.judge, settings.device, settings.dtype).until == "answer"
+
+
+def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> list[list[int] | None]:
+    """What the LLM writes after each (prompt, answer so far, first token that is decoded), to the end of the sentence that holds the
+    answer's last token, or to the end of the answer. None where that is not reached."""
     slm, llm, tokenizer, eos = models_of(settings)
-    decode, whole = decoder(tokenizer), build_judge(settings.judge, settings.device, settings.dtype).until == "answer"
-    found: dict[tuple[int, int], list[int] | None] = {}
-    todo = []  # (row, t, first token that is decoded, length of the text before t)
-    for i, row in enumerate(rows):
-        answer, starts = row["answer"], sentences(decode, row["answer"], eos)
-        for t, (own, choice) in enumerate(zip(answer, row["slm"])):
-            if own != choice:
-                found[i, t] = [choice] if choice in eos else None
-                start = opening(starts, t)
-                if choice not in eos and (whole or sentence_end(decode, answer, start, t, eos) is not None):
-                    todo.append((i, t, start, len(decode(answer[start:t]))))
-    todo.sort(key=lambda case: (len(rows[case[0]]["prompt"]) + case[1], case))  # like lengths share a batch
-    for at in range(0, len(todo), settings.rows):
-        batch = todo[at:at + settings.rows]
-        prompts = [rows[i]["prompt"] + rows[i]["answer"][:t] + [rows[i]["slm"][t]] for i, t, *_ in batch]
+    decode, whole, out = decoder(tokenizer), goes_on_to_the_end(settings), [[] if answer[-1] in eos else None for _, answer, _ in todo]
+    open_ones = [k for k, more in enumerate(out) if more is None]
+    open_ones.sort(key=lambda k: (len(todo[k][0]) + len(todo[k][1]), k))  # like lengths share a batch
+    for at in range(0, len(open_ones), settings.rows):
+        batch = open_ones[at:at + settings.rows]
+        prompts = [todo[k][0] + todo[k][1] for k in batch]
+        before = [len(decode(todo[k][1][todo[k][2]:-1])) for k in batch]
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 
         def complete(b: int, more: list[int]) -> bool:
-            i, t, start, before = batch[b]
-            return closed(decode(rows[i]["answer"][start:t] + [rows[i]["slm"][t]] + more), before)
+            _, answer, start = todo[batch[b]]
+            return closed(decode(answer[start:] + more), before[b])
 
-        out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0, stop=None if whole else complete,
-                             max_new_tokens=settings.max_new_tokens if whole else settings.sentence_tokens)
-        for (i, t, start, _), calls in zip(batch, out.calls):
-            line = rows[i]["answer"][:t] + [rows[i]["slm"][t]] + [call.token for call in calls]
-            end = (len(line) if line[-1] in eos else None) if whole else sentence_end(decode, line, start, t, eos)
-            found[i, t] = None if end is None else line[t:end]
-    return [{"branches": [[t, found[j, t]] for j, t in sorted(found) if j == i]} for i in range(len(rows))]
+        stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0, stop=None if whole else complete,
+                                  max_new_tokens=settings.max_new_tokens if whole else settings.sentence_tokens)
+        for k, calls in zip(batch, stitched.calls):
+            _, answer, start = todo[k]
+            line = answer + [call.token for call in calls]
+            end = (len(line) if line[-1] in eos else None) if whole else sentence_end(decode, line, start, len(answer) - 1, eos)
+            out[k] = None if end is None else line[len(answer):end]
+    return out
+
+
+def branches(settings: Settings, rows: list[dict]) -> list[dict]:
+    """[t, token ids] of every position t where the SLM differs: its token, and how the LLM goes on from there; None where that or the
+    LLM's own sentence is cut off."""
+    *_, tokenizer, eos = models_of(settings)
+    decode, whole = decoder(tokenizer), goes_on_to_the_end(settings)
+    found: list[dict[int, list[int] | None]] = [{} for _ in rows]
+    todo = {}
+    for i, row in enumerate(rows):
+        answer, starts = row["answer"], sentences(decode, row["answer"], eos)
+        for t, (own, choice) in enumerate(zip(answer, row["slm"])):
+            if own != choice:
+                found[i][t], start = None, opening(starts, t)
+                if whole or sentence_end(decode, answer, start, t, eos) is not None:
+                    todo[i, t] = row["prompt"], answer[:t] + [choice], start
+    for (i, t), more in zip(todo, go_on(settings, list(todo.values()))):
+        found[i][t] = None if more is None else [rows[i]["slm"][t]] + more
+    return [{"branches": [[t, branch] for t, branch in one.items()]} for one in found]
 
 
 def cases_of(settings: Settings, row: dict) -> dict[int, Case]:
     """What there is to judge of one problem, by position."""
     *_, tokenizer, eos = models_of(settings)
-    decode, whole = decoder(tokenizer), build_judge(settings.judge, settings.device, settings.dtype).until == "answer"
+    decode, whole = decoder(tokenizer), goes_on_to_the_end(settings)
     starts, cases = sentences(decode, row["answer"], eos), {}
     for t, branch in row["branches"]:
         if branch is not None:
@@ -321,6 +338,7 @@ def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:
     """Write down what a folder's labels are made with; ValueError where it holds those of other settings or problems."""
     path = folder / "config.json"
     pair = models_of(settings)
+    build_judge(settings.judge, settings.device, settings.dtype)  # one that cannot be had is told now, not after hours
     now = {"settings": asdict(settings), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

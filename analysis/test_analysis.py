@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, strategies as st
 
 import rstitch
-from analysis import demo, frontier, latency, pair, report, train_policy
+from analysis import demo, frontier, latency, pair, report, stats, train_policy
 from analysis.common import (MODELS, append_row, auroc, bootstrap, encode_problems, load_pocket, ratio_of_means, read_rows, solve,
                              wilson)
 from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, carries, columns, draw, problems, question, sentence, solution,
                                stream, verify)
+from test_rstitch import DEVICES
 
 torch.set_num_threads(1)
 
@@ -270,7 +271,7 @@ def test_the_table_compares_every_method_on_the_same_problems(pocket):
     with demo.make_pool(1) as pool:
         rows = {r["method"]: r for r in demo.table(pool, n=2, n_latency=1, seed=0)}
     assert list(rows)[:3] == ["SLM alone", "LLM alone", "LLM trained short"]
-    assert [name.split(",")[0] for name in list(rows)[3:]] == ["R-Stitch", "random"] * len(demo.TAUS) + ["R-Stitch+"]
+    assert [name.split(",")[0] for name in list(rows)[3:]] == ["R-Stitch", "random"] * len(demo.TAUS) + ["R-Stitch+", "R2R"]
     for name, router in (("SLM alone", rstitch.SLMOnly()), ("R-Stitch, tau 0.02", rstitch.EntropyRouter(0.02))):
         solved = solve(pocket, problems("test", 2, 0), router)
         assert rows[name]["tokens"] == np.mean([s["tokens"] for s in solved])
@@ -321,23 +322,23 @@ def test_trajectory_figures_by_hand():
 def test_frontier_by_hand():
     # at 0.8 one is slower than a more accurate one, at 0.4 too; (0.7, 25) is on the front, but above the chord, 20 at 0.7
     points = np.array([[0.8, 40.0], [0.9, 30.0], [0.7, 25.0], [0.5, 10.0], [0.4, 12.0]])
-    assert [x.tolist() for x in frontier.front(points)] == [[0.5, 0.7, 0.9], [10, 25, 30]]
-    assert [x.tolist() for x in frontier.front(points, mixtures=True)] == [[0.5, 0.9], [10, 30]]
-    assert frontier.frontier_gap((0.8, 22.0), points) == pytest.approx(0.2)  # 1 - 22 / 27.5
-    assert frontier.frontier_gap((0.8, 22.0), points, mixtures=True) == pytest.approx(0.12)  # 1 - 22 / 25
-    assert frontier.frontier_gap((0.95, 30.0), points) == 0 and frontier.frontier_gap((0.3, 11.0), points) == pytest.approx(-0.1)
-    assert frontier.frontier_gap((0.3, 2.0), points) == 0  # fast, but less accurate than anything on the front
+    assert [x.tolist() for x in stats.front(points)] == [[0.5, 0.7, 0.9], [10, 25, 30]]
+    assert [x.tolist() for x in stats.front(points, mixtures=True)] == [[0.5, 0.9], [10, 30]]
+    assert stats.frontier_gap((0.8, 22.0), points) == pytest.approx(0.2)  # 1 - 22 / 27.5
+    assert stats.frontier_gap((0.8, 22.0), points, mixtures=True) == pytest.approx(0.12)  # 1 - 22 / 25
+    assert stats.frontier_gap((0.95, 30.0), points) == 0 and stats.frontier_gap((0.3, 11.0), points) == pytest.approx(-0.1)
+    assert stats.frontier_gap((0.3, 2.0), points) == 0  # fast, but less accurate than anything on the front
 
 
 @given(st.lists(st.tuples(st.integers(0, 1000).map(lambda k: k / 1000), st.floats(1, 100)), min_size=1, max_size=12), st.floats(0, 1))
 def test_nothing_fixed_beats_the_frontier_and_no_mixture_the_hull(points, w):
     points = np.array(points)
     for a in points:
-        assert frontier.frontier_gap(tuple(a), points) <= 1e-9
+        assert stats.frontier_gap(tuple(a), points) <= 1e-9
         for b in points:
-            assert frontier.frontier_gap(tuple(w * a + (1 - w) * b), points, mixtures=True) <= 1e-6
+            assert stats.frontier_gap(tuple(w * a + (1 - w) * b), points, mixtures=True) <= 1e-6
     for mixtures in (False, True):
-        x, y = frontier.front(points, mixtures)
+        x, y = stats.front(points, mixtures)
         assert {*zip(x, y)} <= {*map(tuple, points)} and (np.diff(x) > 0).all() and (np.diff(y) > 0).all()
 
 
@@ -347,9 +348,9 @@ def test_gap_and_its_interval_know_a_method_that_is_better():
     right, ms = rng.random((3, n)) < np.array([[0.5], [0.8], [0.95]]), rng.normal(1, 0.1, (3, n)) * np.array([[10], [30], [60]])
     fixed = np.stack([right, ms], 2)
     faster = np.stack([right[1], 0.8 * ms[1]], 1)[None]
-    gap, low, high = frontier.gap_with_interval(faster, fixed)
+    gap, low, high = stats.gap_with_interval(faster, fixed)
     assert gap == pytest.approx(0.2, abs=0.01) and 0 < low <= gap <= high < 0.35
-    same, low, high = frontier.gap_with_interval(fixed[1:2], fixed)
+    same, low, high = stats.gap_with_interval(fixed[1:2], fixed)
     assert same == pytest.approx(0, abs=0.05) and low <= 0 <= high + 1e-9
 
 
@@ -368,9 +369,9 @@ def test_ablations_compare_on_the_same_problems():
     llm = [[1, 400.0]] * 4
     base, changed = [[1, 100.0], [0, 50.0], [1, 100.0], [1, 110.0]], [[1, 80.0], [0, 50.0], [0, 40.0], [1, 90.0]]
     rows = [{"kind": "policy", "name": name, "outcomes": outcomes} for name, outcomes in ((frontier.BASE, base), ("hand-back", changed))]
-    text = frontier.show_ablations([*rows, {"kind": "fixed", "name": "LLM alone", "outcomes": llm}])
+    text = frontier.ablations([*rows, {"kind": "fixed", "name": "LLM alone", "outcomes": llm}])
     # right: -1 of 4; ms: (-20 + 0 - 60 - 20) / 4. Reward at kappa 0.35, 0.000875 a ms: + 0.0175, 0, - 0.9125, + 0.0175, in all - 0.8775
-    assert re.search(r"hand-back +kappa0.35-seed0 +0.35 +-25.0 \[-75.0, \+0.0\] +-25.0 \[.*?\] +-21.9 ", text)
+    assert "| hand-back | kappa0.35-seed0 | 0.35 | 50.0 | 65.0 | -25.0 [-75.0, +0.0] | -25.0 [" in text and "| -21.9 [" in text
     assert "no-context" not in text  # it has no row here
 
 
@@ -472,22 +473,23 @@ def test_a_group_is_one_problem(tmp_path, pocket, monkeypatch):
     assert all(a == b for a, b in groups) and len({a for a, _ in groups}) == 6  # and no problem comes twice
 
 
-def test_the_update_raises_what_was_rewarded():
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_update_raises_what_was_rewarded(device):
     """One context in which calling is right and one in which it is wrong: after some batches the policy tells them apart."""
     config = train_policy.Config(width=16, start=0.5, lr=1e-2)
-    policies = torch.nn.ModuleDict({"call": rstitch.Policy(4, 16)})
+    policies = torch.nn.ModuleDict({"call": rstitch.Policy(4, 16)}).to(device)
     optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
-    states, generator = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]]), torch.Generator().manual_seed(0)
+    states, generator = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]], device=device), torch.Generator().manual_seed(0)
     for _ in range(20):
         kind = torch.arange(32) // 2 % 2  # 16 groups of 2 rollouts of one decision each
-        state = states[kind], torch.ones(32), torch.full((32,), 100)
+        state = states[kind], torch.ones(32, device=device), torch.full((32,), 100, device=device)
         logit = policies["call"](*state).detach()
-        call = torch.rand(32, generator=generator) < logit.sigmoid()
+        call = torch.rand(32, generator=generator).to(device) < logit.sigmoid()
         router = rstitch.PolicyRouter(policies["call"], 0.0, seed=0)
         router.decisions.append(rstitch.Decisions(list(range(32)), state, call, rstitch.log_probability(logit, call)))
-        right = (call == (kind == 0)).float().view(16, 2)
+        right = (call.cpu() == (kind == 0)).float().view(16, 2)
         train_policy.update(policies, optimizer, router, rstitch.group_advantages(right), train_policy.kept_groups(right, right > 0, "reward"), config, generator)
-    p = policies["call"](states, torch.ones(2), torch.tensor([100, 100])).sigmoid().tolist()
+    p = policies["call"](states, torch.ones(2, device=device), torch.tensor([100, 100], device=device)).sigmoid().tolist()
     assert p[0] > 0.8 and p[1] < 0.2
 
 
@@ -535,6 +537,8 @@ def test_the_readme_shows_the_committed_figures():
     readme, rows = (MODELS.parent.parent / "README.md").read_text(), read_rows(report.RESULTS / "pair.jsonl")
     assert len({r["tau"] for r in rows if r.get("method") == "R-Stitch"}) >= 12
     assert report.sweep(rows) in readme
+    rows = list({(r["kind"], r["name"]): r for r in read_rows(report.RESULTS / "frontier.jsonl")}.values())
+    assert frontier.recipes(rows) in readme and frontier.ablations(rows) in readme
     assert textwrap.indent(demo.show(json.loads((report.RESULTS / "table.json").read_text())), "    ") in readme
 
 

@@ -194,7 +194,7 @@ def evaluate(score: np.ndarray, tokens: Tokens, calibration: np.ndarray, thresho
         "auroc": auroc(s, y), "average_precision": average_precision(s, y), "divergent": float(y.mean()),
         "roc": [[float((s[y == 0] >= t).mean()), float((s[y == 1] >= t).mean())] for t in grid],
         "precision_recall": [[float(y[s >= t].mean()), float((s[y == 1] >= t).mean())] for t in grid],
-        "recall_usage": [[float((score >= t).mean()), float((s[y == 1] >= t).mean())] for t in grid],
+        "recall_usage": [[float(t), float((score >= t).mean()), float((s[y == 1] >= t).mean())] for t in grid],
         "threshold": threshold, "usage": [float(called.mean()), *over_problems(called, np.ones(len(score), bool))],
         "recall": [float(called[divergent].mean()), *over_problems(called, divergent)],
         "targets": [[u, t := rstitch.calibrate_threshold(calibration, target_usage=u), float((score >= t).mean())] for u in USAGES],
@@ -224,11 +224,11 @@ def plot(made: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
     (pr, usage), (reliability, place) = axes
-    for name, r, colour in (("R2R's router", made["test"], "#0072B2"), ("SLM entropy", made["test"]["entropy"], "#E69F00")):
+    for name, r, colour in (("R2R's router", made["test"], "#009E73"), ("SLM entropy", made["test"]["entropy"], "#0072B2")):
         pr.plot(*zip(*[(recall, precision) for precision, recall in r["precision_recall"]]), color=colour, label=f"{name}, area {r['average_precision']:.2f}")
-        usage.plot(*zip(*[(100 * u, 100 * recall) for u, recall in r["recall_usage"]]), color=colour, label=name)
+        usage.plot(*zip(*[(100 * u, 100 * recall) for _, u, recall in r["recall_usage"]]), color=colour, label=name)
         place.plot(range(1, 11), [100 * u for u in r["usage_by_decile"]], "o-", color=colour, label=name)
-    reliability.plot(*zip(*[(s, y) for s, y, _ in made["test"]["reliability"]]), "o-", color="#0072B2")
+    reliability.plot(*zip(*[(s, y) for s, y, _ in made["test"]["reliability"]]), "o-", color="#009E73")
     reliability.plot([0, 1], [0, 1], color="grey", lw=0.8)
     usage.axhline(100 * made["config"]["recall"], color="grey", lw=0.8)
     pr.set(xlabel="recall of divergent tokens (higher is better)", ylabel="precision (higher is better)", title="Precision and recall")

@@ -1,0 +1,83 @@
+"""Intervals, frontiers and rows, without torch: what figures need."""
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file; a last line torn by a kill is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a share k / n."""
+    interval = stats.binomtest(k, n).proportion_ci(method="wilson")
+    return interval.low, interval.high
+
+
+def bootstrap(statistic, *samples: Sequence[float], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of statistic(*samples), problems (the common index of the samples) drawn with replacement."""
+    rng, arrays = np.random.default_rng(seed), [np.asarray(s) for s in samples]
+    picks = (rng.integers(0, len(arrays[0]), len(arrays[0])) for _ in range(draws))
+    low, high = np.nanpercentile([statistic(*(a[i] for a in arrays)) for i in picks], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def ratio_of_means(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a.sum() / b.sum())
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive scores above a negative, ties counted half; NaN where one class is empty."""
+    positive = np.asarray(positive, bool)
+    n, m = positive.sum(), (~positive).sum()
+    if not n or not m:
+        return float("nan")
+    ranks = stats.rankdata(scores)
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def cross(u: np.ndarray, v: np.ndarray) -> float:
+    return u[0] * v[1] - u[1] * v[0]
+
+
+def front(points: np.ndarray, mixtures: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(accuracy, latency) of the vertices, both rising: of the points, (k, 2), those that none beats in both; with mixtures only
+    those on the lower convex hull."""
+    kept: list[np.ndarray] = []
+    for point in points[np.lexsort((points[:, 1], -points[:, 0]))]:  # from the most accurate down
+        if kept and point[1] >= kept[-1][1]:
+            continue  # no faster than one that is more accurate
+        while mixtures and len(kept) > 1 and cross(kept[-1] - kept[-2], point - kept[-2]) >= 0:
+            kept.pop()  # above the chord of its neighbours
+        kept.append(point)
+    x, y = np.array(kept[::-1]).T
+    return x, y
+
+
+def frontier_gap(method: tuple[float, float], points: np.ndarray, mixtures: bool = False) -> float:
+    """1 - latency / latency of the front at equal accuracy, of an (accuracy, latency). Beyond the ends the end counts; what is less
+    accurate than the fastest point can be slower than it, but not better: 0 at most."""
+    x, y = front(points, mixtures)
+    gap = 1 - method[1] / float(np.interp(method[0], x, y))
+    return min(gap, 0.0) if method[0] < x[0] else gap
+
+
+def gap_with_interval(methods: np.ndarray, fixed: np.ndarray, mixtures: bool = False, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean gap over methods (seeds of one recipe), with a 95 % interval: (m, n, 2) and (k, n, 2) outcomes of the same n problems,
+    (correct, ms) each. Problems are drawn with replacement, for methods and frontier alike, and the frontier is built anew."""
+    n = fixed.shape[1]
+    weights = np.vstack([np.full(n, 1 / n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])  # (1 + draws, n)
+    points, own = (np.einsum("dn,knc->dkc", weights, outcomes) for outcomes in (fixed, methods))
+    gaps = [np.mean([frontier_gap(tuple(method), points[d], mixtures) for method in own[d]]) for d in range(draws + 1)]
+    low, high = np.percentile(gaps[1:], [2.5, 97.5])
+    return float(gaps[0]), float(low), float(high)
