@@ -1250,9 +1250,9 @@ def encode(tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
     if tokenizer.chat_template:
         questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
                      for question in questions]
-    batch = tokenizer(list(questions), return_tensors="pt", padding=len(questions) > 1, padding_side="left",
-                      add_special_tokens=not tokenizer.chat_template)
-    return batch.input_ids, batch.attention_mask
+    rows = [tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids for question in questions]
+    width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0  # many tokenizers have none; the mask hides it
+    return torch.tensor([[pad] * (width - len(row)) + row for row in rows]), torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
 class Printer:

@@ -1,4 +1,5 @@
 """What the analyses share: the pocket pair, running a router over problems, intervals, and rows of results with provenance."""
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,20 @@ def check_made_for(what: str, made: dict, pair) -> None:
 def option(default, text: str):
     """A field of a config, with its help on the command line."""
     return field(default=default, metadata={"help": text})
+
+
+def add_options(parser: argparse.ArgumentParser, config, what: str = "", **others) -> None:
+    """An argument for each field of a config; left out it is None. `others`: defaults of another config, to tell of beside the first."""
+    for f in fields(config):
+        default = f"{f.default}" + "".join(f", {name} {getattr(other, f.name)}" for name, other in others.items() if getattr(other, f.name) != f.default)
+        kind = {"device": dict(type=rstitch.usable_device), "dtype": dict(choices=["float32", "bfloat16", "float16"])}.get(
+            f.name, dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=None, help=f"{what}{f.metadata['help']} (default: {default})", **kind)
+
+
+def given(args: argparse.Namespace, config) -> dict:
+    """The fields of a config that the command line names."""
+    return {f.name: getattr(args, f.name) for f in fields(config) if getattr(args, f.name) is not None}
 
 
 def make_pool(workers: int, *preload: str) -> Executor:

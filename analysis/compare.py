@@ -4,11 +4,14 @@
 
 A family of routers has one knob. It is turned over a grid on the calibration split, running; the knob for a wanted share is read off
 by interpolation (where several would do, as with R-Stitch, the one that was most accurate there). Test problems are the same for all.
-Labels sit on the LLM's trajectories, running does not: R2R's share on them, offline, is printed beside the one it reached.
+A share is met within some tenths of a point only, and a point can be worth twenty in accuracy: so routers are compared at exactly the
+wanted share, on the line between their neighbouring test runs (the SLM alone is everybody's run at share 0), drawn anew in every
+bootstrap sample. Labels sit on the LLM's trajectories, running does not: R2R's share on them, offline, is printed beside the one it reached.
 
 Live labels are made while running: where the SLM's token differs from what the LLM would write, both go on to the end of the
 sentence and the judge compares them. A reference point and no bound: it looks one sentence ahead, and costs far more than the LLM alone.
 """
+import argparse
 import hashlib
 import json
 import math
@@ -25,14 +28,14 @@ from tqdm import tqdm
 
 import rstitch
 from analysis import label
-from analysis.common import RESULTS, append_row, bootstrap, load_pocket, make_pool, provenance, read_rows, solve
+from analysis.common import MODELS, RESULTS, append_row, load_pocket, make_pool, provenance, read_rows, solve
 from analysis.latency import load_latency
 from analysis.problems import problems, question
 from analysis.report import describe
 from analysis.train_policy import POLICIES, load_router
 from analysis.train_r2r import ROUTER, load_r2r
 
-SHARES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
+SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
 N_CALIBRATION, N_TEST, N_LIVE, SEED = 300, 1000, 300, 0
 POLICY = "kappa0.35-seed0"
 ASKED_ABOVE = 0.02  # tau of that policy
@@ -133,15 +136,15 @@ def pocket():
     return load_pocket()
 
 
-def row_of(family: str, x: float, split: str, n: int, target: float | None = None) -> dict:
+def row_of(family: str, x: float | None, split: str, n: int, target: float | None = None) -> dict:
     """One router over the first n problems of a split, greedy."""
     pair, models = pocket(), load_latency()
-    router = FAMILIES[family].build(pair, x)
+    router = FAMILIES[family].build(pair, x) if family in FAMILIES else rstitch.SLMOnly()
     solved = solve(pair, problems(split, n, SEED), router, label=family, seed=SEED, progress=False)
     ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
     above = ASKED_ABOVE * math.log(min(m.get_output_embeddings().weight.shape[0] for m in pair[:2]))
     asked = [sum(c.model == rstitch.SLM and c.entropy > above for c in s["calls"]) for s in solved]
-    outcomes = {"outcomes": [[int(s["correct"]), s["tokens"], x] for s, x in zip(solved, ms)]} if split == "test" else {}
+    outcomes = {"outcomes": [[int(s["correct"]), s["tokens"], s["llm_tokens"], x] for s, x in zip(solved, ms)]} if split == "test" else {}
     return {"kind": split, "family": family, "target": target, "knob": x, **describe(solved), "latency_ms": float(np.mean(ms)),
             "asked_above_tau": float(np.mean(asked)), **outcomes, **provenance(SEED, n)}
 
@@ -156,9 +159,10 @@ def live_row(n: int) -> dict:
         solved += solve(pair, part, router, batch_size=len(part), seed=SEED, progress=False)
         router.lm.close()
     return {"kind": "live labels", "family": "live labels", "target": None, "knob": None, **describe(solved),
-            "outcomes": [[int(s["correct"]), s["tokens"], None] for s in solved], **provenance(SEED, n)}
+            "outcomes": [[int(s["correct"]), s["tokens"], s["llm_tokens"], None] for s in solved], **provenance(SEED, n)}
 
 
+@torch.no_grad()
 def router_times(repeats: int = 300) -> dict:
     """Milliseconds that one decision takes at batch 1, medians, interleaved."""
     pair = pocket()
@@ -178,43 +182,47 @@ def router_times(repeats: int = 300) -> dict:
     return {"kind": "router times", "family": None, "target": None, "ms": {name: float(np.median(ms)) for name, ms in times.items()}, **provenance(SEED, repeats)}
 
 
+@lru_cache(maxsize=None)
 def made_with(family: str | None) -> str:
-    """Changes where rows of this family have to be computed anew."""
-    files = {"R2R": [ROUTER / "router.safetensors"], "R-Stitch+": [POLICIES / POLICY / "policy.safetensors"]}.get(family, [])
+    """Changes where rows of this family have to be computed anew: with the pair, the fitted latency and the family's own net."""
+    nets = {"R2R": [ROUTER / "router.safetensors"], "R-Stitch+": [POLICIES / POLICY / "policy.safetensors"]}
+    files = [MODELS / name / "model.safetensors" for name in ("slm", "llm")] + nets.get(family, sum(nets.values(), []) if family is None else [])
     times = json.dumps([model.coefficients for model in load_latency()])
     return hashlib.sha256(times.encode() + b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def run(path: Path = RESULTS / "compare.jsonl", n_calibration: int = N_CALIBRATION, n_test: int = N_TEST, n_live: int = N_LIVE, workers: int = 2) -> list[dict]:
-    """Compute what `path` lacks, a row at a time."""
+    """Compute what `path` lacks, a row at a time; the rows that count."""
 
     def current() -> dict[tuple, dict]:
-        return {(r["kind"], r["family"], r["target"] if r["kind"] == "test" else r.get("knob")): r
-                for r in read_rows(path) if r["made_with"] == made_with(r["family"])}
+        return {(r["kind"], r["family"], r.get("knob"), r["n"]): r for r in read_rows(path) if r["made_with"] == made_with(r["family"])}
 
     with make_pool(workers, __name__) as pool:
 
         def complete(jobs: dict[tuple, tuple]) -> dict[tuple, dict]:
             have = current()
-            running = {pool.submit(*call): key for key, call in jobs.items() if key not in have}
+            running = {pool.submit(*call): (key, made_with(key[1])) for key, call in jobs.items() if key not in have}
             for job in tqdm(as_completed(running), total=len(running), desc="routers", disable=None):
-                append_row(path, job.result() | {"made_with": made_with(running[job][1])})
-            return current()
+                append_row(path, job.result() | {"made_with": running[job][1]})
+            have = current()
+            return {key: have[key] for key in jobs}
 
-        rows = complete({("live labels", "live labels", None): (live_row, n_live)}
-                        | {("calibration", name, x): (row_of, name, x, "calibration", n_calibration) for name, family in FAMILIES.items() for x in family.grid})
+        live, alone = ("live labels", "live labels", None, n_live), ("test", "SLM alone", None, n_test)
+        rows = complete({live: (live_row, n_live), alone: (row_of, "SLM alone", None, "test", n_test, 0.0)}
+                        | {("calibration", name, x, n_calibration): (row_of, name, x, "calibration", n_calibration)
+                           for name, family in FAMILIES.items() for x in family.grid})
         todo = {}
         for name, family in FAMILIES.items():
-            grid = [rows["calibration", name, x] for x in family.grid]
+            grid = [rows["calibration", name, x, n_calibration] for x in family.grid]
             for target in SHARES:
                 x = knob_for(target, family.grid, [r["llm_share"] for r in grid], [r["accuracy"] for r in grid])
                 if x is not None:
-                    todo["test", name, target] = row_of, name, x, "test", n_test, target
-        rows = complete(todo)
-    if ("router times", None, None) not in rows:
-        append_row(path, router_times() | {"made_with": made_with(None)})
-        rows = current()
-    return list(rows.values())
+                    todo["test", name, x, n_test] = row_of, name, x, "test", n_test, target
+        rows |= complete(todo)
+    key = ("router times", None, None, 300)
+    if key not in current():
+        append_row(path, router_times(key[3]) | {"made_with": made_with(None)})
+    return [*rows.values(), current()[key]]
 
 
 def activated(row: dict, parameters: tuple[int, int]) -> float:
@@ -228,45 +236,88 @@ def with_router(row: dict, ms: dict[str, float]) -> float:
     return row["latency_ms"] + asked * ms.get(row["family"], 0.0)
 
 
-def difference(a: dict, b: dict) -> tuple[float, float, float]:
-    """Accuracy of a minus that of b on the problems both answered, in percentage points, with a paired 95 % interval."""
-    n = min(len(a["outcomes"]), len(b["outcomes"]))
-    delta = 100.0 * (np.array([o[0] for o in a["outcomes"][:n]]) - np.array([o[0] for o in b["outcomes"][:n]]))
-    return float(delta.mean()), *bootstrap(np.mean, delta)
+def at_share(rows: list[dict], target: float, weights: np.ndarray) -> np.ndarray:
+    """(draws,) accuracy at exactly this LLM share, on the line between the neighbouring runs of one family, for weights (draws, n) of the
+    problems. NaN where no run has as large a share."""
+    right, tokens, large = (np.array([[o[k] for o in r["outcomes"][:weights.shape[1]]] for r in rows], float) for k in (0, 1, 2))  # (k, n) each
+    shares, accuracies = weights @ large.T / (weights @ tokens.T), weights @ right.T  # (draws, k)
+    out = []
+    for share, accuracy in zip(shares, accuracies):
+        order = np.argsort(share, kind="stable")
+        out.append(np.interp(target, share[order], accuracy[order], right=accuracy[order][-1] if target <= share.max() + 0.005 else np.nan))
+    return np.array(out)
+
+
+def difference(a: list[dict], b: list[dict], target: float, n: int, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Accuracy of family a minus that of b at the same share, over the first n problems, in percentage points, with a paired 95 % interval."""
+    weights = np.vstack([np.full(n, 1 / n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])
+    delta = 100 * (at_share(a, target, weights) - at_share(b, target, weights))
+    return float(delta[0]), *map(float, np.nanpercentile(delta[1:], [2.5, 97.5]))
+
+
+def by_family(rows: list[dict]) -> dict[str, list[dict]]:
+    """The test runs of each family, the SLM alone in all of them."""
+    test = [r for r in rows if r["kind"] == "test"]
+    return {name: [r for r in test if r["family"] in (name, "SLM alone")] for name in FAMILIES}
+
+
+def in_brackets(x: tuple[float, float, float]) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*x)
 
 
 def show(rows: list[dict], parameters: tuple[int, int], usage: Callable[[float], float]) -> str:
-    """`usage`: R2R's share on the LLM's trajectories at a threshold."""
-    ms = next(r["ms"] for r in rows if r["kind"] == "router times")
-    test = {(r["family"], r["target"]): r for r in rows if r["kind"] == "test"}
-    lines = [f"{'LLM share wanted, %':20} {'router':20} {'reached, %':>10} {'right, % [95 %] (higher is better)':>35} {'tokens':>7} {'fitted ms':>10} {'with router':>12}"
-             f" {'activated, M':>13} {'catch-up':>9} {'R2R is right more often by, pp [95 %]':>38}"]
-    for target in SHARES:
-        for name in FAMILIES:
-            r = test.get((name, target))
-            if r is None:
-                lines.append(f"{100 * target:<20g} {name:20} {'not reached by any knob':>10}")
-                continue
+    """Every test run as it was, then the live labels and the conditions. `usage`: R2R's share on the LLM's trajectories at a threshold."""
+    ms, runs = next(r["ms"] for r in rows if r["kind"] == "router times"), by_family(rows)
+    lines = [f"{'router':20} {'LLM share wanted, reached, %':>29} {'right, % [95 %] (higher is better)':>35} {'tokens':>7} {'fitted ms':>10} {'with router':>12}"
+             f" {'activated, M':>13} {'catch-up':>9}"]
+    for name, family in runs.items():
+        for r in sorted(family, key=lambda r: r["llm_share"]):
             right = f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]"
-            gain = "" if name == "R2R" or ("R2R", target) not in test else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*difference(test["R2R", target], r))
-            offline = f"   offline {100 * usage(sigmoid(r['knob'])):.1f} %" if name == "R2R" else ""
-            lines.append(f"{100 * target:<20g} {name:20} {100 * r['llm_share']:>10.1f} {right:>35} {r['tokens']:>7.1f} {r['latency_ms']:>10.1f} {with_router(r, ms):>12.1f}"
-                         f" {activated(r, parameters) / 1e6:>13.3f} {r['llm_catch_up_tokens']:>9.1f} {gain:>38}{offline}")
+            offline = f"   offline {100 * usage(sigmoid(r['knob'])):.1f} %" if r["family"] == "R2R" else ""
+            lines.append(f"{name:20} {100 * r['target']:>19g} {100 * r['llm_share']:>9.1f} {right:>35} {r['tokens']:>7.1f} {r['latency_ms']:>10.1f} {with_router(r, ms):>12.1f}"
+                         f" {activated(r, parameters) / 1e6:>13.3f} {r['llm_catch_up_tokens']:>9.1f}{offline}")
     live = next(r for r in rows if r["kind"] == "live labels")
     lines.append(f"live labels: {100 * live['accuracy']:.1f} % right [{100 * live['accuracy_95'][0]:.1f}, {100 * live['accuracy_95'][1]:.1f}] at {100 * live['llm_share']:.1f} % LLM tokens, "
-                 f"{live['tokens']:.1f} tokens, n = {live['n']}; a reference point, not a bound")
-    r = next(iter(test.values()))
+                 f"{live['tokens']:.1f} tokens, {activated(live, parameters) / 1e6:.3f} M activated (the labels' own work not counted), n = {live['n']}; a reference point, not a bound; "
+                 f"on these problems at this share R2R is right more often by {in_brackets(difference(runs['R2R'], [live], live['llm_share'], live['n']))} pp")
+    r = runs["R2R"][0]
     lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}, transformers {r['transformers']}; knobs set on "
                  f"{next(r for r in rows if r['kind'] == 'calibration')['n']} calibration problems; a decision of R2R's net takes {ms['R2R']:.2f} ms, of R-Stitch+'s {ms['R-Stitch+']:.2f} ms")
     return "\n".join(lines)
 
 
+def table(rows: list[dict]) -> str:
+    """Right answers at exactly the same share, and R2R's lead, as the README has it."""
+    runs, others = by_family(rows), [name for name in FAMILIES if name != "R2R"]
+    n = len(runs["R2R"][0]["outcomes"])
+    once = np.full((1, n), 1 / n)
+    lines = ["| LLM share, % | R2R | " + " | ".join(others) + " | " + " | ".join(f"R2R - {name}, pp" for name in others if name != "random") + " |", "|" + "---|" * (2 * len(others) + 1)]
+    for target in SHARES:
+        right = {name: float(at_share(family, target, once)[0]) for name, family in runs.items()}
+        cells = [f"{100 * target:g}", *("" if math.isnan(right[name]) else f"{100 * right[name]:.1f}" for name in ("R2R", *others))]
+        cells += ["" if math.isnan(right[name] + right["R2R"]) else in_brackets(difference(runs["R2R"], runs[name], target, n)) for name in others if name != "random"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def offline_usage(folder: Path = ROUTER) -> Callable[[float], float]:
+    """R2R's share of the tokens of the LLM's own trajectories, test split, as a function of the threshold."""
+    threshold, share, _ = np.array(json.loads((folder / "made.json").read_text())["test"]["recall_usage"]).T
+    return lambda t: float(np.interp(t, threshold[::-1], share[::-1]))
+
+
 def main() -> None:
-    rows = run()
-    made = json.loads((ROUTER / "made.json").read_text())
-    threshold, share, _ = np.array(made["test"]["recall_usage"]).T
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        rstitch.check_count("--workers", args.workers)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = run(workers=args.workers)
     parameters = tuple(sum(p.numel() for p in model.parameters()) for model in pocket()[:2])
-    print(show(rows, parameters, lambda t: float(np.interp(t, threshold[::-1], share[::-1]))))
+    print(show(rows, parameters, offline_usage()), "Right answers in % at exactly the same LLM share, on the lines between these runs; R2R's lead with paired 95 % intervals:",
+          table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +31,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, append_row, bootstrap, fingerprint, make_pool, option, provenance, read_rows, write_rows
+from analysis.common import (MAX_NEW_TOKENS, MODELS, RESULTS, add_options, append_row, bootstrap, fingerprint, given, make_pool, option, provenance,
+                             read_rows, write_rows)
 from analysis.problems import problems, question
+from analysis.stats import kind_of, read_problems
 
 FOLDER = Path(__file__).parent / "checkpoints" / "labels"
 SIZES = {"router-train": 1.0, "dev": 0.15, "calibration": 0.15, "test": 0.25}  # problems of the pocket domain, as shares of --n
@@ -49,10 +51,11 @@ class Settings:
                                      "answers), or a causal LM that is asked, a Hugging Face name or path")
     device: str = option("cpu", "torch device of all models")
     dtype: str = option("float32", "of all models")
+    special_tokens_may_differ: bool = option(False, "take a pair whose tokenizers differ in special tokens only")
     max_new_tokens: int = option(MAX_NEW_TOKENS, "longest answer, in tokens")
     sentence_tokens: int = option(160, "longest continuation of a sentence, in tokens; one that is longer is unjudged")
     block: int = option(32, "problems worked on together")
-    rows: int = option(256, "continuations in one batch")
+    rows: int = option(256, "continuations and judgements in one batch; may change from run to run, where memory runs out")
 
     def __post_init__(self):
         for name in ("max_new_tokens", "sentence_tokens", "block", "rows"):
@@ -62,9 +65,14 @@ class Settings:
 # ---- sentences -----------------------------------------------------------------------------------------------------------
 
 
+def boundary(text: str, before: int) -> re.Match | None:
+    """The first end of a sentence at character `before` or behind it. White space alone is no sentence."""
+    return BOUNDARY.search(text, before + len(text[before:]) - len(text[before:].lstrip()))
+
+
 def closed(text: str, before: int) -> bool:
     """Does a sentence of `text` end at character `before` or behind it?"""
-    return BOUNDARY.search(text, before) is not None
+    return boundary(text, before) is not None
 
 
 def sentence_end(decode: Callable[[list[int]], str], ids: list[int], start: int, t: int, eos: Sequence[int]) -> int | None:
@@ -74,7 +82,7 @@ def sentence_end(decode: Callable[[list[int]], str], ids: list[int], start: int,
     """
     before = len(decode(ids[start:t]))
     for end in range(t + 1, len(ids) + 1):
-        if found := BOUNDARY.search(decode(ids[start:end]), before):
+        if found := boundary(decode(ids[start:end]), before):
             last = len(decode(ids[start:end - 1]))  # where the last token begins
             return end - 1 if found.start() < last == found.end() - 1 else end
     return len(ids) if ids[-1] in eos else None
@@ -137,8 +145,14 @@ class SameAnswer:
         return [verify(own, branch) if own and branch else None for own, branch in pairs]
 
 
+def context_of(model) -> float:
+    """Tokens that a model can read."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+
+
 class LMJudge:
-    """A causal LM that is asked whether two sentences mean the same. None unless it says one of the two words, and that alone."""
+    """A causal LM that is asked whether two sentences mean the same. None unless it says one of the two words, and that alone, or where
+    the question does not fit into its context."""
 
     until = "sentence"
     PROMPT = """Here is a problem, the beginning of a solution, and two ways, A and B, in which the solution goes on.
@@ -161,27 +175,34 @@ Answer with one word, same or different."""
 
     @staticmethod
     def verdict(said: str) -> bool | None:
-        words = set(re.findall(r"\b(same|different|not)\b", said.lower()))
-        return {"same": True, "different": False}.get(words.pop()) if len(words) == 1 else None
+        word = re.fullmatch(r"\W*(same|different)\W*", said.lower())
+        return word and word[1] == "same"
 
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
         ids, mask = rstitch.encode(self.tokenizer, *(self.PROMPT.format(case) for case in cases))
-        out = rstitch.stitch(self.model, self.model, ids, rstitch.LLMOnly(), attention_mask=mask, max_new_tokens=self.tokens, seed=0)
-        return [self.verdict(self.tokenizer.decode([call.token for call in calls], skip_special_tokens=True)) for calls in out.calls]
+        fits = [k for k, n in enumerate(mask.sum(1).tolist()) if n + self.tokens <= context_of(self.model)]
+        if not fits:
+            return [None] * len(cases)
+        out = rstitch.stitch(self.model, self.model, ids[fits], rstitch.LLMOnly(), attention_mask=mask[fits], max_new_tokens=self.tokens, seed=0)
+        said = {k: self.tokenizer.decode([call.token for call in calls], skip_special_tokens=True) for k, calls in zip(fits, out.calls)}
+        return [self.verdict(said.get(k, "")) for k in range(len(cases))]
+
+
+JUDGES = {"statement": SameStatement, "answer": SameAnswer}
 
 
 @lru_cache(maxsize=None)
 def build_judge(name: str, device: str, dtype: str):
-    return {"statement": SameStatement, "answer": SameAnswer}.get(name, lambda: LMJudge(name, device, dtype))()
+    return JUDGES.get(name, lambda: LMJudge(name, device, dtype))()
 
 
 # ---- stages --------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=None)
-def load_models(slm: str, llm: str, device: str, dtype: str):
+def load_models(slm: str, llm: str, device: str, dtype: str, special_may_differ: bool = False):
     """(SLM, LLM, tokenizer, EOS tokens), once per process."""
-    pair = rstitch.load_pair(slm, llm, device, dtype)
+    pair = rstitch.load_pair(slm, llm, device, dtype, special_may_differ)
     if sum(p.numel() for p in pair[1].parameters()) < 1e8:
         torch.set_num_threads(1)
     eos = [model.generation_config.eos_token_id for model in pair[:2]]
@@ -189,7 +210,7 @@ def load_models(slm: str, llm: str, device: str, dtype: str):
 
 
 def models_of(settings: Settings):
-    return load_models(settings.slm, settings.llm, settings.device, settings.dtype)
+    return load_models(settings.slm, settings.llm, settings.device, settings.dtype, settings.special_tokens_may_differ)
 
 
 def decoder(tokenizer) -> Callable[[list[int]], str]:
@@ -233,7 +254,7 @@ def readings(settings: Settings, rows: list[dict]) -> list[dict]:
 
 
 def goes_on_to_the_end(settings: Settings) -> bool:
-    return build_judge(settings.judge, settings.device, settings.dtype).until == "answer"
+    return settings.judge == "answer"  # what SameAnswer.until says, without loading a judge
 
 
 def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> list[list[int] | None]:
@@ -241,7 +262,9 @@ def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> l
     answer's last token, or to the end of the answer. None where that is not reached."""
     slm, llm, tokenizer, eos = models_of(settings)
     decode, whole, out = decoder(tokenizer), goes_on_to_the_end(settings), [[] if answer[-1] in eos else None for _, answer, _ in todo]
-    open_ones = [k for k, more in enumerate(out) if more is None]
+    length = settings.max_new_tokens if whole else settings.sentence_tokens
+    fits = [len(prompt) + len(answer) + length <= min(context_of(slm), context_of(llm)) for prompt, answer, _ in todo]
+    open_ones = [k for k, more in enumerate(out) if more is None and fits[k]]
     open_ones.sort(key=lambda k: (len(todo[k][0]) + len(todo[k][1]), k))  # like lengths share a batch
     for at in range(0, len(open_ones), settings.rows):
         batch = open_ones[at:at + settings.rows]
@@ -255,8 +278,8 @@ def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> l
             _, answer, start = todo[batch[b]]
             return closed(decode(answer[start:] + more), before[b])
 
-        stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0, stop=None if whole else complete,
-                                  max_new_tokens=settings.max_new_tokens if whole else settings.sentence_tokens)
+        stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0, max_new_tokens=length,
+                                  stop=(lambda b, more: len(todo[batch[b]][1]) + len(more) >= length) if whole else complete)  # noqa: B023
         for k, calls in zip(batch, stitched.calls):
             _, answer, start = todo[k]
             line = answer + [call.token for call in calls]
@@ -277,7 +300,7 @@ def branches(settings: Settings, rows: list[dict]) -> list[dict]:
         for t, (own, choice) in enumerate(zip(answer, row["slm"])):
             if own != choice:
                 found[i][t], start = None, opening(starts, t)
-                if whole or sentence_end(decode, answer, start, t, eos) is not None:
+                if (answer[-1] in eos) if whole else sentence_end(decode, answer, start, t, eos) is not None:
                     todo[i, t] = row["prompt"], answer[:t] + [choice], start
     for (i, t), more in zip(todo, go_on(settings, list(todo.values()))):
         found[i][t] = None if more is None else [rows[i]["slm"][t]] + more
@@ -293,9 +316,8 @@ def cases_of(settings: Settings, row: dict) -> dict[int, Case]:
         if branch is not None:
             start = opening(starts, t)
             end = len(row["answer"]) if whole else sentence_end(decode, row["answer"], start, t, eos)
-            if end is not None:
-                own, other = row["answer"][start:end], row["answer"][start:t] + branch
-                cases[t] = Case(row["question"], decode(row["answer"][:start]), decode(own), decode(other))
+            own, other = row["answer"][start:end], row["answer"][start:t] + branch
+            cases[t] = Case(row["question"], decode(row["answer"][:start]), decode(own).strip(), decode(other).strip())
     return cases
 
 
@@ -338,8 +360,9 @@ def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:
     """Write down what a folder's labels are made with; ValueError where it holds those of other settings or problems."""
     path = folder / "config.json"
     pair = models_of(settings)
-    build_judge(settings.judge, settings.device, settings.dtype)  # one that cannot be had is told now, not after hours
-    now = {"settings": asdict(settings), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
+    if settings.judge not in JUDGES:
+        rstitch.load(AutoTokenizer, "--judge", settings.judge)  # one that cannot be had is told now, not after hours
+    now = {"settings": {name: value for name, value in asdict(settings).items() if name not in ("rows", "slm", "llm")}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(path, [now])
@@ -373,24 +396,21 @@ def pocket_problems(n: int, seed: int = 0) -> list[dict]:
 def file_problems(path: Path) -> list[dict]:
     """Questions of a JSONL file, split 70 / 10 / 10 / 10 by their hash, in the order of the splits."""
     ends, rows = dict(zip(SIZES, (70, 80, 90, 100))), []
-    for i, row in enumerate(read_rows(path)):
-        if not isinstance(row, dict) or "question" not in row:
-            raise ValueError(f"--problems {path}: line {i + 1} has no question; expected rows such as {{\"question\": ..., \"answer\": ...}}")
-        rstitch.check_question(row["question"])
+    for row in read_problems(path, "question"):
         percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
         rows.append({"question": row["question"], "split": next(split for split, end in ends.items() if percent < end)})
-    if not rows:
-        raise ValueError(f"--problems {path}: expected a JSONL file with a question a line, found none")
     return sorted(rows, key=lambda row: list(SIZES).index(row["split"]))
 
 
-def problems_of(path: Path | None, n: int | None, seed: int = 0) -> list[dict]:
-    """Those of a file, else of the pocket domain."""
+def problems_of(settings: Settings, path: Path | None, n: int | None) -> list[dict]:
+    """Those of a file, else of the pocket domain. ValueError for options that do not go together."""
     if path and n is not None:
         raise ValueError(f"--n {n} is of the pocket domain: --problems {path} has its own number of problems")
+    if path and settings.judge == "statement":
+        raise ValueError(f"--judge statement reads the pocket domain only: expected answer, or a model, for --problems {path}")
     if n is not None:
         rstitch.check_count("--n", n)
-    return file_problems(path) if path else pocket_problems(2000 if n is None else n, seed)
+    return file_problems(path) if path else pocket_problems(2000 if n is None else n)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------------
@@ -398,12 +418,6 @@ def problems_of(path: Path | None, n: int | None, seed: int = 0) -> list[dict]:
 
 PAPER = {"I": 0.89, "N": 0.06, "D": 0.05}  # R2R, section 3
 LETTERS = {"I": "identical", "N": "neutral", "D": "divergent", "U": "unjudged"}
-
-
-def kind_of(text: str) -> str:
-    """Of a token: digit, word, sign, or end."""
-    text = text.strip()
-    return "end" if not text else "digit" if text.isdigit() else "word" if text.isalpha() else "sign"
 
 
 def quotient(a: np.ndarray, n_a: np.ndarray, b: np.ndarray, n_b: np.ndarray) -> float:
@@ -457,29 +471,34 @@ def sample(settings: Settings, rows: list[dict], n: int, seed: int) -> list[dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Settings):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, help=f"{f.metadata['help']} (default: {f.default})")
+    add_options(parser, Settings)
     add = parser.add_argument
     add("--problems", type=Path, help="JSONL file of questions (default: the pocket domain)")
     add("--n", type=int, help="router-train problems of the pocket domain, and of the other splits a share (default: 2000)")
-    add("--seed", type=int, default=0, help="of the pocket problems and the sample (default: %(default)s)")
-    add("--out", type=Path, default=FOLDER, help="folder of the stages (default: %(default)s)")
+    add("--out", type=Path, help=f"folder of the stages (default, pocket domain only: {FOLDER})")
     add("--workers", type=int, default=1, help="processes, on a CPU (default: %(default)s)")
-    add("--report", action="store_true", help="figures of the router-train labels, into results/labels.json")
+    add("--report", action="store_true", help="figures of the router-train labels, into labels.json of --results")
+    add("--results", type=Path, help=f"folder of the figures (default: {RESULTS} for the pocket domain, else that of the stages)")
     add("--sample", type=int, metavar="N", help="print N judged positions of the router-train labels at random, as JSON, to check by hand")
+    add("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     args = parser.parse_args()
     try:
-        settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+        settings = Settings(**given(args, Settings))
         rstitch.check_count("--workers", args.workers)
-        rows = make_labels(settings, problems_of(args.problems, args.n, args.seed), args.out, args.workers)
+        todo, folder = problems_of(settings, args.problems, args.n), args.out or FOLDER
+        if args.problems and not args.out:
+            raise ValueError("--out is missing: expected a folder for the labels of --problems")
+        rows = make_labels(settings, todo, folder, args.workers)
         train = [row for row in rows if row["split"] == "router-train"]
         if args.sample:
             print(*map(json.dumps, sample(settings, train, args.sample, args.seed)), sep="\n")
         if args.report:
-            row = figures(settings, train) | provenance(args.seed, len(train), settings.device, settings.dtype)
-            (RESULTS / "labels.json").write_text(json.dumps(row) + "\n")
+            row = figures(settings, train) | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name} | provenance(args.seed, len(train), settings.device, settings.dtype)
+            target = args.results or (folder if args.problems else RESULTS)
+            target.mkdir(parents=True, exist_ok=True)
+            (target / "labels.json").write_text(json.dumps(row) + "\n")
             print(show(row))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -151,10 +151,14 @@ def solution(problem: Problem, corpus: str, rng: random.Random) -> str:
     return " ".join(sentences + [f"The answer is {problem.answer}."])
 
 
-def verify(problem: Problem, text: str) -> bool:
+def verify_number(answer: int, text: str) -> bool:
     """Right if the last "The answer is N." states the answer."""
     stated = re.findall(r"The answer is (\d+)\.", text)
-    return bool(stated) and int(stated[-1]) == problem.answer
+    return bool(stated) and int(stated[-1]) == answer
+
+
+def verify(problem: Problem, text: str) -> bool:
+    return verify_number(problem.answer, text)
 
 
 def stream(corpus: str, seed: int, chunk: int, size: int) -> Iterator[tuple[str, str]]:

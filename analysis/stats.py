@@ -18,6 +18,32 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def read_problems(path: Path, *needed: str) -> list[dict]:
+    """The rows of a user's JSONL file; ValueError naming the line that lacks a field or is no JSON."""
+    if not Path(path).is_file():
+        raise ValueError(f"--problems {path}: there is no such file; expected JSONL, rows such as {{\"question\": ..., \"answer\": ...}}")
+    rows = []
+    for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--problems {path}: line {i} is no JSON ({error})") from None
+            lacking = [name for name in needed if not isinstance(row, dict) or name not in row]
+            if lacking or not isinstance(row["question"], str) or not row["question"].strip():
+                raise ValueError(f"--problems {path}: line {i} has no {lacking[0] if lacking else 'text as its question'}; expected rows such as {{\"question\": ..., \"answer\": ...}}")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"--problems {path}: expected a problem a line, found none")
+    return rows
+
+
+def kind_of(text: str) -> str:
+    """Of a token: digit, word, sign, space, or end (shown as nothing)."""
+    bare = text.strip()
+    return "end" if not text else "space" if not bare else "digit" if bare.isdigit() else "word" if bare.isalpha() else "sign"
+
+
 def wilson(k: int, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a share k / n."""
     interval = stats.binomtest(k, n).proportion_ci(method="wilson")

@@ -37,7 +37,7 @@ def tokens(*pieces: str):
 def test_sentences_by_hand():
     decode, ids = tokens("It", " is", " 3", ".", "5", " m", ".", " So", " (", "yes", ".)", " \"", "No", "?\"", "\n", "On", ".", "")
     #                     0     1      2    3    4    5     6    7      8     9     10     11    12    13     14    15    16   17 end
-    assert sentences(decode, ids, [EOS]) == [0, 7, 11, 14, 15]  # the point of 3.5 ends nothing; ".)" and "?\"" belong to their sentence
+    assert sentences(decode, ids, [EOS]) == [0, 7, 11, 14]  # the point of 3.5 ends nothing; ".)" and "?\"" belong to their sentence, a line feed alone is none
     assert [sentence_end(decode, ids, 0, t, [EOS]) for t in (0, 3, 6, 7, 10)] == [7, 7, 7, 11, 11]
     assert sentence_end(decode, ids, 15, 15, [EOS]) == 18  # the end of the answer closes the last one, and belongs to it
     assert sentence_end(decode, ids[:4], 0, 0, [EOS]) is None  # "It is 3." may go on as 3.5
@@ -81,7 +81,8 @@ def test_same_answer_by_hand():
 
 
 def test_a_model_that_says_anything_else_has_not_judged():
-    verdicts = {"same": True, " Different.": False, "The same!": True, "": None, "same or different": None, "not the same": None, "yes": None, "samely": None}
+    verdicts = {"same": True, " Different.": False, "**Same**": True, "": None, "same or different": None, "not the same": None, "yes": None, "samely": None,
+                "I cannot tell whether A and B are the same": None, "<think>\nDo A and B mean the same": None}
     assert [LMJudge.verdict(said) for said in verdicts] == list(verdicts.values())
 
 
@@ -155,6 +156,18 @@ def test_what_is_cut_off_is_unjudged(labelled):
     assert label.branches(one, [early])[0]["branches"] == [[3, None]]
 
 
+def test_final_answers_of_what_is_cut_off_are_unjudged(labelled):
+    settings, row = dataclasses.replace(FAST, judge="answer", max_new_tokens=60), labelled[1][0]
+    short = {**row, "answer": row["answer"][:60], "slm": row["slm"][:59] + [5]}
+    short |= label.branches(settings, [short])[0]
+    assert short["branches"] and all(branch is None for _, branch in short["branches"]) and set(label.labels(settings, [short])[0]["labels"]) == {"I", "U"}
+    changed = {**row, "slm": row["answer"][:3] + [5] + row["answer"][4:]}
+    assert label.branches(settings, [changed])[0]["branches"] == [[3, None]]  # the branch has no more room than the LLM's own answer had
+    roomy = dataclasses.replace(settings, max_new_tokens=320)
+    (t, branch), = label.branches(roomy, [changed])[0]["branches"]
+    assert branch[0] == 5 and label.labels(roomy, [changed | {"branches": [[t, branch]]}])[0]["labels"][3] in "ND"
+
+
 def bytes_of(folder) -> dict:
     return {name: (folder / f"{name}.jsonl").read_bytes() for name in label.STAGES}
 
@@ -222,6 +235,7 @@ def test_other_settings_and_problems_are_refused(labelled):
         label.make_labels(dataclasses.replace(FAST, block=4), TODO, labelled[0])
     with pytest.raises(ValueError, match="holds labels of other problems: its router-train has"):
         label.make_labels(FAST, TODO[::-1], labelled[0])
+    assert label.make_labels(dataclasses.replace(FAST, rows=5), TODO, labelled[0]) == labelled[1]  # where memory ran out
     with pytest.raises(ValueError, match="--rows=0: expected an integer, 1 or more"):
         Settings(rows=0)
 
@@ -316,6 +330,14 @@ def test_training_stops_early_and_keeps_the_best_epoch(tmp_path, monkeypatch):
     assert not all(torch.equal(p, q) for p, q in zip(net.parameters(), last.parameters()))
 
 
+def test_a_run_on_other_labels_is_not_taken_for_this_one(tmp_path):
+    data, dev = planted(200, 0), planted(50, 1)
+    train_r2r.train(SMALL, tiny("Qwen2", 1), data, dev, tmp_path)
+    data.label[7] = 1 - data.label[7]
+    with pytest.raises(ValueError, match="was started with labels"):
+        train_r2r.train(SMALL, tiny("Qwen2", 1), data, dev, tmp_path)
+
+
 def test_labels_of_one_kind_are_refused(tmp_path):
     data = planted(50, 0)
     data.label[:] = 0
@@ -407,11 +429,9 @@ def test_any_pair_is_labelled_and_trained_on_from_the_command_line(saved, judge,
             "--width", 8, "--blocks", 1, "--top-k", 5, "--epochs", 2]
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     monkeypatch.setattr(SameStatement, "__call__", None)  # nothing of the pocket domain is used
-    if judge == "judge":  # random models say nothing that counts: all unjudged, so labels are planted after they are made
-        make = label.make_labels
-        monkeypatch.setattr(label, "make_labels", lambda *a: [{**row, "labels": row["labels"].replace("U", "D")} for row in make(*a)])
-    else:
-        monkeypatch.setattr(SameAnswer, "__call__", lambda self, cases: [case.own == case.branch for case in cases])
+    # random models say nothing that counts and hardly ever end an answer: labels are planted after all stages have run
+    make = label.make_labels
+    monkeypatch.setattr(label, "make_labels", lambda *a: [{**row, "labels": ("DN" * 99)[:len(row["labels"])]} for row in make(*a)])
     train_r2r.main()
     assert "test split, offline" in capsys.readouterr().out
     made = json.loads((saved / "out" / "made.json").read_text())
@@ -423,7 +443,8 @@ def test_any_pair_is_labelled_and_trained_on_from_the_command_line(saved, judge,
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--problems", "none.jsonl"], "expected a JSONL file with a question a line, found none"), (["--n", "0"], "--n=0"), (["--n", "3", "--problems", "x"], "--n 3 is of the pocket domain"),
+    (["--problems", "none.jsonl", "--judge", "answer"], "there is no such file"), (["--n", "0"], "--n=0"), (["--n", "3", "--problems", "x"], "--n 3 is of the pocket domain"),
+    (["--problems", "none.jsonl"], "--judge statement reads the pocket domain only"), (["--dtype", "bf16"], "invalid choice: 'bf16'"), (["--device", "tpu9"], "is no device that torch can use"),
     (["--judge", "nowhere/at/all"], "--judge nowhere/at/all: there is no such folder"), (["--workers", "0"], "--workers=0"),
 ])
 def test_bad_options_of_labelling_are_refused(argv, message, monkeypatch, capsys, tmp_path):
@@ -451,10 +472,19 @@ def test_activated_parameters_and_router_time_by_hand():
     assert compare.with_router(row | {"family": "random"}, {"R2R": 0.2}) == 100
 
 
-def test_differences_are_paired():
-    a, b = ({"outcomes": [[x, 1, 1] for x in line]} for line in ([1, 1, 0, 1], [1, 0, 0]))
-    assert compare.difference(a, b)[0] == pytest.approx(100 / 3)  # of the three that both answered
-    assert compare.difference(a, a) == (0, 0, 0)
+def outcomes(right: list[int], tokens: list[int], large: list[int]) -> dict:
+    return {"outcomes": [[r, t, k, 1.0] for r, t, k in zip(right, tokens, large)]}
+
+
+def test_routers_are_compared_at_the_same_share():
+    low, high = outcomes([0, 0, 1, 0], [10] * 4, [0] * 4), outcomes([1, 1, 1, 0], [10, 10, 10, 10], [4, 0, 0, 0])  # 25 % right at 0, 75 % at 10 %
+    once = np.full((1, 4), 0.25)
+    assert compare.at_share([high, low], 0.05, once)[0] == pytest.approx(0.5) and compare.at_share([low, high], 0.102, once)[0] == 0.75
+    assert np.isnan(compare.at_share([low, high], 0.2, once)[0])  # no run is as large
+    lead, least, most = compare.difference([low, high], [low], 0.004, 4)
+    assert lead == pytest.approx(2.0) and least <= lead <= most  # 4 % of the way from 25 to 75, against 25
+    assert compare.difference([low, high], [low, high], 0.05, 4) == (0, 0, 0)
+    assert compare.difference([low, high], [low, high], 0.05, 2)[0] == 0  # over the first two only
 
 
 @pytest.mark.parametrize("same, alone", [(True, rstitch.SLMOnly), (False, rstitch.LLMOnly), (None, rstitch.LLMOnly)])
@@ -476,11 +506,15 @@ def test_live_labels_call_where_a_sentence_would_change(pocket):
 
 
 def test_the_comparison_runs_resumes_and_shows(tmp_path, pocket, monkeypatch):
-    monkeypatch.setattr(compare, "FAMILIES", {"R2R": compare.Family(compare.r2r_router, (-12.0, 12.0)), "random": compare.Family(compare.FAMILIES["random"].build, (0.01, 0.9))})
+    monkeypatch.setattr(compare, "FAMILIES", {"R2R": compare.Family(compare.r2r_router, (-12.0, 12.0)), "random": compare.Family(compare.FAMILIES["random"].build, (0.01, 0.9)),
+                                              "R-Stitch+": compare.Family(compare.policy_router, (-30.0, 6.0))})
     monkeypatch.setattr(compare, "SHARES", (0.1, 0.5))
     rows = compare.run(tmp_path / "rows.jsonl", n_calibration=2, n_test=4, n_live=2, workers=1)
-    assert {(r["kind"], r["family"]) for r in rows} >= {("calibration", "R2R"), ("test", "random"), ("live labels", "live labels"), ("router times", None)}
+    assert {(r["kind"], r["family"]) for r in rows} >= {("calibration", "R2R"), ("test", "random"), ("test", "SLM alone"), ("live labels", "live labels"), ("router times", None)}
     monkeypatch.setattr(compare, "solve", None)  # all is there
     assert compare.run(tmp_path / "rows.jsonl", n_calibration=2, n_test=4, n_live=2, workers=1) == rows
     text = compare.show(rows, (1, 1), lambda t: 0.123)
-    assert "offline 12.3 %" in text and "live labels:" in text and text.count("random") == 2
+    assert text.count("offline 12.3 %") == 2 and "live labels:" in text and text.count("random") == 3 and "R-Stitch+" in text
+    assert compare.table(rows).count("\n") == 3
+    more = compare.run(tmp_path / "rows.jsonl", n_calibration=2, n_test=4, n_live=2, workers=1)
+    assert len(read_rows(tmp_path / "rows.jsonl")) == len(rows) == len(more)

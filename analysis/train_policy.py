@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import (MODELS, append_row, check_made_for, fingerprint, load_checkpoint, load_pocket, option, provenance, read_rows,
+from analysis.common import (MODELS, add_options, append_row, check_made_for, fingerprint, given, load_checkpoint, load_pocket, option, provenance, read_rows,
                              rewind, save_checkpoint, solve, write_rows)
 from analysis.latency import load_latency
 from analysis.problems import problems
@@ -269,11 +269,9 @@ def main() -> None:
     parser.add_argument("--name", help="of a run with the options below")
     parser.add_argument("--report", action="store_true", help="compare every exported policy with fixed thresholds on the test split")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of training (default: %(default)s)")
-    for f in fields(Config):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} (default: {f.default})",
-                            **(dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)))
+    add_options(parser, Config)
     args = parser.parse_args()
-    changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
+    changes = given(args, Config)
     try:
         if args.report:
             from analysis import frontier

@@ -9,10 +9,11 @@ test split, and offline: they stand on the LLM's trajectories, where the labels 
 An epoch's weights are saved when it ends; a run that was killed goes on from there as if nothing had happened.
 """
 import argparse
+import hashlib
 import json
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import rstitch
 from analysis import label
-from analysis.common import (MODELS, RESULTS, append_row, auroc, bootstrap, check_made_for, fingerprint, load_checkpoint, option, provenance,
+from analysis.common import (MODELS, add_options, append_row, auroc, bootstrap, check_made_for, fingerprint, given, load_checkpoint, option, provenance,
                              read_rows, rewind, save_checkpoint, write_rows)
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints" / "r2r"
@@ -75,6 +76,11 @@ class Tokens:
         return tuple(x[index].to(device) for x in (self.hidden, self.top, self.token))
 
 
+def digest(content) -> str:
+    """Tells one content from another."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def features(slm, vocab: int, rows: list[dict], top_k: int, path: Path) -> Tokens:
     """Read the answers once more, teacher forced. The tensors live in files beside `path`, so they may be larger than memory; a run
     that was killed goes on with the problem that it had reached."""
@@ -83,10 +89,12 @@ def features(slm, vocab: int, rows: list[dict], top_k: int, path: Path) -> Token
     path.parent.mkdir(parents=True, exist_ok=True)
     on_disk = lambda name, width, dtype: torch.from_file(str(path.with_suffix(f".{name}")), True, N * width, dtype=dtype).view(N, width)  # noqa: E731
     hidden, top, token = on_disk("hidden", D, slm.dtype), on_disk("top", top_k, torch.float32), on_disk("token", 1, torch.int64)[:, 0]
-    whose = {"slm": fingerprint(slm), "top_k": top_k, "tokens": N, "vocab": vocab}
+    whose = {"slm": fingerprint(slm), "dtype": str(slm.dtype), "top_k": top_k, "tokens": N, "vocab": vocab, "answers": digest([[r["prompt"], r["answer"]] for r in rows])}
     known = read_rows(path)
     done = known[0].pop("done") if known else 0
-    done = done if known and known[0] == whose else 0
+    if not known or known[0] != whose:
+        done = 0
+        write_rows(path, [whose | {"done": 0}])  # before anything of another run is overwritten
     for i in tqdm(range(done, len(rows)), initial=done, total=len(rows), desc=path.stem, unit="problem", disable=None):
         at = ends[i]
         for h, logits in label.teacher_forced(slm, rows[i]["prompt"], rows[i]["answer"]):
@@ -125,7 +133,8 @@ def weighted_bce(score: np.ndarray, y: np.ndarray, positive: float) -> float:
 def train(config: Config, slm, data: Tokens, dev: Tokens, folder: Path) -> rstitch.R2RNet:
     """The net of the epoch with the lowest dev loss. ValueError where the folder holds a run of another config."""
     path = folder / "config.json"
-    world = {"config": asdict(config), "slm": fingerprint(slm), "tokens": len(data.token)}
+    world = {"config": asdict(config), "slm": fingerprint(slm), "dtype": str(slm.dtype),
+             "labels": digest([[float(x) for x in np.nan_to_num(part.label, nan=-1)] for part in (data, dev)])}
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_rows(path, [world])
@@ -274,9 +283,12 @@ def run(config: Config, settings: label.Settings, rows: list[dict], folder: Path
     pair = label.models_of(settings)
     slm, vocab = pair[0], min(m.get_output_embeddings().weight.shape[0] for m in pair[:2])
     parts = {split: [row for row in rows if row["split"] == split] for split in label.SIZES}
-    empty = [split for split, chosen in parts.items() if not chosen]
-    if empty:
-        raise ValueError(f"--problems has none for {empty[0]}: expected enough for {', '.join(label.SIZES)}")
+    if config.top_k > vocab:
+        raise ValueError(f"--top-k {config.top_k}: expected at most the {vocab} tokens that both models know")
+    for split, chosen in parts.items():
+        letters = "".join(row["labels"] for row in chosen)
+        if "D" not in letters or not set("IN") & set(letters):
+            raise ValueError(f"the {split} problems, {len(chosen)}, have {letters.count('D')} divergent tokens of {len(letters)}: expected some of both kinds; label more problems")
     tokens = {split: features(slm, vocab, chosen, config.top_k, folder / f"features-{split}") for split, chosen in parts.items()}
     net = train(config, slm, tokens["router-train"], tokens["dev"], folder)
     calibration, score = scores(net, tokens["calibration"]), scores(net, tokens["test"])
@@ -293,13 +305,9 @@ def run(config: Config, settings: label.Settings, rows: list[dict], folder: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, which = parser.add_argument, label.Settings
-    for f in fields(which):
-        add(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, help=f"labels: {f.metadata['help']} (default: {f.default})")
-    for f in fields(Config):
-        pocket = getattr(POCKET, f.name)
-        add(f"--{f.name.replace('_', '-')}", type=f.type,
-            help=f"{f.metadata['help']} (default: {f.default}{f', for the pocket pair {pocket}' if pocket != f.default else ''})")
+    add = parser.add_argument
+    add_options(parser, label.Settings, "labels: ")
+    add_options(parser, Config, **{"for the pocket pair": POCKET})
     add("--problems", type=Path, help="labels: JSONL file of questions (default: the pocket domain)")
     add("--n", type=int, help="labels: router-train problems of the pocket domain, and of the other splits a share (default: 2000)")
     add("--labels", type=Path, default=label.FOLDER, help="labels: their folder; what is missing there is made (default: %(default)s)")
@@ -308,14 +316,17 @@ def main() -> None:
     add("--out", type=Path, default=ROUTER, help="folder of the finished router (default: %(default)s)")
     args = parser.parse_args()
     try:
-        settings = which(**{f.name: getattr(args, f.name) for f in fields(which)})
-        changes = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
-        config = replace(POCKET if (settings.slm, settings.llm) == (which.slm, which.llm) else Config(), **changes)
-        rows = label.make_labels(settings, label.problems_of(args.problems, args.n), args.labels, args.workers)
+        settings = label.Settings(**given(args, label.Settings))
+        pocket = (settings.slm, settings.llm, args.problems) == (label.Settings.slm, label.Settings.llm, None)
+        if not pocket and ROUTER in (args.out, args.run.resolve()):
+            raise ValueError(f"--out {args.out} is the pocket pair's router: expected another folder for another pair or other problems")
+        config = replace(POCKET if pocket else Config(), **given(args, Config))
+        rstitch.check_count("--workers", args.workers)
+        rows = label.make_labels(settings, label.problems_of(settings, args.problems, args.n), args.labels, args.workers)
         made = run(config, settings, rows, args.run, args.out)
         plot(made, args.out / "router.png")
         print(show(made))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

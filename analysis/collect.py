@@ -1,0 +1,200 @@
+"""What the figures need models for: trajectories and interventions, a few MB in all.
+
+    python -m analysis.collect                            (pocket pair; into analysis/results)
+    python -m analysis.collect --slm SMALL --llm LARGE --problems file.jsonl --out results --device cuda --dtype bfloat16
+
+    trajectories.jsonl    the SLM's and the LLM's greedy answers to every problem: right or wrong, entropies; the SLM's also sampled
+    interventions.jsonl   where the SLM is wrong and the LLM right: from every token on of the SLM's answer the LLM goes on, greedily (is
+                          it right in the end?), and for the first problems by several sampled continuations
+
+A file of problems holds rows {"question": ..., "answer": ...}, graded by math-verify. Both stages append a block of problems at a
+time and go on after a kill with the same bytes (see `analysis.label`). collect.json says how they were made.
+"""
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import rstitch
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, add_options, fingerprint, given, make_pool, option, provenance, read_rows, write_rows
+from analysis.label import decoder, models_of, run_stage
+from analysis.problems import problems, question, verify_number
+from analysis.stats import read_problems
+
+
+N = 800
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the files are made; the problems apart, all follows from it."""
+
+    slm: str = option(str(MODELS / "slm"), "small model, a Hugging Face name or path")
+    llm: str = option(str(MODELS / "llm"), "large model with the same tokenizer")
+    device: str = option("cpu", "torch device of both models")
+    dtype: str = option("float32", "of both models")
+    special_tokens_may_differ: bool = option(False, "take a pair whose tokenizers differ in special tokens only")
+    max_new_tokens: int = option(MAX_NEW_TOKENS, "longest answer, in tokens")
+    temperature: float = option(0.6, "of sampled answers and continuations")
+    samples: int = option(8, "sampled answers of the SLM to each of the first --sampled problems")
+    sampled: int = option(200, "problems with sampled answers")
+    continuations: int = option(4, "sampled continuations from each token, for the first --continued problems with interventions")
+    continued: int = option(40, "problems with sampled continuations")
+    every: int = option(1, "tokens between two interventions")
+    block: int = option(25, "problems worked on together")
+    rows: int = option(256, "answers in one batch")
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "samples", "continuations", "every", "block", "rows"):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+        for name in ("sampled", "continued"):
+            rstitch.check_count(f"--{name}", getattr(self, name), least=0)
+        rstitch.Sampling(self.temperature)
+
+
+def grade(text: str, row: dict) -> bool:
+    """Is the final answer of the text right? The pocket domain by its last sentence, any other by math-verify."""
+    if row["domain"] == "pocket":
+        return verify_number(row["answer"], text)
+    from math_verify import parse, verify
+    return bool(verify(parse(str(row["answer"])), parse(text)))
+
+
+def significant(H: list[float]) -> list[float]:
+    return [float(f"{h:.3g}") for h in H]
+
+
+def write_on(settings: Settings, router, prompts: list[list[int]], temperature: float = 0.0, seeds: list[int] | None = None) -> list[list[rstitch.Call]]:
+    """The kept calls of each prompt's answer, in batches of like lengths."""
+    slm, llm, *_ = models_of(settings)
+    out: list[list[rstitch.Call]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda k: (len(prompts[k]), k))
+    for at in range(0, len(order), settings.rows):
+        batch = order[at:at + settings.rows]
+        width = max(len(prompts[k]) for k in batch)
+        ids = torch.tensor([[0] * (width - len(prompts[k])) + prompts[k] for k in batch])
+        mask = torch.tensor([[0] * (width - len(prompts[k])) + [1] * len(prompts[k]) for k in batch])
+        stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=settings.max_new_tokens, temperature=temperature,
+                                  seed=0 if seeds is None else [seeds[k] for k in batch])
+        for k, calls in zip(batch, stitched.calls):
+            out[k] = [call for call in calls if call.kept]
+    return out
+
+
+def encoded(settings: Settings, rows: list[dict]) -> list[list[int]]:
+    *_, tokenizer, _ = models_of(settings)
+    return rstitch.unpadded(*rstitch.encode(tokenizer, *(row["question"] for row in rows)))
+
+
+def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
+    """Both models alone, greedy; the SLM's answers sampled several times."""
+    *_, tokenizer, _ = models_of(settings)
+    decode, prompts = decoder(tokenizer), encoded(settings, rows)
+    text = lambda calls: decode([call.token for call in calls])  # noqa: E731
+    mean = lambda calls: significant([float(np.mean([call.entropy for call in calls]))])[0]  # noqa: E731
+    small, large = (write_on(settings, router, prompts) for router in (rstitch.SLMOnly(), rstitch.LLMOnly()))
+    drawn = [i for i, row in enumerate(rows) if row["id"] < settings.sampled for _ in range(settings.samples)]
+    seeds = rstitch.row_seeds(rows[0]["id"], len(drawn)) if drawn else []
+    sampled: list[list] = [[] for _ in rows]
+    for i, calls in zip(drawn, write_on(settings, rstitch.SLMOnly(), [prompts[i] for i in drawn], settings.temperature, seeds) if drawn else []):
+        sampled[i].append([int(grade(text(calls), rows[i])), mean(calls), len(calls)])
+    return [{"id": row["id"], "steps": row.get("steps"), "slm": int(grade(text(s), row)), "llm": int(grade(text(b), row)), "slm_tokens": [c.token for c in s],
+             "H": significant([c.entropy for c in s]), "llm_n": len(b), "llm_H": mean(b), "samples": samples}
+            for row, s, b, samples in zip(rows, small, large, sampled)]
+
+
+def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
+    """`right`: a letter per prefix of the SLM's answer, from none of it to all of it: 1 if the LLM, going on from there, is right in the
+    end, 0 if not, - where it was not asked. `sampled`: how many of the sampled continuations are right. Empty where there is nothing to ask."""
+    *_, tokenizer, eos = models_of(settings)
+    decode, prompts = decoder(tokenizer), encoded(settings, rows)
+    todo, drawn = [], []
+    for i, row in enumerate(rows):
+        if row["llm"] and not row["slm"]:
+            n = len(row["slm_tokens"])
+            places = [t for t in range(n) if t % settings.every == 0] + [n]
+            todo += [(i, t) for t in places]
+            drawn += [(i, t) for t in places for _ in range(settings.continuations)] if row["asked"] < settings.continued else []
+
+    def ends(pairs: list[tuple[int, int]], temperature: float) -> list[bool]:
+        heads = [rows[i]["slm_tokens"][:t] for i, t in pairs]
+        ask = [k for k, head in enumerate(heads) if not (head and head[-1] in eos)]
+        seeds = rstitch.row_seeds(rows[0]["id"], len(pairs)) if pairs else []
+        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] + heads[k] for k in ask], temperature, [seeds[k] for k in ask])))
+        return [grade(decode(head + [call.token for call in went_on.get(k, [])]), rows[i]) for k, ((i, _), head) in enumerate(zip(pairs, heads))]
+
+    right, counts = dict(zip(todo, ends(todo, 0.0))), {}
+    for place, good in zip(drawn, ends(drawn, settings.temperature)):
+        counts[place] = counts.get(place, 0) + good
+    out = []
+    for i, row in enumerate(rows):
+        n = len(row["slm_tokens"])
+        asked = any(k == i for k, _ in todo)
+        out.append({"id": row["id"], "right": "".join({True: "1", False: "0", None: "-"}[right.get((i, t))] for t in range(n + 1)) if asked else "",
+                    "sampled": [counts.get((i, t)) for t in range(n + 1)] if (i, 0) in counts else [], "text": [decode([t]) for t in row["slm_tokens"]] if asked else []})
+    return out
+
+
+def pocket_rows(n: int, seed: int) -> list[dict]:
+    return [{"id": i, "question": question(p), "answer": p.answer, "steps": len(p.steps), "domain": "pocket"} for i, p in enumerate(problems("test", n, seed))]
+
+
+def file_rows(path: Path) -> list[dict]:
+    return [{"id": i, "question": row["question"], "answer": row["answer"], "domain": "file"} for i, row in enumerate(read_problems(path, "question", "answer"))]
+
+
+def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, seed: int = 0) -> list[dict]:
+    """Both files; the problems with what each stage found. ValueError where `out` holds those of other settings or problems."""
+    pair = models_of(settings)
+    made = {"settings": asdict(settings) | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
+    path = out / "collect.json"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_rows(path, [made | provenance(seed, len(rows), settings.device, settings.dtype)])
+    known = read_rows(path)[0]
+    for name, value in made.items():
+        if known[name] != value:
+            raise ValueError(f"--out {out} holds files of other {name}: expected {known[name]}, got {value}; take another folder")
+    if (known["n"], known["seed"]) != (len(rows), seed):
+        raise ValueError(f"--out {out} holds files of {known['n']} problems of seed {known['seed']}, not of {len(rows)} of seed {seed}; take another folder")
+
+    def both(run) -> list[dict]:
+        found = run_stage(out / "trajectories.jsonl", trajectories, settings, rows, run)
+        asked = np.cumsum([bool(row["llm"] and not row["slm"]) for row in found])
+        return run_stage(out / "interventions.jsonl", interventions, settings, [row | {"asked": int(k) - 1} for row, k in zip(found, asked)], run)
+
+    if workers == 1:
+        return both(map)
+    with make_pool(workers, __name__) as pool:
+        return both(pool.map)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, Settings)
+    add = parser.add_argument
+    add("--problems", type=Path, help="JSONL file of problems (default: the pocket domain's test split)")
+    add("--n", type=int, help=f"problems of the pocket domain (default: {N})")
+    add("--seed", type=int, default=0, help="of the pocket problems (default: %(default)s)")
+    add("--out", type=Path, help=f"folder of the files (default, pocket domain only: {RESULTS})")
+    add("--workers", type=int, default=1, help="processes, on a CPU (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        settings = Settings(**given(args, Settings))
+        rstitch.check_count("--workers", args.workers)
+        if args.problems and args.n is not None:
+            raise ValueError(f"--n {args.n} is of the pocket domain: --problems {args.problems} has its own number of problems")
+        rstitch.check_count("--n", N if args.n is None else args.n)
+        rows = file_rows(args.problems) if args.problems else pocket_rows(N if args.n is None else args.n, args.seed)
+        if args.problems and not args.out:
+            raise ValueError("--out is missing: expected a folder for the files of --problems")
+        found = collect(settings, rows, args.out or RESULTS, args.workers, args.seed)
+        print(f"{len(found)} problems, the SLM right on {sum(r['slm'] for r in found)}, the LLM on {sum(r['llm'] for r in found)}, {sum(bool(r['right']) for r in found)} with interventions")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Tests of the numbers that the notebooks' verdicts rest on, and of what they are made from."""
+import dataclasses
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import rstitch
+from analysis import collect, figures, label, paper
+from analysis.common import MODELS, load_pocket, read_rows
+from analysis.problems import problems, question, verify
+from test_rstitch import tiny, words
+
+torch.set_num_threads(1)
+ROOT = MODELS.parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+# ---- Table 1 of the paper ------------------------------------------------------------------------------------------------
+
+
+CELLS = paper.read_table()
+
+
+def test_the_printed_table_is_whole():
+    assert len(CELLS) == 180 and {c.benchmark for c in CELLS} == set(paper.BENCHMARKS)
+    one = next(c for c in CELLS if (c.budget, c.llm, c.name, c.benchmark) == ("16k", "14B", "R-Stitch 0.02", "AMC"))
+    assert (one.accuracy, one.latency, one.speed_up, one.n) == (66.27, 51.29, 2.86, 83)  # 55 of 83; 146.51 / 51.29 = 2.857
+
+
+def test_changes_of_the_printed_table_by_hand():
+    # 16k, 14B, tau 0.02 against the LLM: (43.33 - 50 + 66.27 - 86.75 + 31.99 - 39.34 + 87.80 - 88.60 + 54.22 - 60) / 5 = -8.216
+    change, ratio = paper.mean_change(CELLS, "16k", "14B", "R-Stitch 0.02")
+    assert change == pytest.approx(-8.216) and ratio == pytest.approx(845.05 / 304.38)  # sums of five latencies
+    assert paper.kappa(CELLS, "8k", "7B") == pytest.approx(5e-6 * 1e3 * (86.63 + 63.15 + 41.79 + 38.34 + 117.31) / 5)
+
+
+def test_misprints_of_the_table_by_hand():
+    off = {(c.budget, c.llm, c.name, c.benchmark): ratio for c, ratio in paper.misprinted_speed_ups(CELLS)}
+    assert off["16k", "14B", "SpecDec", "Olympiad"] == pytest.approx(316.06 / 360.14)  # printed as 1.05
+    assert ("8k", "7B", "R-Stitch 0.02", "AMC") not in off  # 63.15 / 34.89 = 1.81, as printed
+    odd = {(c.benchmark, c.accuracy) for c in paper.no_whole_number(CELLS)}
+    assert odd == {("MATH", 87.53), ("Olympiad", 50.04), ("AMC", 68.75), ("Olympiad", 61.06), ("Minerva", 44.23)}
+
+
+def test_mixing_by_hand():
+    # a method no better than the SLM needs no LLM at all: 16k SLM mean accuracy 39.292, latency 5.258; R-Stitch 0.03 on 14B has 54.216
+    share = (54.216 - 39.292) / (64.938 - 39.292)
+    assert paper.mixing_speed_up(CELLS, "16k", "14B", "R-Stitch 0.03") == pytest.approx(169.01 / (share * 169.01 + (1 - share) * 5.258), rel=1e-3)
+    assert paper.mixing_speed_up(CELLS, "8k", "7B", "R-Stitch 0.001") == 1.0  # better than the LLM: mixing cannot reach it, all go to the LLM
+
+
+# ---- entropies and harmful tokens ----------------------------------------------------------------------------------------
+
+
+def row(right: str = "", H=(0.1,), slm: int = 1, samples=(), steps: int = 2, sampled=(), text=None) -> dict:
+    return {"right": right, "H": list(H), "slm": slm, "llm": 1, "steps": steps, "samples": [list(s) for s in samples], "sampled": list(sampled),
+            "text": text or ["a"] * len(H)}
+
+
+def test_crossings_by_hand():
+    assert figures.crossings("1110100") == [2, 4] and figures.crossings("111") == figures.crossings("") == [] and figures.crossings("10") == [0]
+    rows = [row("1110100", H=[1, 2, 3, 4, 5, 6]), row("11", H=[7]), row()]
+    assert [t for _, t in figures.harmful(rows)] == [2] and [t for _, t in figures.harmful(rows, "last")] == [4]
+    assert figures.overall_mean(rows) == pytest.approx((21 + 7) / 7)  # the answer that was not looked into does not count
+
+
+@given(st.lists(st.sampled_from("01"), min_size=1, max_size=30))
+def test_an_answer_that_starts_right_and_ends_wrong_has_a_harmful_token(middle):
+    found = figures.crossings("1" + "".join(middle) + "0")
+    assert found and found[0] <= found[-1] < len(middle) + 1
+
+
+def test_windows_by_hand():
+    H = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert figures.window_mean(H, 3, 1) == figures.window_mean(H, 3, 1, around=True) == 4.0
+    assert figures.window_mean(H, 3, 4) == 2.5 and figures.window_mean(H, 1, 4) == 1.5  # 1 to 4; what there is, 1 and 2
+    assert figures.window_mean(H, 2, 4, around=True) == 2.5 and figures.window_mean(H, 4, 4, around=True) == 4.0  # 1 to 4; 3 to 5
+
+
+def test_controls_are_near_tokens_of_the_same_kind():
+    r = row("111100", H=[0.5, 0.1, 0.2, 0.9, 0.3], text=["4", " +", "5", "6", "7"])
+    assert figures.crossings(r["right"]) == [3] and figures.control(r, 3) == 2 and figures.over_control(figures.harmful([r]))[0] == pytest.approx(0.7)
+    assert figures.control(row("10", H=[0.1], text=["4"]), 0) is None
+
+
+def test_uncaught_by_hand():
+    found = figures.harmful([row("10", H=[h]) for h in (0.01, 0.2, 0.2, 0.9)])
+    assert figures.below(found, 0.2)[0] == 0.75 and figures.below(found, 0.1)[0] == 0.25
+
+
+def test_entropy_figures_by_hand():
+    rows = [row(H=[0.1, 0.3], slm=1), row(H=[0.5], slm=0, steps=3), row(H=[0.05, 0.05, 0.2], slm=0)]
+    assert figures.entropy_auroc(rows)[0] == 0.5  # 0.2 right against 0.5 and 0.1 wrong
+    assert figures.share_above(rows, 0.1)[0] == pytest.approx(3 / 6)
+    rows = [row(samples=[(1, 0.1, 5), (0, 0.3, 5), (0, 0.05, 5)]), row(samples=[(1, 0.1, 5)]), row(samples=[(1, 0.1, 5), (0, 0.2, 5)])]
+    assert figures.within_problem(rows)[0] == 0.75 and figures.within_problem(rows)[3] == 2  # a half, and one
+
+
+def test_sampled_crossings_by_hand():
+    assert figures.sampled_first(row(sampled=[4, 4, 3, 2, 0]), 4) == 2 and figures.sampled_first(row(sampled=[2, 0]), 4) is None
+    assert figures.agreement([row("11000", sampled=[4, 3, 1, 0, 0]), row("10000", sampled=[4, 4, 4, 3, 0]), row("10")], 4) == (2, 1, 2)
+
+
+# ---- what they are made from ---------------------------------------------------------------------------------------------
+
+
+FAST = collect.Settings(sampled=2, samples=2, continuations=2, continued=1, block=2, every=7)
+
+
+def test_interventions_equal_generate(tmp_path):
+    slm, llm, tokenizer = load_pocket()
+    todo = problems("test", 4, 3)
+    rows = collect.collect(FAST, collect.pocket_rows(4, 3), tmp_path, seed=3)
+    assert any(r["right"] for r in rows)
+    for r, problem in zip(rows, todo):
+        prompt, _ = rstitch.encode(tokenizer, question(problem))
+        answer = slm.generate(prompt, max_new_tokens=320, do_sample=False)[0, prompt.shape[1]:].tolist()
+        assert r["slm_tokens"] == answer and r["slm"] == verify(problem, tokenizer.decode(answer, skip_special_tokens=True)) and len(r["H"]) == len(answer)
+        assert bool(r["right"]) == (r["llm"] and not r["slm"]) and len(r["right"]) in (0, len(answer) + 1)
+        for t, letter in enumerate(r["right"]):
+            if letter == "-":
+                assert t % 7 and t != len(answer)
+            else:
+                ids = torch.cat([prompt, torch.tensor([answer[:t]], dtype=torch.long)], 1)
+                done = ids if t == len(answer) else llm.generate(ids, max_new_tokens=320, do_sample=False)
+                assert (letter == "1") == verify(problem, tokenizer.decode(done[0, prompt.shape[1]:], skip_special_tokens=True))
+    assert sum(bool(r["sampled"]) for r in rows) == 1 and [len(r["samples"]) for r in rows] == [2, 2, 0, 0]
+    before = {name: (tmp_path / name).read_bytes() for name in ("trajectories.jsonl", "interventions.jsonl")}
+    for name in before:  # killed in the middle of a row
+        (tmp_path / name).write_bytes(before[name][:-9])
+    collect.collect(FAST, collect.pocket_rows(4, 3), tmp_path, seed=3)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    with pytest.raises(ValueError, match="holds files of other settings"):
+        collect.collect(dataclasses.replace(FAST, every=2), collect.pocket_rows(4, 3), tmp_path, seed=3)
+    with pytest.raises(ValueError, match="holds files of 4 problems of seed 3, not of 6 of seed 3"):
+        collect.collect(FAST, collect.pocket_rows(6, 3), tmp_path, seed=3)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The figures' files of a pair that is not the pocket pair: tiny random models, by path, made by the README's commands."""
+    folder = tmp_path_factory.mktemp("real")
+    for name, family, seed in (("slm", "Qwen2", 1), ("llm", "Llama", 2)):
+        tiny(family, seed, vocab_size=36).save_pretrained(folder / name)
+        words(32).save_pretrained(folder / name)
+    lines = [json.dumps({"question": f"w{i} w{i + 3} w9", "answer": "1"}) for i in range(3, 27)]
+    (folder / "problems.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(module, monkeypatch, *argv) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+    module.main()
+
+
+def test_the_figures_of_any_pair(real, monkeypatch, capsys):
+    pair = ["--slm", real / "slm", "--llm", real / "llm", "--problems", real / "problems.jsonl", "--max-new-tokens", 10]
+    monkeypatch.setattr(collect, "grade", lambda text, row: zlib.crc32((text + row["question"]).encode()) % 2 == 0)  # random models are never right
+    run(collect, monkeypatch, *pair, "--out", real / "results", "--sampled", 20, "--samples", 3, "--continued", 2)
+    run(label, monkeypatch, *pair, "--judge", "answer", "--out", real / "labels", "--results", real / "results", "--report")
+    assert "problems, " in capsys.readouterr().out
+    monkeypatch.setenv("RSTITCH_RESULTS", str(real / "results"))
+    rows, made = figures.load_answers()
+    assert made["settings"]["slm"] == "slm" and len(rows) == 24 and any(figures.crossings(r["right"]) for r in rows)
+    figures.style()
+    for draw in (figures.draw_answer_entropies, figures.draw_strata, figures.draw_windows, figures.draw_uncaught, figures.draw_positions):
+        draw(figures.plt.figure().gca(), rows)
+    figures.draw_token_entropies(figures.plt.figure().gca(), rows, 36)
+    for draw in (figures.draw_labels, figures.draw_label_entropies):
+        draw(figures.plt.figure().gca(), figures.load_json("labels.json"))
+    figures.plt.close("all")
+
+
+def test_bad_problems_are_refused(real, monkeypatch, capsys, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "w3"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"question": "w3", "answer": "1"}\n\n{"question": \n{"question": "w4", "answer": "1"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for argv, message in ((["--problems", tmp_path / "bad.jsonl"], "line 1 has no answer"), (["--problems", tmp_path / "none.jsonl"], "there is no such file"), (["--problems", tmp_path / "torn.jsonl"], "line 3 is no JSON"), (["--problems", tmp_path / "empty.jsonl"], "found none"), (["--n", "0"], "--n=0"),
+                          (["--problems", tmp_path / "bad.jsonl", "--n", "3"], "--n 3 is of the pocket domain"), (["--temperature", "-1"], "temperature=-1.0"), (["--every", "0"], "--every=0")):
+        with pytest.raises(SystemExit):
+            run(collect, monkeypatch, *argv, "--out", tmp_path)
+        assert message in capsys.readouterr().err
+
+
+def test_grades():
+    file, pocket = {"domain": "file", "answer": "\\frac{1}{2}"}, {"domain": "pocket", "answer": 5}
+    assert collect.grade("so it is \\boxed{0.5}", file) and not collect.grade("so it is \\boxed{0.4}", file) and not collect.grade("", file)
+    assert collect.grade("The answer is 5.", pocket) and not collect.grade("5", pocket)
+
+
+# ---- notebooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_need_no_torch():
+    code = "import sys; from analysis import figures, paper; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_executed_in_order_and_thin(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)) and path.stat().st_size < 400_000
+    assert all(cell.source.strip() for cell in notebook.cells) and not any(out.output_type == "error" for cell in code for out in cell.outputs)
+    assert all(len(cell.source.splitlines()) <= 15 and "def " not in cell.source for cell in code)
+    text = json.dumps(notebook)
+    assert str(Path.home()) + "/" not in text and str(ROOT) not in text and "paper" in text and "verdict" in text
