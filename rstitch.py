@@ -1242,6 +1242,13 @@ def check_question(question) -> None:
         raise ValueError(f"question={question!r}: expected a text; give several as several arguments")
 
 
+def left_padded(rows: Sequence[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of prompts of any length, (B, P) each."""
+    width = max(map(len, rows))
+    return (torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows]),
+            torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]))
+
+
 def encode(tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, attention_mask) of the prompts, (B, P) each, padded on the left: each question as a user's message where the
     tokenizer has a chat template, else as it stands."""
@@ -1251,8 +1258,7 @@ def encode(tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
         questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
                      for question in questions]
     rows = [tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids for question in questions]
-    width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0  # many tokenizers have none; the mask hides it
-    return torch.tensor([[pad] * (width - len(row)) + row for row in rows]), torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return left_padded(rows, tokenizer.pad_token_id or 0)  # many tokenizers have none; the mask hides it
 
 
 class Printer:

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import rstitch
 from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, add_options, fingerprint, given, make_pool, option, provenance, read_rows, write_rows
@@ -73,9 +72,7 @@ def write_on(settings: Settings, router, prompts: list[list[int]], temperature: 
     order = sorted(range(len(prompts)), key=lambda k: (len(prompts[k]), k))
     for at in range(0, len(order), settings.rows):
         batch = order[at:at + settings.rows]
-        width = max(len(prompts[k]) for k in batch)
-        ids = torch.tensor([[0] * (width - len(prompts[k])) + prompts[k] for k in batch])
-        mask = torch.tensor([[0] * (width - len(prompts[k])) + [1] * len(prompts[k]) for k in batch])
+        ids, mask = rstitch.left_padded([prompts[k] for k in batch])
         stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=settings.max_new_tokens, temperature=temperature,
                                   seed=0 if seeds is None else [seeds[k] for k in batch])
         for k, calls in zip(batch, stitched.calls):

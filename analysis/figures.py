@@ -42,6 +42,11 @@ def with_interval(x: tuple[float, float, float], unit: str = "", digits: int = 3
     return f"{x[0]:.{digits}f}{unit} [{x[1]:.{digits}f}, {x[2]:.{digits}f}]"
 
 
+def verdict(x: tuple[float, float, float], reference: float, above: str = "raised", below: str = "lowered", neither: str = "no different") -> str:
+    """What an interval says against a reference."""
+    return above if x[1] > reference else below if x[2] < reference else neither
+
+
 # ---- 1. Entropy of wrong answers (R-Stitch Fig. 3a, 3b) ------------------------------------------------------------------
 
 
@@ -249,9 +254,16 @@ FAMILY_STYLE = {"R2R": (THIRD, "D-"), "R-Stitch": ("#56B4E9", "o-"), "entropy, o
 
 
 def load_frontier() -> tuple[list[dict], list[dict]]:
-    """(rows of fixed rules and policies, test runs of every family); the newest of each name or knob."""
+    """(rows of fixed rules and policies, test runs of every family); the newest of each name or knob. `latency_ms` and the times of the
+    outcomes get what a router's own net takes, on average: R2R's at every SLM token, R-Stitch+'s at those above its tau."""
     frontier = {(r["kind"], r["name"]): r for r in read_rows(results("frontier.jsonl"))}
-    runs = {(r["family"], r["knob"]): r for r in read_rows(results("compare.jsonl")) if r["kind"] == "test"}
+    rows = read_rows(results("compare.jsonl"))
+    net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
+    runs = {(r["family"], r["knob"]): r for r in rows if r["kind"] == "test"}
+    for r in runs.values():
+        net = net_ms.get(r["family"], 0.0) * (r["slm_passes"] if r["family"] == "R2R" else r["asked_above_tau"])
+        r["latency_ms"] += net
+        r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
     return [r for r in frontier.values() if r["kind"] != "wall-clock"], list(runs.values())
 
 
@@ -267,14 +279,14 @@ def draw_frontier(ax, frontier: list[dict], runs: list[dict], against: str = "la
             ax.plot(*zip(*[point(r) for r in family]), marker, color=colour, ms=4, lw=1, label=name)
             low, high = zip(*[(100 * (r["accuracy"] - r["accuracy_95"][0]), 100 * (r["accuracy_95"][1] - r["accuracy"])) for r in family])
             ax.errorbar(*zip(*[point(r) for r in family]), [low, high], fmt="none", color=colour, lw=0.6)
-    for name, colour, offset in (("SLM alone", SLM_COLOUR, (6, -12)), ("LLM alone", LLM_COLOUR, (-6, -14))):
+    for name, colour, offset in (("SLM alone", SLM_COLOUR, (7, 6)), ("LLM alone", LLM_COLOUR, (-6, -14))):
         for r in fixed:
             if r["name"] == name and point(r)[0] < (40 if against == "llm_share" else float("inf")):
                 ax.plot(*point(r), "*", color=colour, ms=12)
                 ax.annotate(name, point(r), offset, textcoords="offset points", ha="left" if offset[0] > 0 else "right", color=colour)
-    ax.set(xlabel="tokens written by the LLM (%), lower is better" if scale == 100 else "fitted latency at batch 1 (ms per problem), lower is better",
+    ax.set(xlabel="tokens written by the LLM (%), lower is better" if scale == 100 else "fitted latency at batch 1, nets included (ms per problem), lower is better",
            ylabel="right answers (%), higher is better")
-    ax.legend(fontsize=7, loc="lower right")
+    ax.legend(fontsize=7, loc="center right")
     return ax
 
 
@@ -288,7 +300,7 @@ def draw_budget(ax, runs: list[dict], pair: list[dict]):
     budgets = np.arange(20, 241, 5)
     near = lambda family, share: min((r for r in runs if r["family"] == family), key=lambda r: abs(r["llm_share"] - share))  # noqa: E731
     shown = [(name, next(r for r in pair if r.get("method") == name)["outcomes"], colour) for name, colour in (("SLM", SLM_COLOUR), ("LLM", LLM_COLOUR))]
-    shown += [(f"{family}, {100 * near(family, share)['llm_share']:.0f} % LLM", near(family, share)["outcomes"], FAMILY_STYLE[family][0]) for family, share in (("R2R", 0.05), ("R-Stitch", 0.15))]
+    shown += [(f"{family}, {100 * near(family, share)['llm_share']:.0f} % LLM", near(family, share)["outcomes"], FAMILY_STYLE[family][0]) for family, share in (("R2R", 0.1), ("R-Stitch", 0.15))]
     for name, outcomes, colour in shown:
         ax.plot(budgets, [100 * at_budget(outcomes, b) for b in budgets], color=colour, label=name)
     ax.set(xlabel="token budget", ylabel="right answers (%), higher is better", title="Under a budget")

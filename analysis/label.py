@@ -104,8 +104,7 @@ def opening(starts: list[int], t: int) -> int:
 
 
 # ---- judges --------------------------------------------------------------------------------------------------------------
-# A judge is called with a list of cases and returns True (same meaning), False or None (cannot tell) for each. Its attribute `until`
-# is how far the LLM goes on: to the end of the "sentence" or of the "answer".
+# A judge is called with a list of cases and returns True (same meaning), False or None (cannot tell) for each.
 
 
 class Case(NamedTuple):
@@ -119,7 +118,6 @@ class SameStatement:
     """The pocket domain, exactly: two texts mean the same if their sentences state the same steps and results. How a result was worked
     out does not matter. None where the LLM's own sentence states nothing that can be read."""
 
-    until = "sentence"
     STATEMENTS = (re.compile(r"(\w+), (\d+) ([*+-]) (\d+)(?::.*;)? = (\d+)\."), re.compile(r"The answer is (\d+)\."))
 
     def read(self, text: str) -> list[tuple]:
@@ -137,8 +135,6 @@ class SameAnswer:
     """Any domain with checkable answers: both branches go on to the end, and their final answers agree (math-verify). None where
     either has none."""
 
-    until = "answer"
-
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
         from math_verify import parse, verify
         pairs = [(parse(case.own), parse(case.branch)) for case in cases]
@@ -154,7 +150,6 @@ class LMJudge:
     """A causal LM that is asked whether two sentences mean the same. None unless it says one of the two words, and that alone, or where
     the question does not fit into its context."""
 
-    until = "sentence"
     PROMPT = """Here is a problem, the beginning of a solution, and two ways, A and B, in which the solution goes on.
 
 Problem: {0.question}
@@ -254,7 +249,8 @@ def readings(settings: Settings, rows: list[dict]) -> list[dict]:
 
 
 def goes_on_to_the_end(settings: Settings) -> bool:
-    return settings.judge == "answer"  # what SameAnswer.until says, without loading a judge
+    """Does the judge want whole answers rather than sentences?"""
+    return settings.judge == "answer"
 
 
 def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> list[list[int] | None]:
@@ -268,11 +264,8 @@ def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> l
     open_ones.sort(key=lambda k: (len(todo[k][0]) + len(todo[k][1]), k))  # like lengths share a batch
     for at in range(0, len(open_ones), settings.rows):
         batch = open_ones[at:at + settings.rows]
-        prompts = [todo[k][0] + todo[k][1] for k in batch]
+        ids, mask = rstitch.left_padded([todo[k][0] + todo[k][1] for k in batch])
         before = [len(decode(todo[k][1][todo[k][2]:-1])) for k in batch]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 
         def complete(b: int, more: list[int]) -> bool:
             _, answer, start = todo[batch[b]]

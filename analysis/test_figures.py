@@ -104,6 +104,11 @@ def test_entropy_figures_by_hand():
     assert figures.within_problem(rows)[0] == 0.75 and figures.within_problem(rows)[3] == 2  # a half, and one
 
 
+def test_verdicts_follow_the_interval():
+    assert [figures.verdict(x, 1.0) for x in ((2, 1.1, 3), (0.5, 0.1, 0.9), (1.5, 0.9, 2))] == ["raised", "lowered", "no different"]
+    assert figures.verdicts([("a", "b", "c", "d")]).splitlines()[1].split() == ["a", "b", "c", "d"]
+
+
 def test_sampled_crossings_by_hand():
     assert figures.sampled_first(row(sampled=[4, 4, 3, 2, 0]), 4) == 2 and figures.sampled_first(row(sampled=[2, 0]), 4) is None
     assert figures.agreement([row("11000", sampled=[4, 3, 1, 0, 0]), row("10000", sampled=[4, 4, 4, 3, 0]), row("10")], 4) == (2, 1, 2)

@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 
 import rstitch
 from analysis import compare, label, train_r2r
-from analysis.common import MODELS, load_pocket, read_rows, solve
+from analysis.common import MODELS, RESULTS, load_pocket, read_rows, solve
 from analysis.label import Case, LMJudge, SameAnswer, SameStatement, Settings, closed, opening, sentence_end, sentences
 from analysis.problems import problems, question
 from test_rstitch import DEVICES, tiny, words
@@ -219,13 +219,11 @@ def test_a_judge_that_crashes_or_talks_nonsense_loses_nothing(tmp_path, labelled
     assert bytes_of(tmp_path) == whole
     (tmp_path / "labels.jsonl").unlink()
     judge = lambda cases: [None] * len(cases)  # noqa: E731
-    judge.until = "sentence"
     rows = label.make_labels(FAST, TODO, tmp_path)
     for row, before in zip(rows, labelled[1]):
         assert row["labels"] == before["labels"].replace("N", "U").replace("D", "U") and set(row["labels"]) <= {"I", "U"}
     (tmp_path / "labels.jsonl").unlink()
     judge = lambda cases: [True]  # noqa: E731
-    judge.until = "sentence"
     with pytest.raises(ValueError, match="gave 1 verdicts on"):
         label.make_labels(FAST, TODO, tmp_path)
 
@@ -518,3 +516,15 @@ def test_the_comparison_runs_resumes_and_shows(tmp_path, pocket, monkeypatch):
     assert compare.table(rows).count("\n") == 3
     more = compare.run(tmp_path / "rows.jsonl", n_calibration=2, n_test=4, n_live=2, workers=1)
     assert len(read_rows(tmp_path / "rows.jsonl")) == len(rows) == len(more)
+
+
+def test_the_readme_shows_the_committed_comparison():
+    rows, readme = read_rows(RESULTS / "compare.jsonl"), (MODELS.parent.parent / "README.md").read_text()
+    assert compare.table(rows) in readme and {r["family"] for r in rows if r["kind"] == "test"} == {*compare.FAMILIES, "SLM alone"}
+    assert all(r["source"] == "measured" and r["n"] == 1000 for r in rows if r["kind"] == "test")
+    made, labels = json.loads((MODELS / "r2r" / "made.json").read_text()), json.loads((RESULTS / "labels.json").read_text())
+    assert labels["n"] >= 2000 and all(abs(got - wanted) < 0.01 for wanted, _, got in made["test"]["targets"])  # within a point of usage
+    for name, digits in (("identical", 1), ("neutral", 2), ("divergent", 1)):
+        assert "{:.{d}f} % [{:.{d}f}, {:.{d}f}]".format(*(100 * x for x in labels["shares"][name]), d=digits) in readme
+    for name in ("recall", "usage"):
+        assert "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * x for x in made["test"][name])) in readme
