@@ -215,6 +215,6 @@ def test_notebooks_are_executed_in_order_and_thin(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)) and path.stat().st_size < 400_000
     assert all(cell.source.strip() for cell in notebook.cells) and not any(out.output_type == "error" for cell in code for out in cell.outputs)
-    assert all(len(cell.source.splitlines()) <= 15 and "def " not in cell.source for cell in code)
+    assert all(len(cell.source.splitlines()) <= 20 and "def " not in cell.source for cell in code)
     text = json.dumps(notebook)
     assert str(Path.home()) + "/" not in text and str(ROOT) not in text and "paper" in text and "verdict" in text
