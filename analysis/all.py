@@ -1,15 +1,15 @@
 """Everything that is committed, made again: python -m analysis.all
 
 Runs the commands below in turn and executes the notebooks. Each command skips what its files in analysis/results already hold, so
-this takes minutes; delete a file to have it computed anew (hours for all). Trained weights are made by their own commands, see
-analysis/models/README.md, and timings (latency.json, bench.jsonl, overhead.jsonl) are not made again: they are of one quiet machine.
+this takes minutes; delete a file to have it computed anew (an hour for all). Trained weights are made by their own commands, see
+analysis/models/README.md, R2R's router with its curves among them, and timings (latency.json, bench.jsonl, overhead.jsonl) are not made again: they are of one quiet machine.
 """
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["-m analysis.pair --report", "-m analysis.train_policy --report", "-m analysis.label --workers 2 --report", "-m analysis.train_r2r --workers 2", "-m analysis.compare",
+COMMANDS = ["-m analysis.pair --report", "-m analysis.train_policy --report", "-m analysis.label --workers 2 --report", "-m analysis.compare",
             "-m analysis.collect --workers 2", "-m analysis.figures", "rstitch.py --json analysis/results/table.json",
             "-m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb"]
 
