@@ -65,16 +65,18 @@ def significant(H: list[float]) -> list[float]:
     return [float(f"{h:.3g}") for h in H]
 
 
-def write_on(settings: Settings, router, prompts: list[list[int]], temperature: float = 0.0, seeds: list[int] | None = None) -> list[list[rstitch.Call]]:
-    """The kept calls of each prompt's answer, in batches of like lengths."""
+def write_on(settings: Settings, router, prompts: list[list[int]], temperature: float = 0.0, seeds: list[int] | None = None,
+             written: list[int] | None = None) -> list[list[rstitch.Call]]:
+    """The kept calls of each prompt's answer, in batches of like lengths; of an answer that has `written` tokens already, the rest."""
     slm, llm, *_ = models_of(settings)
     out: list[list[rstitch.Call]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda k: (len(prompts[k]), k))
     for at in range(0, len(order), settings.rows):
         batch = order[at:at + settings.rows]
         ids, mask = rstitch.left_padded([prompts[k] for k in batch])
-        stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=settings.max_new_tokens, temperature=temperature,
-                                  seed=0 if seeds is None else [seeds[k] for k in batch])
+        room = [settings.max_new_tokens - (written[k] if written else 0) for k in batch]
+        stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max(room), temperature=temperature,
+                                  stop=lambda b, more: len(more) >= room[b], seed=0 if seeds is None else [seeds[k] for k in batch])  # noqa: B023
         for k, calls in zip(batch, stitched.calls):
             out[k] = [call for call in calls if call.kept]
     return out
@@ -117,9 +119,10 @@ def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
 
     def ends(pairs: list[tuple[int, int]], temperature: float) -> list[bool]:
         heads = [rows[i]["slm_tokens"][:t] for i, t in pairs]
-        ask = [k for k, head in enumerate(heads) if not (head and head[-1] in eos)]
+        ask = [k for k, head in enumerate(heads) if not (head and head[-1] in eos) and len(head) < settings.max_new_tokens]
         seeds = rstitch.row_seeds(rows[0]["id"], len(pairs)) if pairs else []
-        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] + heads[k] for k in ask], temperature, [seeds[k] for k in ask])))
+        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] + heads[k] for k in ask], temperature, [seeds[k] for k in ask],
+                                         [len(heads[k]) for k in ask])))
         return [grade(decode(head + [call.token for call in went_on.get(k, [])]), rows[i]) for k, ((i, _), head) in enumerate(zip(pairs, heads))]
 
     right, counts = dict(zip(todo, ends(todo, 0.0))), {}
@@ -145,7 +148,8 @@ def file_rows(path: Path) -> list[dict]:
 def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, seed: int = 0) -> list[dict]:
     """Both files; the problems with what each stage found. ValueError where `out` holds those of other settings or problems."""
     pair = models_of(settings)
-    made = {"settings": asdict(settings) | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
+    kept = {name: value for name, value in asdict(settings).items() if name != "rows"} | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}
+    made = {"settings": kept, "vocab": min(model.get_output_embeddings().weight.shape[0] for model in pair[:2]), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
     path = out / "collect.json"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)

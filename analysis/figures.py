@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.stats import auroc, bootstrap, kind_of, read_rows, wilson
+from analysis.stats import auroc, bootstrap, read_rows, wilson
 
 SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # told apart by the colour-blind too
 WINDOWS = (1, 4, 8, 12, 16)
@@ -40,6 +40,10 @@ def verdicts(rows: list[tuple[str, str, str, str]]) -> str:
 
 def with_interval(x: tuple[float, float, float], unit: str = "", digits: int = 3) -> str:
     return f"{x[0]:.{digits}f}{unit} [{x[1]:.{digits}f}, {x[2]:.{digits}f}]"
+
+
+def percent(x: tuple[float, float, float], digits: int = 1) -> str:
+    return with_interval(tuple(100 * v for v in x), digits=digits)
 
 
 def verdict(x: tuple[float, float, float], reference: float, above: str = "raised", below: str = "lowered", neither: str = "no different") -> str:
@@ -110,8 +114,10 @@ def draw_token_entropies(ax, rows: list[dict], vocab: int):
 
 
 def crossings(right: str) -> list[int]:
-    """Positions t of harmful tokens: the LLM, going on from y_<t, is right in the end, and from y_<=t is not."""
-    return [t for t in range(len(right) - 1) if right[t] == "1" and right[t + 1] == "0"]
+    """Positions t of harmful tokens: the LLM, going on from y_<t, is right in the end, and from y_<=t is not. Where not every prefix was
+    tried ("-") t is the last one that was, and the harmful token lies between it and the next."""
+    asked = [t for t, letter in enumerate(right) if letter != "-"]
+    return [t for t, after in zip(asked, asked[1:]) if right[t] == "1" and right[after] == "0"]
 
 
 def harmful(rows: list[dict], which: str = "first") -> list[tuple[dict, int]]:
@@ -120,9 +126,9 @@ def harmful(rows: list[dict], which: str = "first") -> list[tuple[dict, int]]:
 
 
 def control(row: dict, t: int) -> int | None:
-    """A token to compare with: of the same answer and kind, no crossing, as near as can be; None if there is none."""
-    bad, kind = set(crossings(row["right"])), kind_of(row["text"][t])
-    others = [s for s in range(len(row["H"])) if s not in bad and kind_of(row["text"][s]) == kind]
+    """What to compare with: the same token elsewhere in the answer, no crossing, as near as can be; None if there is none."""
+    bad, token = set(crossings(row["right"])), row["text"][t]
+    others = [s for s in range(len(row["H"])) if s not in bad and row["text"][s] == token]
     return min(others, key=lambda s: (abs(s - t), s), default=None)
 
 
@@ -145,8 +151,19 @@ def over_control(found: list[tuple[dict, int]]) -> tuple[float, float, float, in
     return float(np.mean(x)), *bootstrap(np.mean, x), len(x)
 
 
+def recovered(rows: list[dict]) -> int:
+    """Answers in which a later prefix is right again, so that the first crossing did not spoil them."""
+    return sum(bool(found) and "1" in row["right"][found[0] + 1:] for row in rows if (found := crossings(row["right"])))
+
+
+def commonest(found: list[tuple[dict, int]]) -> tuple[str, int]:
+    """The text that most harmful tokens have, and how many do."""
+    texts = [row["text"][t] for row, t in found]
+    return max(((text, texts.count(text)) for text in set(texts)), key=lambda pair: pair[1])
+
+
 def overall_mean(rows: list[dict]) -> float:
-    """Mean entropy of the SLM's tokens in the answers that were looked into."""
+    """Mean entropy of the SLM's tokens in the (wrong) answers that were looked into."""
     return float(np.mean(np.concatenate([row["H"] for row in rows if row["right"]])))
 
 
@@ -159,7 +176,8 @@ def below(found: list[tuple[dict, int]], tau: float) -> tuple[float, float, floa
 def sampled_first(row: dict, continuations: int) -> int | None:
     """First position where the share of sampled continuations that are right falls from more than half to half or less."""
     p = row["sampled"]
-    return next((t for t in range(len(p) - 1) if p[t] is not None and p[t + 1] is not None and 2 * p[t] > continuations >= 2 * p[t + 1]), None)
+    asked = [t for t, k in enumerate(p) if k is not None]
+    return next((t for t, after in zip(asked, asked[1:]) if 2 * p[t] > continuations >= 2 * p[after]), None)
 
 
 def agreement(rows: list[dict], continuations: int) -> tuple[int, int, int]:
@@ -176,7 +194,7 @@ def draw_windows(ax, rows: list[dict]):
             ax.errorbar(np.array(WINDOWS) + (0.15 if around else -0.15), x, [x - low, high - x], fmt=f"{marker}-", color=colour, capsize=2, lw=1,
                         mfc=colour if around else "white", label=f"{which} harmful token, window {'around' if around else 'before'} it")
     ax.axhline(overall_mean(rows), color=GREY, lw=1)
-    ax.text(WINDOWS[-1], overall_mean(rows), "mean of all tokens", ha="right", va="bottom", color="#555555")
+    ax.text(WINDOWS[-1], overall_mean(rows), "mean of the wrong answers' tokens", ha="right", va="bottom", color="#555555")
     ax.set(xlabel="window (tokens)", ylabel="mean entropy (nats)", title="Entropy at harmful tokens", xticks=WINDOWS)
     ax.legend(fontsize=7)
     return ax
@@ -299,7 +317,8 @@ def draw_budget(ax, runs: list[dict], pair: list[dict]):
     """Right answers if every answer is cut off after so many tokens."""
     budgets = np.arange(20, 241, 5)
     near = lambda family, share: min((r for r in runs if r["family"] == family), key=lambda r: abs(r["llm_share"] - share))  # noqa: E731
-    shown = [(name, next(r for r in pair if r.get("method") == name)["outcomes"], colour) for name, colour in (("SLM", SLM_COLOUR), ("LLM", LLM_COLOUR))]
+    n = len(runs[0]["outcomes"])  # the same first problems of one stream
+    shown = [(name, next(r for r in pair if r.get("method") == name)["outcomes"][:n], colour) for name, colour in (("SLM", SLM_COLOUR), ("LLM", LLM_COLOUR))]
     shown += [(f"{family}, {100 * near(family, share)['llm_share']:.0f} % LLM", near(family, share)["outcomes"], FAMILY_STYLE[family][0]) for family, share in (("R2R", 0.1), ("R-Stitch", 0.15))]
     for name, outcomes, colour in shown:
         ax.plot(budgets, [100 * at_budget(outcomes, b) for b in budgets], color=colour, label=name)

@@ -69,6 +69,15 @@ def mean_change(cells: list[Cell], budget: str, llm: str, name: str) -> tuple[fl
     return float(np.mean([c.accuracy - a.accuracy for c, a in zip(chosen, alone)])), sum(a.latency for a in alone) / sum(c.latency for c in chosen)
 
 
+def change_interval(cells: list[Cell], budget: str, llm: str, name: str) -> tuple[float, float, float]:
+    """The mean change of accuracy with a 95 % interval, as if every problem had been answered once and independently by both."""
+    change, _ = mean_change(cells, budget, llm, name)
+    chosen = [c for c in cells if (c.budget, c.llm, c.name) == (budget, llm, name)]
+    variance = sum(c.accuracy * (100 - c.accuracy) / c.n for one in chosen for c in (one, llm_of(one, cells)))
+    reach = 1.96 * variance**0.5 / len(chosen)
+    return change, change - reach, change + reach
+
+
 def interval(cell: Cell) -> tuple[float, float]:
     """95 % Wilson interval of the accuracy, in percent, as if each problem had been answered once."""
     low, high = wilson(round(cell.accuracy * cell.n / 100), cell.n)
@@ -91,7 +100,7 @@ def kappa(cells: list[Cell], budget: str, llm: str) -> float:
 def draw_changes(ax, cells: list[Cell], columns: list[tuple[str, str]]):
     """Mean change of accuracy by column of the table."""
     names = ("R-Stitch 0.001", "R-Stitch 0.02", "R-Stitch 0.03", "R-Stitch+")
-    for i, (name, marker) in enumerate(zip(names, "os^D")):
+    for i, (name, marker) in enumerate(zip(names, "os^D")):  # intervals are about 6 points to either side
         have = [(x, mean_change(cells, *column, name)[0]) for x, column in enumerate(columns) if any((c.budget, c.llm, c.name) == (*column, name) for c in cells)]
         ax.plot([x + 0.12 * (i - 1.5) for x, _ in have], [y for _, y in have], marker, mfc="none", color=f"C{i}", label=name)
     ax.axhline(0, color="#999999", lw=1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from nbclient import NotebookClient
 
 import rstitch
 from analysis import collect, figures, label, paper
@@ -42,6 +43,12 @@ def test_changes_of_the_printed_table_by_hand():
     assert paper.kappa(CELLS, "8k", "7B") == pytest.approx(5e-6 * 1e3 * (86.63 + 63.15 + 41.79 + 38.34 + 117.31) / 5)
 
 
+def test_intervals_of_mean_changes_by_hand():
+    # 16k, 14B, tau 0.02: variances in points^2 of ten accuracies, p (100 - p) / n: AIME 83.3 + 81.8, AMC 13.8 + 26.9, Minerva 8.8 + 8.0, MATH 2.0 + 2.1, Olympiad 3.6 + 3.7
+    change, low, high = paper.change_interval(CELLS, "16k", "14B", "R-Stitch 0.02")
+    assert change == pytest.approx(-8.216) and high - change == pytest.approx(change - low) == pytest.approx(1.96 * 234.1**0.5 / 5, rel=0.01)
+
+
 def test_misprints_of_the_table_by_hand():
     off = {(c.budget, c.llm, c.name, c.benchmark): ratio for c, ratio in paper.misprinted_speed_ups(CELLS)}
     assert off["16k", "14B", "SpecDec", "Olympiad"] == pytest.approx(316.06 / 360.14)  # printed as 1.05
@@ -67,6 +74,9 @@ def row(right: str = "", H=(0.1,), slm: int = 1, samples=(), steps: int = 2, sam
 
 def test_crossings_by_hand():
     assert figures.crossings("1110100") == [2, 4] and figures.crossings("111") == figures.crossings("") == [] and figures.crossings("10") == [0]
+    assert figures.crossings("1--1--0") == [3]  # somewhere from the fourth token to the sixth
+    assert figures.recovered([row("1011"), row("110"), row("10100"), row("")]) == 2
+    assert figures.commonest(figures.harmful([row("10", text=["="]), row("10", text=["="]), row("10", text=["4"])])) == ("=", 2)
     rows = [row("1110100", H=[1, 2, 3, 4, 5, 6]), row("11", H=[7]), row()]
     assert [t for _, t in figures.harmful(rows)] == [2] and [t for _, t in figures.harmful(rows, "last")] == [4]
     assert figures.overall_mean(rows) == pytest.approx((21 + 7) / 7)  # the answer that was not looked into does not count
@@ -85,8 +95,8 @@ def test_windows_by_hand():
     assert figures.window_mean(H, 2, 4, around=True) == 2.5 and figures.window_mean(H, 4, 4, around=True) == 4.0  # 1 to 4; 3 to 5
 
 
-def test_controls_are_near_tokens_of_the_same_kind():
-    r = row("111100", H=[0.5, 0.1, 0.2, 0.9, 0.3], text=["4", " +", "5", "6", "7"])
+def test_controls_are_the_same_token_nearby():
+    r = row("111100", H=[0.5, 0.1, 0.2, 0.9, 0.3], text=["4", " +", "6", "6", "6"])
     assert figures.crossings(r["right"]) == [3] and figures.control(r, 3) == 2 and figures.over_control(figures.harmful([r]))[0] == pytest.approx(0.7)
     assert figures.control(row("10", H=[0.1], text=["4"]), 0) is None
 
@@ -182,6 +192,11 @@ def test_the_figures_of_any_pair(real, monkeypatch, capsys):
     for draw in (figures.draw_labels, figures.draw_label_entropies):
         draw(figures.plt.figure().gca(), figures.load_json("labels.json"))
     figures.plt.close("all")
+    for path in NOTEBOOKS[1:4]:  # as a user of another pair would run them
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+        text = "".join(out.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs)
+        assert "claim" in text and "n = 24" in text or path.stem.startswith("3") and "claim" in text
 
 
 def test_bad_problems_are_refused(real, monkeypatch, capsys, tmp_path):
