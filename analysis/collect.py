@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, add_options, fingerprint, given, make_pool, option, provenance, read_rows, write_rows
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, add_options, fingerprint, given, option, parallel_map, provenance, read_rows, write_rows
 from analysis.label import decoder, models_of, run_stage
 from analysis.problems import problems, question, verify_number
 from analysis.stats import read_problems
@@ -131,7 +131,7 @@ def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
     out = []
     for i, row in enumerate(rows):
         n = len(row["slm_tokens"])
-        asked = any(k == i for k, _ in todo)
+        asked = row["llm"] and not row["slm"]
         out.append({"id": row["id"], "right": "".join({True: "1", False: "0", None: "-"}[right.get((i, t))] for t in range(n + 1)) if asked else "",
                     "sampled": [counts.get((i, t)) for t in range(n + 1)] if (i, 0) in counts else [], "text": [decode([t]) for t in row["slm_tokens"]] if asked else []})
     return out
@@ -161,15 +161,10 @@ def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, s
     if (known["n"], known["seed"]) != (len(rows), seed):
         raise ValueError(f"--out {out} holds files of {known['n']} problems of seed {known['seed']}, not of {len(rows)} of seed {seed}; take another folder")
 
-    def both(run) -> list[dict]:
+    with parallel_map(workers, __name__) as run:
         found = run_stage(out / "trajectories.jsonl", trajectories, settings, rows, run)
         asked = np.cumsum([bool(row["llm"] and not row["slm"]) for row in found])
         return run_stage(out / "interventions.jsonl", interventions, settings, [row | {"asked": int(k) - 1} for row, k in zip(found, asked)], run)
-
-    if workers == 1:
-        return both(map)
-    with make_pool(workers, __name__) as pool:
-        return both(pool.map)
 
 
 def main() -> None:

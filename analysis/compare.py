@@ -32,12 +32,12 @@ from analysis.common import MODELS, RESULTS, append_row, load_pocket, make_pool,
 from analysis.latency import load_latency
 from analysis.problems import problems, question
 from analysis.report import describe
-from analysis.train_policy import POLICIES, load_router
+from analysis.stats import net_time
+from analysis.train_policy import BASE, POLICIES, load_router
 from analysis.train_r2r import ROUTER, load_r2r
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
 N_CALIBRATION, N_TEST, N_LIVE, SEED = 300, 1000, 300, 0
-POLICY = "kappa0.35-seed0"
 ASKED_ABOVE = 0.02  # tau of that policy
 
 
@@ -52,7 +52,7 @@ def r2r_router(pair, x: float):
 
 def policy_router(pair, x: float):
     """R-Stitch+ that calls the LLM where its policy's logit exceeds x; 0 is the policy as trained."""
-    router = load_router(POLICIES / POLICY, pair)
+    router = load_router(POLICIES / BASE, pair)
     router.policy.mlp[-1].bias.data -= x
     return router
 
@@ -185,7 +185,7 @@ def router_times(repeats: int = 300) -> dict:
 @lru_cache(maxsize=None)
 def made_with(family: str | None) -> str:
     """Changes where rows of this family have to be computed anew: with the pair, the fitted latency and the family's own net."""
-    nets = {"R2R": [ROUTER / "router.safetensors"], "R-Stitch+": [POLICIES / POLICY / "policy.safetensors"]}
+    nets = {"R2R": [ROUTER / "router.safetensors"], "R-Stitch+": [POLICIES / BASE / "policy.safetensors"]}
     files = [MODELS / name / "model.safetensors" for name in ("slm", "llm")] + nets.get(family, sum(nets.values(), []) if family is None else [])
     times = json.dumps([model.coefficients for model in load_latency()])
     return hashlib.sha256(times.encode() + b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
@@ -231,9 +231,8 @@ def activated(row: dict, parameters: tuple[int, int]) -> float:
 
 
 def with_router(row: dict, ms: dict[str, float]) -> float:
-    """Fitted latency and the time of the router's own net: R2R's is asked at every SLM token, R-Stitch+'s above tau."""
-    asked = {"R2R": row["slm_passes"], "R-Stitch+": row["asked_above_tau"]}.get(row["family"], 0.0)
-    return row["latency_ms"] + asked * ms.get(row["family"], 0.0)
+    """Fitted latency and the time of the router's own net."""
+    return row["latency_ms"] + net_time(row, ms)
 
 
 def at_share(rows: list[dict], target: float, weights: np.ndarray) -> np.ndarray:

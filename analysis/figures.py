@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.stats import auroc, bootstrap, read_rows, wilson
+from analysis.stats import PAPER_LABELS, auroc, bootstrap, net_time, ratio_of_means, read_rows, wilson
 
 SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # told apart by the colour-blind too
 WINDOWS = (1, 4, 8, 12, 16)
@@ -75,7 +75,7 @@ def within_problem(rows: list[dict]) -> tuple[float, float, float, int]:
 def share_above(rows: list[dict], limit: float) -> tuple[float, float, float]:
     """Share of the SLM's tokens whose entropy exceeds the limit, in nats."""
     above, n = (np.array([f(row["H"]) for row in rows], float) for f in (lambda H: sum(h > limit for h in H), len))
-    return float(above.sum() / n.sum()), *bootstrap(lambda a, b: a.sum() / b.sum(), above, n)
+    return ratio_of_means(above, n), *bootstrap(ratio_of_means, above, n)
 
 
 def draw_answer_entropies(ax, rows: list[dict]):
@@ -223,7 +223,6 @@ def draw_positions(ax, rows: list[dict]):
 
 
 LABELS = {"identical": GREY, "neutral": THIRD, "divergent": LLM_COLOUR, "unjudged": "#CC79A7"}
-PAPER_LABELS = {"identical": 0.89, "neutral": 0.06, "divergent": 0.05}
 
 
 def draw_labels(ax, figures: dict):
@@ -273,13 +272,13 @@ FAMILY_STYLE = {"R2R": (THIRD, "D-"), "R-Stitch": ("#56B4E9", "o-"), "entropy, o
 
 def load_frontier() -> tuple[list[dict], list[dict]]:
     """(rows of fixed rules and policies, test runs of every family); the newest of each name or knob. `latency_ms` and the times of the
-    outcomes get what a router's own net takes, on average: R2R's at every SLM token, R-Stitch+'s at those above its tau."""
+    outcomes get what a router's own net takes, on average."""
     frontier = {(r["kind"], r["name"]): r for r in read_rows(results("frontier.jsonl"))}
     rows = read_rows(results("compare.jsonl"))
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
     runs = {(r["family"], r["knob"]): r for r in rows if r["kind"] == "test"}
     for r in runs.values():
-        net = net_ms.get(r["family"], 0.0) * (r["slm_passes"] if r["family"] == "R2R" else r["asked_above_tau"])
+        net = net_time(r, net_ms)
         r["latency_ms"] += net
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
     return [r for r in frontier.values() if r["kind"] != "wall-clock"], list(runs.values())

@@ -24,7 +24,7 @@ from analysis.latency import REFERENCE, load_latency
 from analysis.problems import problems, question
 from analysis.report import TAUS, describe
 from analysis.stats import frontier_gap, gap_with_interval
-from analysis.train_policy import POLICIES, RUNS, load_router
+from analysis.train_policy import BASE, POLICIES, RUNS, load_router
 
 N_TEST, N_WALL, SEED = 1000, 200, 0
 FIXED = {
@@ -34,7 +34,6 @@ FIXED = {
     **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
-BASE = "kappa0.35-seed0"
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"), ("hidden-only", "no-entropy"),
     *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none", "advantages-std", "dynamic-accuracy"))]

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import rstitch
-from analysis.common import (MAX_NEW_TOKENS, MODELS, RESULTS, add_options, append_row, bootstrap, fingerprint, given, make_pool, option, provenance,
-                             read_rows, write_rows)
+from analysis.common import (MAX_NEW_TOKENS, MODELS, RESULTS, add_options, append_row, bootstrap, fingerprint, given, option, parallel_map,
+                             provenance, ratio_of_means, read_rows, write_rows)
 from analysis.problems import problems, question
-from analysis.stats import kind_of, read_problems
+from analysis.stats import PAPER_LABELS, kind_of, read_problems
 
 FOLDER = Path(__file__).parent / "checkpoints" / "labels"
 SIZES = {"router-train": 1.0, "dev": 0.15, "calibration": 0.15, "test": 0.25}  # problems of the pocket domain, as shares of --n
@@ -123,8 +123,7 @@ class SameStatement:
     def read(self, text: str) -> list[tuple]:
         """What each sentence states; ("?", the sentence) for one that states nothing."""
         parts = [part for part in re.split(r"(?<=\.) ", text.strip()) if part]
-        found = [next((m.groups() for m in (pattern.fullmatch(part) for pattern in self.STATEMENTS) if m), ("?", part)) for part in parts]
-        return found
+        return [next((m.groups() for m in (pattern.fullmatch(part) for pattern in self.STATEMENTS) if m), ("?", part)) for part in parts]
 
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
         read = [(self.read(case.own), self.read(case.branch)) for case in cases]
@@ -371,13 +370,9 @@ def make_labels(settings: Settings, todo: list[dict], folder: Path, workers: int
     """Label the LLM's answers to `todo`, rows {question, split}, in the folder; the rows with what every stage added."""
     settle(folder, settings, todo)
     rows = todo
-    if workers == 1:
+    with parallel_map(workers, __name__) as run:
         for name, stage in STAGES.items():
-            rows = run_stage(folder / f"{name}.jsonl", stage, settings, rows, map)
-    else:
-        with make_pool(workers, __name__) as pool:
-            for name, stage in STAGES.items():
-                rows = run_stage(folder / f"{name}.jsonl", stage, settings, rows, pool.map)
+            rows = run_stage(folder / f"{name}.jsonl", stage, settings, rows, run)
     return rows
 
 
@@ -409,7 +404,6 @@ def problems_of(settings: Settings, path: Path | None, n: int | None) -> list[di
 # ---- figures -------------------------------------------------------------------------------------------------------------
 
 
-PAPER = {"I": 0.89, "N": 0.06, "D": 0.05}  # R2R, section 3
 LETTERS = {"I": "identical", "N": "neutral", "D": "divergent", "U": "unjudged"}
 
 
@@ -430,7 +424,7 @@ def figures(settings: Settings, rows: list[dict]) -> dict:
     problem, letter, H, kind, decile, inside = (np.array(column) for column in zip(*tokens))
     per_problem = lambda mask, weight=None: np.bincount(problem[mask], None if weight is None else weight[mask], minlength=len(rows))  # noqa: E731
     total = per_problem(np.ones(len(H), bool))
-    shares = {name: [float((letter == c).mean()), *bootstrap(lambda k, n: k.sum() / n.sum(), per_problem(letter == c), total)] for c, name in LETTERS.items()}
+    shares = {name: [float((letter == c).mean()), *bootstrap(ratio_of_means, per_problem(letter == c), total)] for c, name in LETTERS.items()}
     divergent, other = letter == "D", (letter == "I") | (letter == "N")
     sums = [per_problem(divergent, H), per_problem(divergent), per_problem(other, H), per_problem(other)]
     table = lambda key: {str(value): {"n": int((key == value).sum()), "entropy": float(H[key == value].mean()),  # noqa: E731
@@ -442,10 +436,10 @@ def figures(settings: Settings, rows: list[dict]) -> dict:
 
 def show(row: dict) -> str:
     lines = [f"{row['problems']} problems, {row['tokens']} tokens; intervals 95 %, over problems"]
-    for c, name in LETTERS.items():
+    for name in LETTERS.values():
         share, low, high = (100 * x for x in row["shares"][name])
         H = row["entropy_nats"][name]
-        lines.append(f"{name:10} {share:6.2f} % [{low:.2f}, {high:.2f}]" + (f"   paper {100 * PAPER[c]:.0f} %" if c in PAPER else " " * 12)
+        lines.append(f"{name:10} {share:6.2f} % [{low:.2f}, {high:.2f}]" + (f"   paper {100 * PAPER_LABELS[name]:.0f} %" if name in PAPER_LABELS else " " * 12)
                      + (f"   mean SLM entropy {H:.3f} nats" if H is not None else ""))
     lines.append("SLM entropy of divergent over identical and neutral tokens: {:.1f} x [{:.1f}, {:.1f}]   paper 3.8 x".format(*row["entropy_ratio"]))
     for what in ("kind", "decile of the answer", "decile of the sentence"):

@@ -7,6 +7,9 @@ import numpy as np
 from scipy import stats
 
 
+PAPER_LABELS = {"identical": 0.89, "neutral": 0.06, "divergent": 0.05}  # R2R, section 3
+
+
 def read_rows(path: Path) -> list[dict]:
     """The rows of a JSONL file; a last line torn by a kill is dropped."""
     rows = []
@@ -70,6 +73,13 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
         return float("nan")
     ranks = stats.rankdata(scores)
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def net_time(row: dict, ms: dict[str, float]) -> float:
+    """Milliseconds per problem that a router's own net takes, from those of one decision: R2R's is asked at every SLM token,
+    R-Stitch+'s above tau."""
+    asked = {"R2R": row["slm_passes"], "R-Stitch+": row["asked_above_tau"]}.get(row["family"], 0.0)
+    return asked * ms.get(row["family"], 0.0)
 
 
 def cross(u: np.ndarray, v: np.ndarray) -> float:

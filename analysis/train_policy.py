@@ -84,6 +84,7 @@ RUNS = {
     "hand-back": Config(hand_back=True), "clip-symmetric": Config(eps_high=0.2), "advantages-none": Config(scale="none"),
     "advantages-std": Config(eps=1e-6), "dynamic-accuracy": Config(dynamic="accuracy"),
 }
+BASE = "kappa0.35-seed0"  # the one that stands for R-Stitch+ where one does
 
 
 class HandBackRouter(rstitch.PolicyRouter):

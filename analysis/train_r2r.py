@@ -24,7 +24,7 @@ from tqdm import tqdm
 import rstitch
 from analysis import label
 from analysis.common import (MODELS, add_options, append_row, auroc, bootstrap, check_made_for, fingerprint, given, load_checkpoint, option, provenance,
-                             read_rows, rewind, save_checkpoint, write_rows)
+                             ratio_of_means, read_rows, rewind, save_checkpoint, write_rows)
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints" / "r2r"
 ROUTER = MODELS / "r2r"
@@ -195,7 +195,7 @@ def evaluate(score: np.ndarray, tokens: Tokens, calibration: np.ndarray, thresho
     s, y = score[judged], tokens.label[judged].astype(int)
     grid = np.quantile(s, np.linspace(0, 1, 201))[::-1]
     n = tokens.problem.max() + 1
-    over_problems = lambda mask, of: bootstrap(lambda k, m: k.sum() / m.sum(), np.bincount(tokens.problem[of & mask], minlength=n),  # noqa: E731
+    over_problems = lambda mask, of: bootstrap(ratio_of_means, np.bincount(tokens.problem[of & mask], minlength=n),  # noqa: E731
                                                np.bincount(tokens.problem[of], minlength=n))
     called, divergent = score >= threshold, np.nan_to_num(tokens.label) == 1
     bins = np.minimum((10 * s).astype(int), 9)
