@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 import rstitch
-from analysis.common import RESULTS, append_row, encode_problems, load_pocket, provenance
+from analysis.common import RESULTS, append_row, load_pocket, provenance
 from analysis.problems import problems
+from analysis.task import encode_problems
 
 
 def tokens_per_second(run, tokens: int) -> float:

@@ -17,25 +17,20 @@ from pathlib import Path
 import numpy as np
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, add_options, fingerprint, given, option, parallel_map, provenance, read_rows, write_rows
-from analysis.label import decoder, models_of, run_stage
-from analysis.problems import problems, question, verify_number
+from analysis.common import RESULTS, add_options, fingerprint, given, option, parallel_map, provenance, read_rows, write_rows
+from analysis.label import decoder, run_stage
+from analysis.problems import Stated, problems, question, verify, verify_number
 from analysis.stats import read_problems
+from analysis.task import Pair
 
 
 N = 800
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Pair):
     """How the files are made; the problems apart, all follows from it."""
 
-    slm: str = option(str(MODELS / "slm"), "small model, a Hugging Face name or path")
-    llm: str = option(str(MODELS / "llm"), "large model with the same tokenizer")
-    device: str = option("cpu", "torch device of both models")
-    dtype: str = option("float32", "of both models")
-    special_tokens_may_differ: bool = option(False, "take a pair whose tokenizers differ in special tokens only")
-    max_new_tokens: int = option(MAX_NEW_TOKENS, "longest answer, in tokens")
     temperature: float = option(0.6, "of sampled answers and continuations")
     samples: int = option(8, "sampled answers of the SLM to each of the first --sampled problems")
     sampled: int = option(200, "problems with sampled answers")
@@ -43,10 +38,10 @@ class Settings:
     continued: int = option(40, "problems with sampled continuations")
     every: int = option(1, "tokens between two interventions")
     block: int = option(25, "problems worked on together")
-    rows: int = option(256, "answers in one batch")
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "samples", "continuations", "every", "block", "rows"):
+        super().__post_init__()
+        for name in ("samples", "continuations", "every", "block"):
             rstitch.check_count(f"--{name.replace('_', '-')}", getattr(self, name))
         for name in ("sampled", "continued"):
             rstitch.check_count(f"--{name}", getattr(self, name), least=0)
@@ -55,10 +50,7 @@ class Settings:
 
 def grade(text: str, row: dict) -> bool:
     """Is the final answer of the text right? The pocket domain by its last sentence, any other by math-verify."""
-    if row["domain"] == "pocket":
-        return verify_number(row["answer"], text)
-    from math_verify import parse, verify
-    return bool(verify(parse(str(row["answer"])), parse(text)))
+    return verify_number(row["answer"], text) if row["domain"] == "pocket" else verify(Stated(row["question"], str(row["answer"])), text)
 
 
 def significant(H: list[float]) -> list[float]:
@@ -68,7 +60,7 @@ def significant(H: list[float]) -> list[float]:
 def write_on(settings: Settings, router, prompts: list[list[int]], temperature: float = 0.0, seeds: list[int] | None = None,
              written: list[int] | None = None) -> list[list[rstitch.Call]]:
     """The kept calls of each prompt's answer, in batches of like lengths; of an answer that has `written` tokens already, the rest."""
-    slm, llm, *_ = models_of(settings)
+    slm, llm, *_ = settings.load()
     out: list[list[rstitch.Call]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda k: (len(prompts[k]), k))
     for at in range(0, len(order), settings.rows):
@@ -83,13 +75,13 @@ def write_on(settings: Settings, router, prompts: list[list[int]], temperature: 
 
 
 def encoded(settings: Settings, rows: list[dict]) -> list[list[int]]:
-    *_, tokenizer, _ = models_of(settings)
+    *_, tokenizer, _ = settings.load()
     return rstitch.unpadded(*rstitch.encode(tokenizer, *(row["question"] for row in rows)))
 
 
 def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
     """Both models alone, greedy; the SLM's answers sampled several times."""
-    *_, tokenizer, _ = models_of(settings)
+    *_, tokenizer, _ = settings.load()
     decode, prompts = decoder(tokenizer), encoded(settings, rows)
     text = lambda calls: decode([call.token for call in calls])  # noqa: E731
     mean = lambda calls: significant([float(np.mean([call.entropy for call in calls]))])[0]  # noqa: E731
@@ -107,7 +99,7 @@ def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
 def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
     """`right`: a letter per prefix of the SLM's answer, from none of it to all of it: 1 if the LLM, going on from there, is right in the
     end, 0 if not, - where it was not asked. `sampled`: how many of the sampled continuations are right. Empty where there is nothing to ask."""
-    *_, tokenizer, eos = models_of(settings)
+    *_, tokenizer, eos = settings.load()
     decode, prompts = decoder(tokenizer), encoded(settings, rows)
     todo, drawn = [], []
     for i, row in enumerate(rows):
@@ -147,7 +139,7 @@ def file_rows(path: Path) -> list[dict]:
 
 def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, seed: int = 0) -> list[dict]:
     """Both files; the problems with what each stage found. ValueError where `out` holds those of other settings or problems."""
-    pair = models_of(settings)
+    pair = settings.load()
     kept = {name: value for name, value in asdict(settings).items() if name != "rows"} | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}
     made = {"settings": kept, "vocab": min(model.get_output_embeddings().weight.shape[0] for model in pair[:2]), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
     path = out / "collect.json"

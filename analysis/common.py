@@ -1,4 +1,4 @@
-"""What the analyses share: the pocket pair, running a router over problems, intervals, and rows of results with provenance."""
+"""What the analyses share: the pocket pair, options, processes, checkpoints, and rows of results with provenance."""
 import argparse
 import hashlib
 import json
@@ -7,21 +7,18 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import rstitch
-from analysis.problems import Problem, question, verify
 from analysis.stats import auroc, bootstrap, ratio_of_means, read_rows, wilson  # noqa: F401  (one place to import from)
 
 MODELS = Path(__file__).parent / "models"
@@ -32,31 +29,6 @@ MAX_NEW_TOKENS = 320  # the longest of 20,000 fully worked-out solutions takes 2
 def load_pocket(slm: str = "slm", llm: str = "llm", device: str = "cpu", dtype: str = "float32"):
     """(SLM, LLM, tokenizer) of the pocket pair; `llm="llm-short"` is the control."""
     return rstitch.load_pair(str(MODELS / slm), str(MODELS / llm), device, dtype)
-
-
-def encode_problems(tokenizer, problems: Sequence[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask) of the questions as the command line would ask them."""
-    return rstitch.encode(tokenizer, *map(question, problems))
-
-
-def solve(pair, problems: Sequence[Problem], router, batch_size: int = 256, label: str = "", progress: bool = True,
-          seed: int | None = None, **options) -> list[dict]:
-    """Answer every problem in batches. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats), calls.
-    Random draws of a problem depend on (seed, its index), not on the batches."""
-    slm, llm, tokenizer = pair
-    out, seeds = [], rstitch.row_seeds(seed, len(problems))
-    for start in tqdm(range(0, len(problems), batch_size), desc=label, leave=False, disable=None if progress else True):
-        batch = problems[start:start + batch_size]
-        ids, mask = encode_problems(tokenizer, batch)
-        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS,
-                                seed=seeds[start:start + batch_size], **options)
-        for problem, calls in zip(batch, result.calls):
-            kept = [call for call in calls if call.kept]
-            text = tokenizer.decode([call.token for call in kept], skip_special_tokens=True)
-            out.append({"text": text, "correct": verify(problem, text), "finished": kept[-1].token == tokenizer.eos_token_id,
-                        "tokens": len(kept), "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
-                        "entropy": float(np.mean([call.entropy for call in kept])), "calls": calls})
-    return out
 
 
 def fingerprint(model) -> str:
@@ -80,10 +52,10 @@ def option(default, text: str):
 def add_options(parser: argparse.ArgumentParser, config, what: str = "", **others) -> None:
     """An argument for each field of a config; left out it is None. `others`: defaults of another config, to tell of beside the first."""
     for f in fields(config):
-        default = f"{f.default}" + "".join(f", {name} {getattr(other, f.name)}" for name, other in others.items() if getattr(other, f.name) != f.default)
+        default = f"{f.default}" * (f.default != "") + "".join(f", {name} {getattr(other, f.name)}" for name, other in others.items() if getattr(other, f.name) != f.default)
         kind = {"device": dict(type=rstitch.usable_device), "dtype": dict(choices=["float32", "bfloat16", "float16"])}.get(
             f.name, dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type))
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=None, help=f"{what}{f.metadata['help']} (default: {default})", **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=None, help=f"{what}{f.metadata['help']}" + f" (default: {default})" * bool(default), **kind)
 
 
 def given(args: argparse.Namespace, config) -> dict:
@@ -108,6 +80,16 @@ def parallel_map(workers: int, *preload: str):
     else:
         with make_pool(workers, *preload) as pool:
             yield pool.map
+
+
+def completed(workers: int, jobs: dict[Hashable, tuple], *preload: str) -> Iterator[tuple]:
+    """(key, result) of every job (function, *arguments), as it ends; with one worker in turn, in this thread."""
+    if workers == 1:
+        yield from ((key, function(*arguments)) for key, (function, *arguments) in jobs.items())
+    elif jobs:
+        with make_pool(workers, *preload) as pool:
+            running = {pool.submit(*job): key for key, job in jobs.items()}
+            yield from ((running[job], job.result()) for job in as_completed(running))
 
 
 def rotated(items: list, i: int) -> list:

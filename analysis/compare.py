@@ -1,6 +1,7 @@
-"""Every router at the same LLM share, running: R2R, R-Stitch, R-Stitch+, entropy with one-token visits, random, live labels.
+"""Every router at the same LLM share, running: R2R, R-Stitch, other signals, R-Stitch+, random, live labels, speculative decoding.
 
     python -m analysis.compare                     (appends to analysis/results/compare.jsonl, skips what is there, prints all)
+    python -m analysis.compare --slm SMALL --llm LARGE --problems file.jsonl --latency pair.json --router router --policies policies --out results
 
 A family of routers has one knob. It is turned over a grid on the calibration split, running; the knob for a wanted share is read off
 by interpolation (where several would do, as with R-Stitch, the one that was most accurate there). Test problems are the same for all.
@@ -10,16 +11,21 @@ bootstrap sample. Labels sit on the LLM's trajectories, running does not: R2R's 
 
 Live labels are made while running: where the SLM's token differs from what the LLM would write, both go on to the end of the
 sentence and the judge compares them. A reference point and no bound: it looks one sentence ahead, and costs far more than the LLM alone.
+
+Speculative decoding is `generate(assistant_model=...)` of transformers. Its latency is that of its forward passes by the same fitted
+model, so that it is charged for what the models compute and not for what generate() does in between.
+
+tau from the SLM alone: the SLM's own answers on the calibration split say which share of tokens, and how many milliseconds, R-Stitch
+would cost at each tau if answers stayed as they are and each visit of the LLM took one token. The tau for a wanted share or latency is
+read off there, from the shorter half of those answers, and run.
 """
 import argparse
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,51 +34,89 @@ from tqdm import tqdm
 
 import rstitch
 from analysis import label
-from analysis.common import MODELS, RESULTS, append_row, load_pocket, make_pool, provenance, read_rows, solve
-from analysis.latency import load_latency
-from analysis.problems import problems, question
-from analysis.report import describe
+from analysis.common import add_options, append_row, completed, given, provenance, read_rows
+from analysis.problems import question, verify
 from analysis.stats import net_time
-from analysis.train_policy import BASE, POLICIES, load_router
-from analysis.train_r2r import ROUTER, load_r2r
+from analysis.task import SEED, Task, digest_of, encode_problems, measure, solve, summarise
+from analysis.train_policy import load_router
+from analysis.train_r2r import load_r2r
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
-N_CALIBRATION, N_TEST, N_LIVE, SEED = 300, 1000, 300, 0
-ASKED_ABOVE = 0.02  # tau of that policy
+WANTED = {"share": (0.05, 0.1, 0.2), "latency": (1.5, 2.0, 4.0)}  # of the tokens; times what the SLM alone takes
+N_CALIBRATION, N_TEST, N_LIVE = 300, 1000, 300
 
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def r2r_router(pair, x: float):
-    router = load_r2r(ROUTER, pair)
-    return rstitch.R2RRouter(router.net, sigmoid(x))
+def r2r_router(task: Task, x: float):
+    return rstitch.R2RRouter(load_r2r(task.path("router"), task.load()).net, sigmoid(x))
 
 
-def policy_router(pair, x: float):
+def policy_router(task: Task, x: float):
     """R-Stitch+ that calls the LLM where its policy's logit exceeds x; 0 is the policy as trained."""
-    router = load_router(POLICIES / BASE, pair)
+    router = load_router(task.policy(), task.load())
     router.policy.mlp[-1].bias.data -= x
     return router
 
 
+def gap(logits: torch.Tensor) -> torch.Tensor:
+    """1 - how far the likeliest token is ahead of the next, in probability: 0 sure, 1 a tie."""
+    first, second = logits.softmax(-1).topk(2).values.unbind(-1)
+    return 1 - (first - second)
+
+
+def varentropy(logits: torch.Tensor) -> torch.Tensor:
+    """Variance of the surprise, in nats^2: 0 where all likely tokens are equally likely, one or many."""
+    surprise = -logits.log_softmax(-1)
+    p = (-surprise).exp()
+    return (p * (surprise - (p * surprise).sum(-1, keepdim=True)) ** 2).sum(-1)
+
+
+@dataclass(frozen=True)
+class SignalRouter:
+    """R-Stitch's Algorithm 1 with another measure of uncertainty in place of the entropy."""
+
+    measure: Callable[[torch.Tensor], torch.Tensor]
+    limit: float
+
+    def leave_slm(self, step: rstitch.Step) -> torch.Tensor:
+        return self.measure(step.logits) > self.limit
+
+    def leave_llm(self, step: rstitch.Step) -> torch.Tensor:
+        return self.measure(step.logits) <= self.limit
+
+
 @dataclass(frozen=True)
 class Family:
-    """Routers by one knob; `grid` is what the calibration split is run with."""
+    """Routers by one knob; `grid` is what the calibration split is run with; `needs`, what has to have been trained."""
 
-    build: Callable[[tuple, float], object]
+    build: Callable[[Task, float], object]
     grid: tuple[float, ...]
+    needs: str = ""
 
 
-LOG_TAUS = tuple(np.log(np.geomspace(0.0004, 0.5, 18)).tolist())
+def logs(low: float, high: float, n: int = 18) -> tuple[float, ...]:
+    return tuple(np.log(np.geomspace(low, high, n)).tolist())
+
+
 FAMILIES = {
-    "R2R": Family(r2r_router, tuple(np.linspace(-12, 10, 18).tolist())),
-    "R-Stitch": Family(lambda pair, x: rstitch.EntropyRouter(math.exp(x)), LOG_TAUS),
-    "entropy, one token": Family(lambda pair, x: rstitch.EntropyRouter(math.exp(x), tau_back=1.0), LOG_TAUS),
-    "R-Stitch+": Family(policy_router, (-30.0, *np.linspace(-6, 6, 12).tolist())),
-    "random": Family(lambda pair, x: rstitch.RandomRouter(x, seed=SEED), tuple(np.linspace(0.01, 0.32, 6).tolist())),
+    "R2R": Family(r2r_router, tuple(np.linspace(-12, 10, 18).tolist()), "router"),
+    "R-Stitch": Family(lambda task, x: rstitch.EntropyRouter(math.exp(x)), logs(0.0004, 0.5)),
+    "entropy, one token": Family(lambda task, x: rstitch.EntropyRouter(math.exp(x), tau_back=1.0), logs(0.0004, 0.5)),
+    "top-2 gap": Family(lambda task, x: SignalRouter(gap, math.exp(x)), logs(0.0005, 0.98)),
+    "varentropy": Family(lambda task, x: SignalRouter(varentropy, math.exp(x)), logs(0.002, 2.0)),
+    "R-Stitch+": Family(policy_router, (-30.0, *np.linspace(-6, 6, 12).tolist()), "policies"),
+    "random": Family(lambda task, x: rstitch.RandomRouter(x, seed=SEED), tuple(np.linspace(0.01, 0.32, 6).tolist())),
 }
+ALONE = {"SLM alone": rstitch.SLMOnly, "LLM alone": rstitch.LLMOnly, "control": rstitch.LLMOnly}
+
+
+def families_of(task: Task) -> dict[str, Family]:
+    """Those whose nets there are."""
+    there = {"": True, "router": task.path("router"), "policies": task.policy()}
+    return {name: family for name, family in FAMILIES.items() if there[family.needs]}
 
 
 def knob_for(target: float, knobs: Sequence[float], shares: Sequence[float], accuracies: Sequence[float]) -> float | None:
@@ -90,7 +134,7 @@ class LiveLabels:
 
     def __init__(self, settings: label.Settings, questions: Sequence[str]):
         self.settings, self.questions = settings, list(questions)
-        self.slm, self.llm, tokenizer, self.eos = label.models_of(settings)
+        self.slm, self.llm, tokenizer, self.eos = settings.load()
         self.decode, self.judge = label.decoder(tokenizer), label.build_judge(settings.judge, settings.device, settings.dtype)
         prompts = rstitch.unpadded(*rstitch.encode(tokenizer, *self.questions))
         self.rows = [rstitch.Row(i, 0, list(ids), len(ids), rstitch.SLM, []) for i, ids in enumerate(prompts)]
@@ -130,99 +174,177 @@ class LiveLabels:
         return torch.ones_like(step.token, dtype=torch.bool)
 
 
-@lru_cache(maxsize=None)
-def pocket():
-    torch.set_num_threads(1)
-    return load_pocket()
+# ---- one row each --------------------------------------------------------------------------------------------------------
 
 
-def row_of(family: str, x: float | None, split: str, n: int, target: float | None = None) -> dict:
-    """One router over the first n problems of a split, greedy."""
-    pair, models = pocket(), load_latency()
-    router = FAMILIES[family].build(pair, x) if family in FAMILIES else rstitch.SLMOnly()
-    solved = solve(pair, problems(split, n, SEED), router, label=family, seed=SEED, progress=False)
-    ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
-    above = ASKED_ABOVE * math.log(min(m.get_output_embeddings().weight.shape[0] for m in pair[:2]))
-    asked = [sum(c.model == rstitch.SLM and c.entropy > above for c in s["calls"]) for s in solved]
-    outcomes = {"outcomes": [[int(s["correct"]), s["tokens"], s["llm_tokens"], x] for s, x in zip(solved, ms)]} if split == "test" else {}
-    return {"kind": split, "family": family, "target": target, "knob": x, **describe(solved), "latency_ms": float(np.mean(ms)),
-            "asked_above_tau": float(np.mean(asked)), **outcomes, **provenance(SEED, n)}
+def row_of(task: Task, family: str, x: float | None, split: str, n: int, **more) -> dict:
+    """One router over the first n problems of a split; `more` goes into the row."""
+    pair = task.load()
+    router = FAMILIES[family].build(task, x) if family in FAMILIES else ALONE[family]()
+    if family == "control":
+        pair = pair[0], rstitch.load_pair(task.slm, str(task.path("control")), task.device, task.dtype, task.special_tokens_may_differ)[1], pair[2]
+    row = measure(task, router, split, n, pair)
+    if split != "test":
+        del row["outcomes"]
+    return {"kind": split, "family": family, "knob": x, **row, **more}
 
 
-def live_row(n: int) -> dict:
+def live_row(task: Task, judge: str, n: int) -> dict:
     """Live labels over the first n test problems."""
-    pair, chosen = pocket(), problems("test", n, SEED)
+    pair, chosen, size = task.load(), task.split("test", n), min(100, task.rows)
+    settings = label.Settings(task.slm, task.llm, task.device, task.dtype, task.special_tokens_may_differ, task.max_new_tokens, task.rows, judge)
     solved = []
-    for at in range(0, n, 100):
-        part = chosen[at:at + 100]
-        router = LiveLabels(label.Settings(), [question(p) for p in part])
-        solved += solve(pair, part, router, batch_size=len(part), seed=SEED, progress=False)
+    for at in range(0, len(chosen), size):
+        part = chosen[at:at + size]
+        router = LiveLabels(settings, [question(p) for p in part])
+        solved += solve(pair, part, router, batch_size=len(part), seed=SEED, progress=False, max_new_tokens=task.max_new_tokens)
         router.lm.close()
-    return {"kind": "live labels", "family": "live labels", "target": None, "knob": None, **describe(solved),
-            "outcomes": [[int(s["correct"]), s["tokens"], s["llm_tokens"], None] for s in solved], **provenance(SEED, n)}
+    row = summarise(task, solved)
+    return {"kind": "live labels", "family": "live labels", "knob": None, **row}
+
+
+def assisted(pair, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], list[rstitch.Call]]:
+    """The answer to one prompt by generate() of the LLM with the SLM as its assistant, and every forward pass of both."""
+    slm, llm, tokenizer, *_ = pair
+    calls: list[rstitch.Call] = []
+
+    def note(m: int):
+        def before(model, args, kwargs):
+            cache = kwargs.get(rstitch.cache_keyword(model))
+            calls.append(rstitch.Call(m, len(calls), kwargs["input_ids"].shape[1], cache.get_seq_length() if cache is not None else 0, -1, math.nan, True))
+        return before
+
+    hooks = [model.register_forward_pre_hook(note(m), with_kwargs=True) for m, model in ((rstitch.SLM, slm), (rstitch.LLM, llm))]
+    try:
+        out = llm.generate(ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device), assistant_model=slm, do_sample=False, max_new_tokens=max_new_tokens,
+                           pad_token_id=tokenizer.pad_token_id or 0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return out[0, ids.shape[1]:].tolist(), calls
+
+
+def assisted_row(task: Task, n: int) -> dict:
+    """Speculative decoding over the first n test problems. LLM tokens are those that the SLM did not draft: one for each pass of the LLM."""
+    pair, solved = task.load(), []
+    for problem in task.split("test", n):
+        tokens, calls = assisted(pair, encode_problems(pair[2], [problem])[0], task.max_new_tokens)
+        solved.append({"correct": verify(problem, pair[2].decode(tokens, skip_special_tokens=True)), "finished": tokens[-1] in pair[3], "tokens": len(tokens),
+                       "llm_tokens": sum(call.model == rstitch.LLM for call in calls), "calls": calls})
+    return {"kind": "assisted", "family": "speculative decoding", "knob": None, **summarise(task, solved)}
 
 
 @torch.no_grad()
-def router_times(repeats: int = 300) -> dict:
-    """Milliseconds that one decision takes at batch 1, medians, interleaved."""
-    pair = pocket()
-    lm = rstitch.CachedLM(pair[0], 1, 128)
+def router_times(task: Task, repeats: int) -> dict:
+    """Milliseconds that one decision of a trained router takes at batch 1, medians, interleaved."""
+    slm, device = task.load()[0], task.load()[0].device
+    lm = rstitch.CachedLM(slm, 1, 128)
     lm.read([0], [[5] * 100])
     out = lm.read([0], [[5]])
-    step = rstitch.Step([0], [0], out.logits, out.hidden, out.token, torch.ones_like(out.entropy), torch.tensor([60]), torch.tensor([101]),
-                        torch.zeros(1, 0))
+    step = rstitch.Step([0], [0], out.logits, out.hidden, out.token, torch.full_like(out.entropy, 100.0), torch.tensor([60], device=device),
+                        torch.tensor([101], device=device), torch.zeros(1, 0, device=device))  # no threshold is as high
     times: dict[str, list[float]] = {}
-    routers = {name: FAMILIES[name].build(pair, 0.0) for name in ("R2R", "R-Stitch+")}
+    routers = {name: family.build(task, 0.0) for name, family in families_of(task).items() if family.needs}
     for _ in range(repeats):
         for name, router in routers.items():
             start = time.perf_counter()
             router.leave_slm(step).tolist()
             times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
     lm.close()
-    return {"kind": "router times", "family": None, "target": None, "ms": {name: float(np.median(ms)) for name, ms in times.items()}, **provenance(SEED, repeats)}
+    return {"kind": "router times", "family": None, "knob": None, "ms": {name: float(np.median(ms)) for name, ms in times.items()},
+            **provenance(SEED, repeats, task.device, task.dtype)}
 
 
-@lru_cache(maxsize=None)
-def made_with(family: str | None) -> str:
-    """Changes where rows of this family have to be computed anew: with the pair, the fitted latency and the family's own net."""
-    nets = {"R2R": [ROUTER / "router.safetensors"], "R-Stitch+": [POLICIES / BASE / "policy.safetensors"]}
-    files = [MODELS / name / "model.safetensors" for name in ("slm", "llm")] + nets.get(family, sum(nets.values(), []) if family is None else [])
-    times = json.dumps([model.coefficients for model in load_latency()])
-    return hashlib.sha256(times.encode() + b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+# ---- tau from the SLM alone ----------------------------------------------------------------------------------------------
 
 
-def run(path: Path = RESULTS / "compare.jsonl", n_calibration: int = N_CALIBRATION, n_test: int = N_TEST, n_live: int = N_LIVE, workers: int = 2) -> list[dict]:
-    """Compute what `path` lacks, a row at a time; the rows that count."""
+def one_token_visits(calls: Sequence[rstitch.Call], tau: float) -> list[rstitch.Call]:
+    """What the SLM's own answer would cost at tau (nats), if it stayed as it is: every token above tau is discarded, and the LLM, having
+    caught up, writes it and hands back."""
+    out, read = [], 0
+    for call in calls:
+        end = call.n_kv + call.n_inf
+        out.append(call._replace(kept=call.entropy <= tau))
+        if call.entropy > tau:
+            out.append(rstitch.Call(rstitch.LLM, call.position, end - read, read, call.token, call.entropy, True))
+            read = end
+    return out
+
+
+def choose_taus(task: Task, n: int) -> list[dict]:
+    """For every wanted share, and latency as a multiple of the SLM's, the tau that the SLM's own answers to the calibration problems name,
+    those up to the median length: {wanted, value, tau (normalised), predicted share, predicted ms, median length}."""
+    slm, llm, *_ = pair = task.load()
+    models, log_vocab = task.latencies(), math.log(min(m.get_output_embeddings().weight.shape[0] for m in (slm, llm)))
+    solved = solve(pair, task.split("calibration", n), rstitch.SLMOnly(), batch_size=task.rows, progress=False, max_new_tokens=task.max_new_tokens)
+    half = float(np.median([s["tokens"] for s in solved]))
+    answers = [s["calls"] for s in solved if s["tokens"] <= half]
+    H = np.concatenate([[call.entropy for call in calls] for calls in answers])
+    taus = np.unique(np.quantile(H, np.linspace(0, 1, 400)))
+    ms = np.array([np.mean([rstitch.trajectory_latency(one_token_visits(calls, tau), *models) for calls in answers]) for tau in taus])  # falls with tau
+    share = np.array([(H > tau).mean() for tau in taus])
+    out = []
+    for wanted, values in WANTED.items():
+        for value in values:
+            curve, target = (share, value) if wanted == "share" else (ms, value * ms[-1])
+            tau = float(np.interp(target, curve[::-1], taus[::-1]))
+            out.append({"wanted": wanted, "value": value, "tau": tau / log_vocab, "predicted_share": float(np.interp(tau, taus, share)),
+                        "predicted_ms": float(np.interp(tau, taus, ms)), "median_tokens": half})
+    return out
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------------
+
+
+def made_with(task: Task, family: str | None) -> str:
+    """Changes where rows of this family have to be computed anew: with the task, and with the family's own net."""
+    nets = {"router": lambda: task.path("router") / "router.safetensors", "policies": lambda: task.policy() / "policy.safetensors"}
+    needs = [FAMILIES[family].needs] if family in FAMILIES else [f.needs for f in families_of(task).values()] if family is None else []
+    files = [nets[need]() for need in sorted(set(needs) - {""})]
+    return digest_of(task, *files, *([task.path("control") / "model.safetensors"] if family == "control" and task.path("control").is_dir() else []))
+
+
+def run(task: Task, n_calibration: int, n_test: int, n_live: int, judge: str, workers: int) -> list[dict]:
+    """Compute what compare.jsonl lacks, a row at a time; the rows that count."""
+    path, families = task.needed("out") / "compare.jsonl", families_of(task)
+    n_calibration, n_test = (len(task.split(split, n)) for split, n in (("calibration", n_calibration), ("test", n_test)))
+    n_live = min(n_live, n_test)
+    for family in families.values():
+        family.build(task, family.grid[0])  # a net of another pair is told now
+    marks = {name: made_with(task, name) for name in (*FAMILIES, *ALONE, "live labels", "speculative decoding", None) if name in families or name not in FAMILIES
+             if name != "control" or task.path("control")}
+
+    def key_of(row: dict) -> tuple:
+        return row["kind"], row["family"], row["knob"], row["n"]
 
     def current() -> dict[tuple, dict]:
-        return {(r["kind"], r["family"], r.get("knob"), r["n"]): r for r in read_rows(path) if r["made_with"] == made_with(r["family"])}
+        return {key_of(r): r for r in read_rows(path) if r["made_with"] == marks.get(r["family"])}
 
-    with make_pool(workers, __name__) as pool:
+    def complete(jobs: dict[tuple, tuple]) -> dict[tuple, dict]:
+        have = current()
+        missing = {key: job for key, job in jobs.items() if key not in have}
+        for key, row in tqdm(completed(workers, missing, __name__), total=len(missing), desc="routers", disable=None):
+            append_row(path, row | {"made_with": marks[key[1]]})
+        have = current()
+        return {key: have[key] for key in jobs}
 
-        def complete(jobs: dict[tuple, tuple]) -> dict[tuple, dict]:
-            have = current()
-            running = {pool.submit(*call): (key, made_with(key[1])) for key, call in jobs.items() if key not in have}
-            for job in tqdm(as_completed(running), total=len(running), desc="routers", disable=None):
-                append_row(path, job.result() | {"made_with": running[job][1]})
-            have = current()
-            return {key: have[key] for key in jobs}
-
-        live, alone = ("live labels", "live labels", None, n_live), ("test", "SLM alone", None, n_test)
-        rows = complete({live: (live_row, n_live), alone: (row_of, "SLM alone", None, "test", n_test, 0.0)}
-                        | {("calibration", name, x, n_calibration): (row_of, name, x, "calibration", n_calibration)
-                           for name, family in FAMILIES.items() for x in family.grid})
-        todo = {}
-        for name, family in FAMILIES.items():
-            grid = [rows["calibration", name, x, n_calibration] for x in family.grid]
-            for target in SHARES:
-                x = knob_for(target, family.grid, [r["llm_share"] for r in grid], [r["accuracy"] for r in grid])
-                if x is not None:
-                    todo["test", name, x, n_test] = row_of, name, x, "test", n_test, target
-        rows |= complete(todo)
-    key = ("router times", None, None, 300)
-    if key not in current():
-        append_row(path, router_times(key[3]) | {"made_with": made_with(None)})
-    return [*rows.values(), current()[key]]
+    jobs = {("live labels", "live labels", None, n_live): (live_row, task, judge, n_live)} if judge and n_live else {}
+    jobs |= {("assisted", "speculative decoding", None, n_live): (assisted_row, task, n_live)} if n_live else {}
+    jobs |= {("test", name, None, n_test): (row_of, task, name, None, "test", n_test) for name in ALONE if name in marks}
+    jobs |= {("calibration", name, x, n_calibration): (row_of, task, name, x, "calibration", n_calibration) for name, family in families.items() for x in family.grid}
+    rows = complete(jobs)
+    todo = {}
+    for name, family in families.items():
+        grid = [rows["calibration", name, x, n_calibration] for x in family.grid]
+        for target in SHARES:
+            x = knob_for(target, family.grid, [r["llm_share"] for r in grid], [r["accuracy"] for r in grid])
+            if x is not None:
+                todo["test", name, x, n_test] = partial(row_of, target=target), task, name, x, "test", n_test
+    for chosen in choose_taus(task, n_calibration):
+        x = math.log(max(chosen["tau"], 1e-9))
+        todo["chosen", "R-Stitch", x, n_test] = partial(row_of, kind="chosen", **chosen), task, "R-Stitch", x, "test", n_test
+    rows |= complete(todo)
+    return list((rows | complete({("router times", None, None, 300): (router_times, task, 300)})).values())
 
 
 def activated(row: dict, parameters: tuple[int, int]) -> float:
@@ -257,7 +379,7 @@ def difference(a: list[dict], b: list[dict], target: float, n: int, draws: int =
 def by_family(rows: list[dict]) -> dict[str, list[dict]]:
     """The test runs of each family, the SLM alone in all of them."""
     test = [r for r in rows if r["kind"] == "test"]
-    return {name: [r for r in test if r["family"] in (name, "SLM alone")] for name in FAMILIES}
+    return {name: family for name in FAMILIES if len(family := [r for r in test if r["family"] in (name, "SLM alone")]) > 1}
 
 
 def in_brackets(x: tuple[float, float, float]) -> str:
@@ -265,58 +387,73 @@ def in_brackets(x: tuple[float, float, float]) -> str:
 
 
 def show(rows: list[dict], parameters: tuple[int, int], usage: Callable[[float], float]) -> str:
-    """Every test run as it was, then the live labels and the conditions. `usage`: R2R's share on the LLM's trajectories at a threshold."""
+    """Every test run as it was, then what else was run, and the conditions. `usage`: R2R's share on the LLM's trajectories at a threshold."""
     ms, runs = next(r["ms"] for r in rows if r["kind"] == "router times"), by_family(rows)
+    right = lambda r: f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]"  # noqa: E731
     lines = [f"{'router':20} {'LLM share wanted, reached, %':>29} {'right, % [95 %] (higher is better)':>35} {'tokens':>7} {'fitted ms':>10} {'with router':>12}"
              f" {'activated, M':>13} {'catch-up':>9}"]
-    for name, family in runs.items():
+    for name, family in {**{name: [r for r in rows if r["family"] == name and r["kind"] != "calibration"] for name in ("LLM alone", "control", "speculative decoding")}, **runs}.items():
         for r in sorted(family, key=lambda r: r["llm_share"]):
-            right = f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]"
             offline = f"   offline {100 * usage(sigmoid(r['knob'])):.1f} %" if r["family"] == "R2R" else ""
-            lines.append(f"{name:20} {100 * r['target']:>19g} {100 * r['llm_share']:>9.1f} {right:>35} {r['tokens']:>7.1f} {r['latency_ms']:>10.1f} {with_router(r, ms):>12.1f}"
-                         f" {activated(r, parameters) / 1e6:>13.3f} {r['llm_catch_up_tokens']:>9.1f}{offline}")
-    live = next(r for r in rows if r["kind"] == "live labels")
-    lines.append(f"live labels: {100 * live['accuracy']:.1f} % right [{100 * live['accuracy_95'][0]:.1f}, {100 * live['accuracy_95'][1]:.1f}] at {100 * live['llm_share']:.1f} % LLM tokens, "
-                 f"{live['tokens']:.1f} tokens, {activated(live, parameters) / 1e6:.3f} M activated (the labels' own work not counted), n = {live['n']}; a reference point, not a bound; "
-                 f"on these problems at this share R2R is right more often by {in_brackets(difference(runs['R2R'], [live], live['llm_share'], live['n']))} pp")
-    r = runs["R2R"][0]
+            wanted = f"{100 * r['target']:g}" if "target" in r else ""
+            lines.append(f"{name:20} {wanted:>19} {100 * r['llm_share']:>9.1f} {right(r):>35} {r['tokens']:>7.1f} {r['latency_ms']:>10.1f} {with_router(r, ms):>12.1f}"
+                         f" {activated(r, parameters) / 1e6:>13.3f} {r['llm_catch_up_tokens']:>9.1f}{offline}" + (f"   n = {r['n']}" if r["kind"] == "assisted" else ""))
+    for live in (r for r in rows if r["kind"] == "live labels"):
+        lines.append(f"live labels: {right(live)} % right at {100 * live['llm_share']:.1f} % LLM tokens, {live['tokens']:.1f} tokens, {activated(live, parameters) / 1e6:.3f} M "
+                     f"activated (the labels' own work not counted), n = {live['n']}; a reference point, not a bound"
+                     + (f"; on these problems at this share R2R is right more often by {in_brackets(difference(runs['R2R'], [live], live['llm_share'], live['n']))} pp" if "R2R" in runs else ""))
+    for r in (r for r in rows if r["kind"] == "chosen"):
+        lines.append(f"tau {r['tau']:.3g}, from the SLM's answers of up to {r['median_tokens']:g} tokens for {r['wanted']} {r['value']:g}: predicted {100 * r['predicted_share']:.1f} % LLM tokens "
+                     f"and {r['predicted_ms']:.0f} ms, reached {100 * r['llm_share']:.1f} % and {r['latency_ms']:.0f} ms, {right(r)} % right")
+    r = next(r for r in rows if r["kind"] == "test")
     lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}, transformers {r['transformers']}; knobs set on "
-                 f"{next(r for r in rows if r['kind'] == 'calibration')['n']} calibration problems; a decision of R2R's net takes {ms['R2R']:.2f} ms, of R-Stitch+'s {ms['R-Stitch+']:.2f} ms")
+                 f"{next(r for r in rows if r['kind'] == 'calibration')['n']} calibration problems" + "".join(f"; a decision of {name}'s net takes {x:.2f} ms" for name, x in ms.items()))
     return "\n".join(lines)
 
 
 def table(rows: list[dict]) -> str:
     """Right answers at exactly the same share, and R2R's lead, as the README has it."""
-    runs, others = by_family(rows), [name for name in FAMILIES if name != "R2R"]
-    n = len(runs["R2R"][0]["outcomes"])
+    runs = by_family(rows)
+    n = len(next(iter(runs.values()))[0]["outcomes"])
     once = np.full((1, n), 1 / n)
-    lines = ["| LLM share, % | R2R | " + " | ".join(others) + " | " + " | ".join(f"R2R - {name}, pp" for name in others if name != "random") + " |", "|" + "---|" * (2 * len(others) + 1)]
+    led = [name for name in runs if name not in ("R2R", "random")] if "R2R" in runs else []
+    lines = ["| LLM share, % | " + " | ".join([*runs, *(f"R2R - {name}, pp" for name in led)]) + " |", "|" + "---|" * (1 + len(runs) + len(led))]
     for target in SHARES:
         right = {name: float(at_share(family, target, once)[0]) for name, family in runs.items()}
-        cells = [f"{100 * target:g}", *("" if math.isnan(right[name]) else f"{100 * right[name]:.1f}" for name in ("R2R", *others))]
-        cells += ["" if math.isnan(right[name] + right["R2R"]) else in_brackets(difference(runs["R2R"], runs[name], target, n)) for name in others if name != "random"]
+        cells = [f"{100 * target:g}", *("" if math.isnan(x) else f"{100 * x:.1f}" for x in right.values())]
+        cells += ["" if math.isnan(right[name] + right["R2R"]) else in_brackets(difference(runs["R2R"], runs[name], target, n)) for name in led]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def offline_usage(folder: Path = ROUTER) -> Callable[[float], float]:
+def offline_usage(folder: Path | None) -> Callable[[float], float]:
     """R2R's share of the tokens of the LLM's own trajectories, test split, as a function of the threshold."""
+    if not folder:
+        return lambda t: math.nan
     threshold, share, _ = np.array(json.loads((folder / "made.json").read_text())["test"]["recall_usage"]).T
     return lambda t: float(np.interp(t, threshold[::-1], share[::-1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    add_options(parser, Task)
+    add = parser.add_argument
+    add("--n", type=int, default=N_TEST, help="test problems (default: %(default)s)")
+    add("--calibration", type=int, default=N_CALIBRATION, help="calibration problems (default: %(default)s)")
+    add("--live", type=int, default=N_LIVE, help="of the test problems, how many with live labels and with speculative decoding; 0 for none (default: %(default)s)")
+    add("--judge", default="", help="of the live labels, as of analysis.label (default: the pocket domain's; other problems then have no live labels)")
+    add("--workers", type=int, default=2, help="processes; 1 on a GPU (default: %(default)s)")
     args = parser.parse_args()
     try:
-        rstitch.check_count("--workers", args.workers)
-    except ValueError as error:
+        task = Task(**given(args, Task))
+        for name, least in (("n", 1), ("calibration", 1), ("live", 0), ("workers", 1)):
+            rstitch.check_count(f"--{name}", getattr(args, name), least)
+        rows = run(task, args.calibration, args.n, args.live, args.judge or ("statement" if task.pocket else ""), args.workers)
+        parameters = tuple(sum(p.numel() for p in model.parameters()) for model in task.load()[:2])
+        print(show(rows, parameters, offline_usage(task.path("router"))),
+              "Right answers in % at exactly the same LLM share, on the lines between these runs; R2R's lead with paired 95 % intervals:", table(rows), sep="\n\n")
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    rows = run(workers=args.workers)
-    parameters = tuple(sum(p.numel() for p in model.parameters()) for model in pocket()[:2])
-    print(show(rows, parameters, offline_usage()), "Right answers in % at exactly the same LLM share, on the lines between these runs; R2R's lead with paired 95 % intervals:",
-          table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -7,26 +7,20 @@ interpolated between neighbours. The gap of a method is 1 - its latency / the fr
 better than every fixed rule. A second, stricter gap is against mixtures too: which of two fixed rules answers a problem is drawn
 at random, so that every chord between two points can be had, and the frontier is their lower convex hull.
 """
-import hashlib
-import json
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, bootstrap, load_pocket, provenance, read_rows, rotated, solve
-from analysis.latency import REFERENCE, load_latency
-from analysis.problems import problems, question
-from analysis.report import TAUS, describe
+from analysis.common import append_row, bootstrap, completed, provenance, read_rows, rotated
+from analysis.latency import REFERENCE
+from analysis.problems import question
+from analysis.report import TAUS
 from analysis.stats import frontier_gap, gap_with_interval
-from analysis.train_policy import BASE, POLICIES, RUNS, load_router
+from analysis.task import BASE, SEED, Task, digest_of, measure
+from analysis.train_policy import RUNS, load_router
 
-N_TEST, N_WALL, SEED = 1000, 200, 0
 FIXED = {
     **{f"tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (*TAUS, 0.0035, 0.007)},
     **{f"tau {tau:g}, window {w}": rstitch.EntropyRouter(tau, window=w) for w in (2, 4, 8) for tau in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)},
@@ -39,75 +33,80 @@ ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none", "advantages-std", "dynamic-accuracy"))]
 
 
-def made_with(kind: str, name: str) -> str:
-    """Changes where a row of this kind and name has to be computed anew: with the fitted latency, and with a policy's weights."""
-    parts = [json.dumps([model.coefficients for model in load_latency()])]
-    parts += [(POLICIES / name / "policy.safetensors").read_bytes().hex()] if kind != "fixed" else []
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
+def made_with(task: Task, kind: str, name: str) -> str:
+    """Changes where a row of this kind and name has to be computed anew: with the task, and with a policy's weights."""
+    return digest_of(task, *([task.path("policies") / name / "policy.safetensors"] if kind in ("policy", "random") else []))
 
 
-def row_of(kind: str, name: str, n: int, p: float | None = None) -> dict:
+def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> dict:
     """One method over the first n test problems, greedy."""
-    torch.set_num_threads(1)
-    pair, models = load_pocket(), load_latency()
-    router = load_router(POLICIES / name, pair) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
-    solved = solve(pair, problems("test", n, SEED), router, label=name, seed=SEED)
-    ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
-    return {"kind": kind, "name": name, "p": p, "made_with": made_with(kind, name), **describe(solved), "latency_ms": float(np.mean(ms)),
-            "outcomes": [[int(s["correct"]), x] for s, x in zip(solved, ms)], **provenance(SEED, n)}
+    router = load_router(task.path("policies") / name, task.load()) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
+    return {"kind": kind, "name": name, "p": p, "made_with": made_with(task, kind, name), **measure(task, router, "test", n)}
 
 
-def wall_clock(names: list[str], n: int) -> dict:
+def wall_clock(task: Task, names: list[str], n: int) -> dict:
     """Mean milliseconds per problem at batch 1 of each method, problems in turn and methods interleaved, with reference calls."""
-    torch.set_num_threads(1)
-    pair = load_pocket()
-    lms = [rstitch.CachedLM(model, 1, 512) for model in pair[:2]]
-    routers = {name: FIXED.get(name) or load_router(POLICIES / name, pair) for name in names}
+    slm, llm, tokenizer, _ = task.load()
+    chosen = task.split("test", n)
+    prompts = [rstitch.encode(tokenizer, question(problem))[0] for problem in chosen]
+    lms = [rstitch.CachedLM(model, 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens) for model in (slm, llm)]
+    routers = {name: FIXED.get(name) or load_router(task.path("policies") / name, (slm, llm)) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     reference = []
-    for i, problem in enumerate(tqdm(problems("test", n, SEED), desc="wall-clock", disable=None)):
+    for i, ids in enumerate(tqdm(prompts, desc="wall-clock", disable=None)):
         if i % 10 == 0:
             reference += [float(np.median([s.ms for s in rstitch.measure_latency(lms[1], REFERENCE, repeats=10)]))]
-        ids, _ = rstitch.encode(pair[2], question(problem))
         for name in rotated(names, i):
             start = time.perf_counter()
-            rstitch.stitch(*lms, ids, routers[name], max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
+            rstitch.stitch(*lms, ids, routers[name], max_new_tokens=task.max_new_tokens, seed=SEED)
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {"kind": "wall-clock", "name": "wall-clock", "ms": times, "reference_ms": reference, **provenance(SEED, n)}
+    return {"kind": "wall-clock", "name": "wall-clock", "ms": times, "reference_ms": reference, "made_with": digest_of(task),
+            **provenance(SEED, len(chosen), task.device, task.dtype)}
 
 
-def run(path: Path = RESULTS / "frontier.jsonl", n: int = N_TEST, n_wall: int = N_WALL, workers: int = 2) -> list[dict]:
-    """Compute what `path` lacks, a row at a time: fixed rules, policies, random switching at the share of those of 3 kappas x 3 seeds,
-    wall-clock. Rows of other weights or another latency model are passed over, and so is the wall-clock where methods changed."""
-    policies = sorted(made.parent.name for made in POLICIES.glob("*/made.json"))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
+    """Compute what frontier.jsonl lacks, a row at a time: fixed rules, policies, random switching at the share of those of several seeds,
+    wall-clock. Rows of other weights, problems or latencies are passed over, and so is the wall-clock where methods changed."""
+    path, n = task.needed("out") / "frontier.jsonl", len(task.split("test", n))
+    policies = sorted(made.parent.name for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
+    for name in policies:
+        load_router(task.path("policies") / name, task.load())  # one of another pair is told now
+    marks = {(kind, name): made_with(task, kind, name) for kind, names in (("fixed", FIXED), ("policy", policies), ("random", policies)) for name in names}
+    marks["wall-clock", "wall-clock"] = digest_of(task)
 
-        def current() -> dict[tuple[str, str], dict]:
-            return {(r["kind"], r["name"]): r for r in read_rows(path) if r["kind"] == "wall-clock" or r["made_with"] == made_with(r["kind"], r["name"])}
+    def current() -> dict[tuple[str, str], dict]:
+        rows = {(r["kind"], r["name"]): r for r in read_rows(path)}
+        return {key: r for key, r in rows.items() if r["made_with"] == marks.get(key) and (r["n"] == n or r["kind"] == "wall-clock")}
 
-        def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
-            rows = current()
-            missing = [pool.submit(row_of, kind, name, n, *p) for kind, name, *p in jobs if (kind, name) not in rows]
-            for job in tqdm(as_completed(missing), total=len(missing), desc="methods", disable=None):
-                append_row(path, job.result())
-            return current()
+    def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
+        rows = current()
+        missing = {(kind, name): (row_of, task, kind, name, n, *p) for kind, name, *p in jobs if (kind, name) not in rows}
+        for _, row in tqdm(completed(workers, missing, __name__), total=len(missing), desc="methods", disable=None):
+            append_row(path, row)
+        return current()
 
-        rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
-        rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in policies if "-seed" in name])
+    rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
+    rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in policies if "-seed" in name])
     first = [name for name in policies if name.endswith("seed0")]
-    if not rows.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"].keys() >= set(first):
+    timed = rows.get(("wall-clock", "wall-clock"))
+    if n_wall and (timed is None or not timed["ms"].keys() >= set(first)):
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
         on_hull = [r["name"] for r, point in zip(best, points) if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
-        append_row(path, wall_clock(list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *first])), n_wall))
+        append_row(path, wall_clock(task, list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *first])), n_wall))
         rows = current()
     return list(rows.values())
+
+
+def timed_outcomes(rows: list[dict]) -> np.ndarray:
+    """(methods, problems, 2): right or wrong, fitted milliseconds."""
+    return np.array([[(o[0], o[-1]) for o in r["outcomes"]] for r in rows], float)
 
 
 def show(rows: list[dict]) -> str:
     """Every method by accuracy, and the gaps."""
     methods = [r for r in rows if r["kind"] != "wall-clock"]
-    fixed = np.array([r["outcomes"] for r in methods if r["kind"] == "fixed"], float)
+    fixed = timed_outcomes([r for r in methods if r["kind"] == "fixed"])
     points = fixed.mean(1)
     wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
     lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'wall ms':>8} {'gap, % [95 %] (higher is better)':>33} {'against mixtures too':>22}"]
@@ -120,7 +119,7 @@ def show(rows: list[dict]) -> str:
             gaps = [frontier_gap((r["accuracy"], r["latency_ms"]), points, mixtures) for mixtures in (False, True)]
             cells += ["on the frontier" if abs(gap) < 1e-9 else f"{100 * gap:.1f}" for gap in gaps]
         else:
-            cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(np.array([r["outcomes"]], float), fixed, mixtures)))
+            cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(timed_outcomes([r]), fixed, mixtures)))
                       for mixtures in (False, True)]
         name = {"random": "random at the share of "}.get(r["kind"], "") + r["name"]
         lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>8} {cells[5]:>33} {cells[6]:>22}")
@@ -135,13 +134,13 @@ def show(rows: list[dict]) -> str:
 def recipes(rows: list[dict]) -> str:
     """R-Stitch+ by kappa, mean over seeds, as the README has it."""
     by = {(r["kind"], r["name"]): r for r in rows}
-    fixed = np.array([r["outcomes"] for r in rows if r["kind"] == "fixed"], float)
+    fixed = timed_outcomes([r for r in rows if r["kind"] == "fixed"])
     wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
     lines = ["| | right, % | LLM, % | tokens | fitted ms | wall ms, seed 0 | more right than random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
     for kappa in ("0.1", "0.35", "0.8"):
         for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("random", "random at these shares")):
             seeds = [r for (k, name), r in sorted(by.items()) if k == kind and name.startswith(f"kappa{kappa}-seed")]
-            outcomes = np.array([r["outcomes"] for r in seeds], float)
+            outcomes = timed_outcomes(seeds)
             gaps = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in gap_with_interval(outcomes, fixed, mixtures))) for mixtures in (False, True)]
             ms = wall.get(seeds[0]["name"]) if kind == "policy" else None
             lead = [np.array(r["outcomes"], float)[:, 0] - np.array(by["random", r["name"]]["outcomes"], float)[:, 0] for r in seeds if kind == "policy"]
@@ -153,7 +152,7 @@ def recipes(rows: list[dict]) -> str:
 
 def ablations(rows: list[dict]) -> str:
     """What each change did, in right answers, time and reward on the same problems, 95 % intervals over problems; as the README has it."""
-    outcomes = {r["name"]: np.array(r["outcomes"], float) for r in rows if r["kind"] in ("policy", "fixed")}
+    outcomes = {r["name"]: timed_outcomes([r])[0] for r in rows if r["kind"] in ("policy", "fixed")}
     llm_ms = outcomes["LLM alone"][:, 1].mean()
     lines = ["| changed | against | kappa | right, % | fitted ms | right, pp | fitted ms | reward x 100 |", "|---|---|---|---|---|---|---|---|"]
     for changed, against in ABLATIONS:
@@ -167,7 +166,9 @@ def ablations(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    rows = run()
-    print(show(rows), "R-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as they are):", recipes(rows),
-          "Ablations, one seed each (intervals over problems; they say nothing about other seeds):", ablations(rows), sep="\n\n")
+def main(task: Task, n: int, n_wall: int, workers: int) -> None:
+    rows = run(task, n, n_wall, workers)
+    print(show(rows))
+    if task.pocket:
+        print("\nR-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as they are):", recipes(rows),
+              "Ablations, one seed each (intervals over problems; they say nothing about other seeds):", ablations(rows), sep="\n\n")

@@ -16,7 +16,6 @@ whole block and ends with the same bytes. End-of-answer and end-of-thinking toke
 What a judge cannot decide is U, never "not divergent".
 """
 import argparse
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +30,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import rstitch
-from analysis.common import (MAX_NEW_TOKENS, MODELS, RESULTS, add_options, append_row, bootstrap, fingerprint, given, option, parallel_map,
+from analysis.common import (RESULTS, add_options, append_row, bootstrap, fingerprint, given, option, parallel_map,
                              provenance, ratio_of_means, read_rows, write_rows)
 from analysis.problems import problems, question
 from analysis.stats import PAPER_LABELS, kind_of, read_problems
+from analysis.task import Pair, split_of
 
 FOLDER = Path(__file__).parent / "checkpoints" / "labels"
 SIZES = {"router-train": 1.0, "dev": 0.15, "calibration": 0.15, "test": 0.25}  # problems of the pocket domain, as shares of --n
@@ -42,23 +42,17 @@ BOUNDARY = re.compile(r"[.!?][\"')\]]*\s|\n")  # a decimal point has no space be
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Pair):
     """How labels are made. All that is written follows from it and from the problems."""
 
-    slm: str = option(str(MODELS / "slm"), "small model, a Hugging Face name or path")
-    llm: str = option(str(MODELS / "llm"), "large model with the same tokenizer")
     judge: str = option("statement", "statement (the pocket domain: what the sentence states), answer (go on to the end, compare the final "
                                      "answers), or a causal LM that is asked, a Hugging Face name or path")
-    device: str = option("cpu", "torch device of all models")
-    dtype: str = option("float32", "of all models")
-    special_tokens_may_differ: bool = option(False, "take a pair whose tokenizers differ in special tokens only")
-    max_new_tokens: int = option(MAX_NEW_TOKENS, "longest answer, in tokens")
     sentence_tokens: int = option(160, "longest continuation of a sentence, in tokens; one that is longer is unjudged")
     block: int = option(32, "problems worked on together")
-    rows: int = option(256, "continuations and judgements in one batch; may change from run to run, where memory runs out")
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "sentence_tokens", "block", "rows"):
+        super().__post_init__()
+        for name in ("sentence_tokens", "block"):
             rstitch.check_count(f"--{name.replace('_', '-')}", getattr(self, name))
 
 
@@ -193,27 +187,13 @@ def build_judge(name: str, device: str, dtype: str):
 # ---- stages --------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
-def load_models(slm: str, llm: str, device: str, dtype: str, special_may_differ: bool = False):
-    """(SLM, LLM, tokenizer, EOS tokens), once per process."""
-    pair = rstitch.load_pair(slm, llm, device, dtype, special_may_differ)
-    if sum(p.numel() for p in pair[1].parameters()) < 1e8:
-        torch.set_num_threads(1)
-    eos = [model.generation_config.eos_token_id for model in pair[:2]]
-    return *pair, sorted({e for entry in eos if entry is not None for e in (entry if isinstance(entry, list) else [entry])})
-
-
-def models_of(settings: Settings):
-    return load_models(settings.slm, settings.llm, settings.device, settings.dtype, settings.special_tokens_may_differ)
-
-
 def decoder(tokenizer) -> Callable[[list[int]], str]:
     return partial(tokenizer.decode, skip_special_tokens=True)
 
 
 def answers(settings: Settings, rows: list[dict]) -> list[dict]:
     """What the LLM says to each question."""
-    slm, llm, tokenizer, _ = models_of(settings)
+    slm, llm, tokenizer, _ = settings.load()
     ids, mask = rstitch.encode(tokenizer, *(row["question"] for row in rows))
     out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, max_new_tokens=settings.max_new_tokens, seed=0)
     return [{**row, "prompt": prompt, "answer": [call.token for call in calls]}
@@ -238,7 +218,7 @@ def teacher_forced(model, prompt: list[int], answer: list[int], chunk: int = 512
 
 def readings(settings: Settings, rows: list[dict]) -> list[dict]:
     """The SLM's choice and its entropy (nats) at every token of the LLM's answers."""
-    slm, llm, *_ = models_of(settings)
+    slm, llm, *_ = settings.load()
     vocab, out = min(m.get_output_embeddings().weight.shape[0] for m in (slm, llm)), []
     for row in rows:
         pieces = [(logits[:, :vocab].argmax(-1), rstitch.entropy(logits[:, :vocab])) for _, logits in teacher_forced(slm, row["prompt"], row["answer"])]
@@ -255,7 +235,7 @@ def goes_on_to_the_end(settings: Settings) -> bool:
 def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> list[list[int] | None]:
     """What the LLM writes after each (prompt, answer so far, first token that is decoded), to the end of the sentence that holds the
     answer's last token, or to the end of the answer. None where that is not reached."""
-    slm, llm, tokenizer, eos = models_of(settings)
+    slm, llm, tokenizer, eos = settings.load()
     decode, whole, out = decoder(tokenizer), goes_on_to_the_end(settings), [[] if answer[-1] in eos else None for _, answer, _ in todo]
     length = settings.max_new_tokens if whole else settings.sentence_tokens
     fits = [len(prompt) + len(answer) + length <= min(context_of(slm), context_of(llm)) for prompt, answer, _ in todo]
@@ -283,7 +263,7 @@ def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> l
 def branches(settings: Settings, rows: list[dict]) -> list[dict]:
     """[t, token ids] of every position t where the SLM differs: its token, and how the LLM goes on from there; None where that or the
     LLM's own sentence is cut off."""
-    *_, tokenizer, eos = models_of(settings)
+    *_, tokenizer, eos = settings.load()
     decode, whole = decoder(tokenizer), goes_on_to_the_end(settings)
     found: list[dict[int, list[int] | None]] = [{} for _ in rows]
     todo = {}
@@ -301,7 +281,7 @@ def branches(settings: Settings, rows: list[dict]) -> list[dict]:
 
 def cases_of(settings: Settings, row: dict) -> dict[int, Case]:
     """What there is to judge of one problem, by position."""
-    *_, tokenizer, eos = models_of(settings)
+    *_, tokenizer, eos = settings.load()
     decode, whole = decoder(tokenizer), goes_on_to_the_end(settings)
     starts, cases = sentences(decode, row["answer"], eos), {}
     for t, branch in row["branches"]:
@@ -351,7 +331,7 @@ def run_stage(path: Path, stage, settings: Settings, rows: list[dict], run) -> l
 def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:
     """Write down what a folder's labels are made with; ValueError where it holds those of other settings or problems."""
     path = folder / "config.json"
-    pair = models_of(settings)
+    pair = settings.load()
     if settings.judge not in JUDGES:
         rstitch.load(AutoTokenizer, "--judge", settings.judge)  # one that cannot be had is told now, not after hours
     now = {"settings": {name: value for name, value in asdict(settings).items() if name not in ("rows", "slm", "llm")}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
@@ -382,11 +362,8 @@ def pocket_problems(n: int, seed: int = 0) -> list[dict]:
 
 
 def file_problems(path: Path) -> list[dict]:
-    """Questions of a JSONL file, split 70 / 10 / 10 / 10 by their hash, in the order of the splits."""
-    ends, rows = dict(zip(SIZES, (70, 80, 90, 100))), []
-    for row in read_problems(path, "question"):
-        percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
-        rows.append({"question": row["question"], "split": next(split for split, end in ends.items() if percent < end)})
+    """Questions of a JSONL file, in the order of the splits."""
+    rows = [{"question": row["question"], "split": split_of(row)} for row in read_problems(path, "question")]
     return sorted(rows, key=lambda row: list(SIZES).index(row["split"]))
 
 
@@ -414,7 +391,7 @@ def quotient(a: np.ndarray, n_a: np.ndarray, b: np.ndarray, n_b: np.ndarray) -> 
 
 def figures(settings: Settings, rows: list[dict]) -> dict:
     """Shares of the labels and SLM entropies of labelled rows, intervals over problems; by kind of token and by place."""
-    *_, tokenizer, eos = models_of(settings)
+    *_, tokenizer, eos = settings.load()
     decode, tokens = decoder(tokenizer), []
     for i, row in enumerate(rows):
         starts = sentences(decode, row["answer"], eos) + [len(row["answer"])]

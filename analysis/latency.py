@@ -19,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, append_row, provenance, rotated
-from analysis.problems import problems, question
+from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, provenance, rotated
+from analysis.problems import question
+from analysis.task import Task
 
 METHODS = {
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "random, p 0.1": rstitch.RandomRouter(0.1),
@@ -59,14 +60,14 @@ def trajectory_figures(fitted: np.ndarray, measured: np.ndarray) -> dict:
     return out
 
 
-def measure(pair, max_len: int, rounds: int, per_round: int, seed: int = 0) -> dict:
-    """Interleaved samples: {"slm", "llm"}: profile, {"slm held out", ...}, trajectories (method, problem, ms, calls), and the
+def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0) -> dict:
+    """Interleaved samples, the problems spread over the rounds: {"slm", "llm"}: profile, {"slm held out", ...}, trajectories (method, problem, ms, calls), and the
     reference calls' ms before and after each problem."""
     slm, llm, tokenizer = pair
     lms = {"slm": rstitch.CachedLM(slm, 1, max_len), "llm": rstitch.CachedLM(llm, 1, max_len)}
     points, held = profile_points(max_len), held_out_points(max_len)
     samples: dict[str, list[rstitch.Sample]] = {}
-    todo, trajectories, references = problems("dev", rounds * per_round, seed), [], []
+    trajectories, references = [], []
 
     def reference() -> float:
         return float(np.median([s.ms for s in rstitch.measure_latency(lms["llm"], REFERENCE, repeats=9)]))
@@ -75,7 +76,7 @@ def measure(pair, max_len: int, rounds: int, per_round: int, seed: int = 0) -> d
         for name, lm in lms.items():
             samples.setdefault(name, []).extend(rstitch.measure_latency(lm, points, repeats=1))
             samples.setdefault(name + " held out", []).extend(rstitch.measure_latency(lm, held, repeats=1))
-        for j, problem in enumerate(todo[i * per_round:(i + 1) * per_round], i * per_round):
+        for j, problem in list(enumerate(chosen))[i * len(chosen) // rounds:(i + 1) * len(chosen) // rounds]:
             before = reference()
             ids, _ = rstitch.encode(tokenizer, question(problem))
             names, calls, times = list(METHODS), {}, {name: [] for name in METHODS}
@@ -206,19 +207,15 @@ def plot(row: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
-    """(SLM's, LLM's) of a file that this program wrote."""
-    row = json.loads(Path(path).read_text())
-    return rstitch.LatencyModel(**row["slm"]), rstitch.LatencyModel(**row["llm"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--slm", default=str(MODELS / "slm"), help="small model, a Hugging Face name or path (default: the pocket pair's)")
-    add("--llm", default=str(MODELS / "llm"), help="large model with the same tokenizer (default: the pocket pair's)")
-    add("--device", default="cpu", help="torch device (default: %(default)s)")
-    add("--dtype", default="float32", help="of both models (default: %(default)s)")
+    add("--slm", default=Task.slm, help="small model, a Hugging Face name or path (default: the pocket pair's)")
+    add("--llm", default=Task.llm, help="large model with the same tokenizer (default: the pocket pair's)")
+    add("--special-tokens-may-differ", action="store_true", help="take a pair whose tokenizers differ in special tokens only")
+    add("--problems", default="", help="JSONL file of problems for the trajectories, its dev split (default: the pocket domain)")
+    add("--device", type=rstitch.usable_device, default="cpu", help="torch device (default: %(default)s)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of both models (default: %(default)s)")
     add("--max-len", type=int, default=384, help="longest row, prompt and answer, in tokens (default: %(default)s)")
     add("--rounds", type=int, default=10, help="rounds of profile and trajectories (default: %(default)s)")
     add("--per-round", type=int, default=10, help="problems a round, each answered by every method (default: %(default)s)")
@@ -227,7 +224,13 @@ def main() -> None:
     add("--out", type=Path, default=RESULTS / "latency.json", help="where the fit goes, with a plot beside it (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pair = rstitch.load_pair(args.slm, args.llm, args.device, args.dtype)
+    task = Task(args.slm, args.llm, args.device, args.dtype, args.special_tokens_may_differ, problems=args.problems)
+    try:
+        for name in ("max_len", "rounds", "per_round"):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name))
+        chosen, pair = task.split("dev", args.rounds * args.per_round, args.seed), task.load()[:3]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     if args.overhead:
         repeats = 300
         row = overhead(pair, repeats) | provenance(args.seed, repeats, args.device, args.dtype)
@@ -236,8 +239,8 @@ def main() -> None:
             if isinstance(figures, dict):
                 print(f"{name:20} {figures['ms']:.3f} ms (quartiles {figures['quartiles'][0]:.3f}, {figures['quartiles'][1]:.3f}), {100 * figures['share']:5.1f} % of a token's time")
         return
-    row = evaluate(measure(pair, args.max_len, args.rounds, args.per_round, args.seed))
-    row |= provenance(args.seed, args.rounds * args.per_round, args.device, args.dtype)
+    row = evaluate(measure(pair, chosen, args.max_len, args.rounds, args.seed))
+    row |= provenance(args.seed, len(chosen), args.device, args.dtype)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(row) + "\n")
     plot(row, args.out.with_suffix(".png"))

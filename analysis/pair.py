@@ -21,8 +21,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, encode_problems, load_checkpoint, provenance, read_rows, rewind, save_checkpoint
+from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, load_checkpoint, provenance, read_rows, rewind, save_checkpoint
 from analysis.problems import problems, stream, verify
+from analysis.task import encode_problems
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 CONTEXT = 4096

@@ -15,31 +15,12 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import (MAX_NEW_TOKENS, RESULTS, append_row, auroc, bootstrap, encode_problems, load_pocket, provenance,
-                             ratio_of_means, read_rows, solve, wilson)
+from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, auroc, bootstrap, load_pocket, provenance, ratio_of_means, read_rows, wilson
 from analysis.problems import problems
+from analysis.task import describe, encode_problems, solve
 
 TAUS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4)
 N_TEST, SEED = 4000, 0
-
-
-def describe(solved: list[dict]) -> dict:
-    """Accuracy, LLM share, tokens and switches of one method over problems, each with a 95 % interval."""
-    n = len(solved)
-    column = {k: np.array([s[k] for s in solved], float) for k in ("correct", "tokens", "llm_tokens", "finished")}
-    calls = [s["calls"] for s in solved]
-    column["switches"] = np.array([rstitch.count_switches(row) for row in calls], float)
-    return {
-        "accuracy": column["correct"].mean(), "accuracy_95": wilson(int(column["correct"].sum()), n),
-        "llm_share": ratio_of_means(column["llm_tokens"], column["tokens"]),
-        "llm_share_95": bootstrap(ratio_of_means, column["llm_tokens"], column["tokens"]),
-        "tokens": column["tokens"].mean(), "tokens_95": bootstrap(np.mean, column["tokens"]),
-        "switches": column["switches"].mean(), "switches_95": bootstrap(np.mean, column["switches"]),
-        "finished": column["finished"].mean(), "finished_95": wilson(int(column["finished"].sum()), n),
-        "slm_passes": float(np.mean([sum(c.model == rstitch.SLM for c in row) for row in calls])),
-        "llm_passes": float(np.mean([sum(c.model == rstitch.LLM for c in row) for row in calls])),
-        "llm_catch_up_tokens": float(np.mean([sum(c.n_inf - 1 for c in row if c.model == rstitch.LLM) for row in calls])),
-    }
 
 
 def method_row(method: str, tau: float | None, n: int, p: float | None = None) -> dict:

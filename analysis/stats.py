@@ -76,10 +76,8 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def net_time(row: dict, ms: dict[str, float]) -> float:
-    """Milliseconds per problem that a router's own net takes, from those of one decision: R2R's is asked at every SLM token,
-    R-Stitch+'s above tau."""
-    asked = {"R2R": row["slm_passes"], "R-Stitch+": row["asked_above_tau"]}.get(row["family"], 0.0)
-    return asked * ms.get(row["family"], 0.0)
+    """Milliseconds per problem that a router's own net takes, from those of one decision."""
+    return row["asked"] * ms.get(row["family"], 0.0)
 
 
 def cross(u: np.ndarray, v: np.ndarray) -> float:

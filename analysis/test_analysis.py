@@ -15,10 +15,10 @@ from hypothesis import given, strategies as st
 
 import rstitch
 from analysis import demo, frontier, latency, pair, report, stats, train_policy
-from analysis.common import (MODELS, append_row, auroc, bootstrap, encode_problems, load_pocket, ratio_of_means, read_rows, solve,
-                             wilson)
-from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, carries, columns, draw, problems, question, sentence, solution,
+from analysis.common import MODELS, append_row, auroc, bootstrap, load_pocket, ratio_of_means, read_rows, wilson
+from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, Stated, carries, columns, draw, problems, question, sentence, solution,
                                stream, verify)
+from analysis.task import Task, encode_problems, load_latency, solve, split_of, where_time_goes
 from test_rstitch import DEVICES
 
 torch.set_num_threads(1)
@@ -288,11 +288,11 @@ def test_the_table_compares_every_method_on_the_same_problems(pocket):
 
 
 def test_latency_is_fitted_checked_and_read_back(tmp_path, pocket, capsys):
-    measured = latency.measure(pocket, max_len=330, rounds=1, per_round=3)
+    measured = latency.measure(pocket, problems("dev", 3, 0), max_len=330, rounds=2)
     assert {t["method"] for t in measured["trajectories"]} == set(latency.METHODS) and len(measured["trajectories"]) == 3 * len(latency.METHODS)
     row = latency.evaluate(measured) | {"seed": 0, "device": "cpu", "dtype": "float32", "torch": "x"}
     (tmp_path / "latency.json").write_text(json.dumps(row))
-    slm, llm = latency.load_latency(tmp_path / "latency.json")
+    slm, llm = load_latency(tmp_path / "latency.json")
     assert slm.coefficients == {k: tuple(v) for k, v in row["slm"].items()} and llm.decode(50) > slm.decode(50) > 0
     latency.plot(row, tmp_path / "latency.png")
     assert (tmp_path / "latency.png").stat().st_size > 10_000
@@ -354,15 +354,15 @@ def test_gap_and_its_interval_know_a_method_that_is_better():
     assert same == pytest.approx(0, abs=0.05) and low <= 0 <= high + 1e-9
 
 
-def test_rows_of_other_weights_or_times_are_computed_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(frontier, "POLICIES", tmp_path)
+def test_rows_of_other_weights_or_times_are_computed_anew(tmp_path):
+    task = Task(policies=str(tmp_path))
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "policy.safetensors").write_bytes(b"a")
-    policy, fixed = frontier.made_with("policy", "one"), frontier.made_with("fixed", "tau 0.02")
+    policy, fixed = frontier.made_with(task, "policy", "one"), frontier.made_with(task, "fixed", "tau 0.02")
     (tmp_path / "one" / "policy.safetensors").write_bytes(b"b")
-    assert frontier.made_with("policy", "one") != policy and frontier.made_with("fixed", "tau 0.02") == fixed
-    monkeypatch.setattr(frontier, "load_latency", lambda: MODELS_MS)
-    assert frontier.made_with("fixed", "tau 0.02") != fixed
+    assert frontier.made_with(task, "policy", "one") != policy and frontier.made_with(task, "fixed", "tau 0.02") == fixed
+    assert frontier.made_with(timed(tmp_path, policies=str(tmp_path)), "fixed", "tau 0.02") != fixed
+    assert frontier.made_with(dataclasses.replace(task, max_new_tokens=9), "fixed", "tau 0.02") != fixed
 
 
 def test_ablations_compare_on_the_same_problems():
@@ -379,10 +379,16 @@ FAST = train_policy.Config(prompts=3, rollouts=2, iterations=3, dev_every=1, dev
 MODELS_MS = rstitch.LatencyModel((0, 0, 0.01, 1.0), (0.001, 1.0)), rstitch.LatencyModel((0, 0, 0.05, 4.0), (0.002, 4.0))
 
 
+def timed(folder, **options) -> Task:
+    """The pocket pair with latencies of its own."""
+    (folder / "latency.json").write_text(json.dumps(dict(zip(("slm", "llm"), (model.coefficients for model in MODELS_MS)))))
+    return Task(latency=str(folder / "latency.json"), **options)
+
+
 @pytest.mark.parametrize("hand_back", [False, True])
 def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, hand_back):
     config = dataclasses.replace(FAST, hand_back=hand_back)
-    train_policy.train(config, pocket, MODELS_MS, tmp_path / "whole")
+    train_policy.train(config, timed(tmp_path), tmp_path / "whole")
     saved, calls = train_policy.save_checkpoint, []
 
     def killed(path, *args):  # after the second iteration was logged, before its checkpoint
@@ -393,10 +399,10 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
 
     monkeypatch.setattr(train_policy, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_policy.train(config, pocket, MODELS_MS, tmp_path / "parts")
+        train_policy.train(config, timed(tmp_path), tmp_path / "parts")
     monkeypatch.setattr(train_policy, "save_checkpoint", saved)
     assert len(read_rows(tmp_path / "parts" / "log.jsonl")) == 2
-    train_policy.train(config, pocket, MODELS_MS, tmp_path / "parts")
+    train_policy.train(config, timed(tmp_path), tmp_path / "parts")
     assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (tmp_path / "parts" / "last.safetensors").read_bytes()
     assert (tmp_path / "whole" / "best.safetensors").read_bytes() == (tmp_path / "parts" / "best.safetensors").read_bytes()
     timeless = lambda name: [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(tmp_path / name / "log.jsonl")]  # noqa: E731
@@ -407,13 +413,13 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
     moved = {name: not torch.equal(p, q) for (name, p), q in zip(trained.named_parameters(), untrained.parameters())}
     assert all(any(moved[name] for name in moved if name.startswith(part)) for part in trained)  # every policy learned something
     with pytest.raises(ValueError, match="--kappa 0.9: the run in whole was started with 0.35"):
-        train_policy.train(dataclasses.replace(config, kappa=0.9), pocket, MODELS_MS, tmp_path / "whole")
+        train_policy.train(dataclasses.replace(config, kappa=0.9), timed(tmp_path), tmp_path / "whole")
 
 
 def test_an_exported_policy_routes_as_it_did_and_refuses_another_pair(tmp_path, pocket):
     config = dataclasses.replace(FAST, iterations=1)
-    policies = train_policy.train(config, pocket, MODELS_MS, tmp_path / "run")
-    train_policy.export(config, policies, tmp_path / "run", tmp_path / "out")
+    policies = train_policy.train(config, timed(tmp_path), tmp_path / "run")
+    train_policy.export(config, timed(tmp_path), policies, tmp_path / "run", tmp_path / "out")
     todo = problems("dev", 4, seed=5)
     before = solve(pocket, todo, train_policy.build_router(policies, config))
     assert [s["text"] for s in solve(pocket, todo, train_policy.load_router(tmp_path / "out", pocket))] == [s["text"] for s in before]
@@ -466,8 +472,8 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
 def test_a_group_is_one_problem(tmp_path, pocket, monkeypatch):
     batches, answer = [], train_policy.answer
     monkeypatch.setattr(train_policy, "answer", lambda pair, todo, *args, **options: batches.append((todo, options)) or answer(pair, todo, *args, **options))
-    train_policy.train(dataclasses.replace(FAST, iterations=2, dev_every=2), pocket, MODELS_MS, tmp_path / "run")
-    rollouts = [todo for todo, options in batches if "batch_size" in options]
+    train_policy.train(dataclasses.replace(FAST, iterations=2, dev_every=2), timed(tmp_path), tmp_path / "run")
+    rollouts = [todo for todo, options in batches if "seed" in options]
     assert len(rollouts) == 2 and all(len(todo) == 6 for todo in rollouts)
     groups = [todo[2 * g:2 * g + 2] for todo in rollouts for g in range(3)]
     assert all(a == b for a, b in groups) and len({a for a, _ in groups}) == 6  # and no problem comes twice

@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -15,7 +14,7 @@ from nbclient import NotebookClient
 
 import rstitch
 from analysis import collect, figures, label, paper
-from analysis.common import MODELS, load_pocket, read_rows
+from analysis.common import MODELS, load_pocket
 from analysis.problems import problems, question, verify
 from test_rstitch import tiny, words
 
@@ -211,7 +210,7 @@ def test_bad_problems_are_refused(real, monkeypatch, capsys, tmp_path):
 
 
 def test_grades():
-    file, pocket = {"domain": "file", "answer": "\\frac{1}{2}"}, {"domain": "pocket", "answer": 5}
+    file, pocket = {"domain": "file", "question": "?", "answer": "\\frac{1}{2}"}, {"domain": "pocket", "answer": 5}
     assert collect.grade("so it is \\boxed{0.5}", file) and not collect.grade("so it is \\boxed{0.4}", file) and not collect.grade("", file)
     assert collect.grade("The answer is 5.", pocket) and not collect.grade("5", pocket)
 

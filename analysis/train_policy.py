@@ -22,13 +22,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import (MODELS, add_options, append_row, check_made_for, fingerprint, given, load_checkpoint, load_pocket, option, provenance, read_rows,
-                             rewind, save_checkpoint, solve, write_rows)
-from analysis.latency import load_latency
-from analysis.problems import problems
+from analysis.common import (add_options, append_row, check_made_for, fingerprint, given, load_checkpoint, option, provenance, read_rows, rewind, save_checkpoint,
+                             write_rows)
+from analysis.task import Task, solve
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints" / "policies"
-POLICIES = MODELS / "policies"
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,13 @@ class Config:
 # (0.992 - 0.539) / (464.7 - 47.6 ms) x 464.7 ms.
 BREAK_EVEN = 0.505
 RUNS = {
-    **{f"kappa{kappa:g}-seed{seed}": Config(kappa=kappa, seed=seed) for kappa in (0.35, 0.1, 0.8) for seed in (0, 1, 2)},
+    **{f"kappa{kappa:g}-seed{seed}": Config(kappa=kappa, seed=seed) for kappa in (0.35, 0.1, 0.8) for seed in (0, 1, 2)},  # BASE is the first
     **{f"{name}-{times}": Config(kappa=round(BREAK_EVEN * factor, 3), gate=gate) for times, factor in (("third", 1 / 3), ("even", 1.0), ("triple", 3.0))
        for name, gate in (("gate", True), ("no-gate", False))},
     "no-context": Config(use_context=False), "no-entropy": Config(use_entropy=False), "hidden-only": Config(use_context=False, use_entropy=False),
     "hand-back": Config(hand_back=True), "clip-symmetric": Config(eps_high=0.2), "advantages-none": Config(scale="none"),
     "advantages-std": Config(eps=1e-6), "dynamic-accuracy": Config(dynamic="accuracy"),
 }
-BASE = "kappa0.35-seed0"  # the one that stands for R-Stitch+ where one does
 
 
 class HandBackRouter(rstitch.PolicyRouter):
@@ -182,13 +179,13 @@ def price(config: Config, llm_ms: float) -> float:
     return config.lam or config.kappa / llm_ms
 
 
-def settle(config: Config, pair, models, folder: Path) -> float:
+def settle(config: Config, task: Task, folder: Path) -> float:
     """lambda, from kappa by the mean fitted latency of the LLM alone on the dev problems, which is written down at the first call.
     ValueError where the folder holds a run of another config."""
-    path = folder / "config.json"
+    path, pair, models = folder / "config.json", task.load(), task.latencies()
     world = {"slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]), "latency": [{k: list(v) for k, v in m.coefficients.items()} for m in models]}
     if not path.exists():
-        _, _, alone = answer(pair, problems("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models)
+        _, _, alone = answer(pair, task.split("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models, batch_size=task.rows, max_new_tokens=task.max_new_tokens)
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(path, [{"config": asdict(config), "llm_ms": alone["latency_ms"], **world}])
     settled = json.loads(path.read_text())
@@ -202,32 +199,33 @@ def settle(config: Config, pair, models, folder: Path) -> float:
     return price(config, settled["llm_ms"])
 
 
-def train(config: Config, pair, models, folder: Path) -> torch.nn.ModuleDict:
-    """Train one policy, from its last checkpoint if there is one. The best on dev ends up in best.safetensors and is returned."""
-    slm, llm, _ = pair
-    lam = settle(config, pair, models, folder)
-    policies = build_policies(config, slm, llm)
+def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
+    """Train one policy, from its last checkpoint if there is one. The best on dev ends up in best.safetensors and is returned.
+    A file of too few problems for all iterations is gone through again."""
+    pair, models, length = task.load(), task.latencies(), task.max_new_tokens
+    lam = settle(config, task, folder)
+    policies = build_policies(config, *pair[:2])
     optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
     first = load_checkpoint(folder / "last.safetensors", policies, optimizer)
     rewind(folder / "log.jsonl", "iteration", first)
     best = max((row["dev"]["reward"] for row in read_rows(folder / "log.jsonl") if "dev" in row), default=-float("inf"))
-    todo, dev = problems("router-train", config.prompts * config.iterations, config.seed), problems("dev", config.dev, 1)
+    todo, dev = task.split("router-train", config.prompts * config.iterations, config.seed), task.split("dev", config.dev, 1)
     with tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc=folder.name, disable=None) as bar:
         for i in bar:
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * (1 - i / config.iterations)
             seed = int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
-            batch = [p for p in todo[i * config.prompts:(i + 1) * config.prompts] for _ in range(config.rollouts)]
+            batch = [todo[k % len(todo)] for k in range(i * config.prompts, (i + 1) * config.prompts) for _ in range(config.rollouts)]
             router = build_router(policies, config, seed)
-            solved, total, row = answer(pair, batch, router, lam, models, config.gate, batch_size=len(batch), seed=seed)
+            solved, total, row = answer(pair, batch, router, lam, models, config.gate, batch_size=len(batch), seed=seed, max_new_tokens=length)
             R = torch.tensor(total).view(config.prompts, config.rollouts)
             keep = kept_groups(R, torch.tensor([s["correct"] for s in solved]).view_as(R), config.dynamic)
             row |= {"iteration": i, "groups": int(keep.sum())}
             row |= update(policies, optimizer, router, rstitch.group_advantages(R, config.eps, config.scale), keep, config,
                           torch.Generator().manual_seed(seed))
             if (i + 1) % config.dev_every == 0 or i + 1 == config.iterations:
-                _, _, row["dev"] = answer(pair, dev, build_router(policies, config), lam, models, config.gate)
+                _, _, row["dev"] = answer(pair, dev, build_router(policies, config), lam, models, config.gate, batch_size=task.rows, max_new_tokens=length)
                 if row["dev"]["reward"] > best:
                     best = row["dev"]["reward"]
                     save_checkpoint(folder / "best.safetensors", policies, optimizer, i + 1)
@@ -240,7 +238,7 @@ def train(config: Config, pair, models, folder: Path) -> torch.nn.ModuleDict:
     return policies
 
 
-def export(config: Config, policies, folder: Path, target: Path) -> None:
+def export(config: Config, task: Task, policies, folder: Path, target: Path) -> None:
     """Write a trained policy as safetensors, and how it was made beside it."""
     log, settled = read_rows(folder / "log.jsonl"), json.loads((folder / "config.json").read_text())
     evaluated = [row for row in log if "dev" in row]
@@ -250,7 +248,7 @@ def export(config: Config, policies, folder: Path, target: Path) -> None:
     made = {"config": asdict(config), "lam": price(config, settled["llm_ms"]), **{name: settled[name] for name in ("slm", "llm", "latency")},
             "iteration": best["iteration"], "dev": best["dev"], "minutes": sum(row["seconds"] for row in log) / 60,
             "curve": [[row["iteration"], row["reward"], row["accuracy"], row["llm_share"], row["latency_ms"]] for row in log],
-            **provenance(config.seed, config.dev)}
+            **provenance(config.seed, config.dev, task.device, task.dtype)}
     (target / "made.json").write_text(json.dumps(made) + "\n")
 
 
@@ -269,23 +267,31 @@ def main() -> None:
     parser.add_argument("run", nargs="*", help=f"names of RUNS: {', '.join(RUNS)}")
     parser.add_argument("--name", help="of a run with the options below")
     parser.add_argument("--report", action="store_true", help="compare every exported policy with fixed thresholds on the test split")
+    parser.add_argument("--workers", type=int, default=2, help="report: processes; 1 on a GPU (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=1000, help="report: test problems (default: %(default)s)")
+    parser.add_argument("--wall-clock", type=int, default=200, help="report: of them, how many are timed one by one; 0 for none (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of training (default: %(default)s)")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of unfinished runs (default: %(default)s)")
+    add_options(parser, Task)
     add_options(parser, Config)
     args = parser.parse_args()
     changes = given(args, Config)
     try:
+        task = Task(**given(args, Task))
+        for name, value, least in (("workers", args.workers, 1), ("n", args.n, 1), ("wall-clock", args.wall_clock, 0), ("threads", args.threads, 1)):
+            rstitch.check_count(f"--{name}", value, least)
         if args.report:
             from analysis import frontier
-            return frontier.main()
+            return frontier.main(task, args.n, args.wall_clock, args.workers)
         unknown = [name for name in args.run if name not in RUNS]
         if unknown or bool(args.run) == bool(args.name) or args.run and changes:
             raise ValueError(f"run {unknown[0]!r} is not in RUNS" if unknown else "expected names of RUNS, or --name with options, not both")
+        task.load()
         torch.set_num_threads(args.threads)
-        pair, models = load_pocket(), load_latency()
         for name, config in {name: RUNS[name] for name in args.run}.items() if args.run else [(args.name, replace(Config(), **changes))]:
-            policies = train(config, pair, models, CHECKPOINTS / name)
-            export(config, policies, CHECKPOINTS / name, POLICIES / name)
-    except ValueError as error:
+            policies = train(config, task, args.checkpoints / name)
+            export(config, task, policies, args.checkpoints / name, task.needed("policies") / name)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -280,7 +280,7 @@ def load_r2r(folder: Path, pair, threshold: float | None = None) -> rstitch.R2RR
 
 def run(config: Config, settings: label.Settings, rows: list[dict], folder: Path, target: Path) -> dict:
     """Features, training, threshold, figures and export, from labelled rows."""
-    pair = label.models_of(settings)
+    pair = settings.load()
     slm, vocab = pair[0], min(m.get_output_embeddings().weight.shape[0] for m in pair[:2])
     parts = {split: [row for row in rows if row["split"] == split] for split in label.SIZES}
     if config.top_k > vocab:

@@ -1,0 +1,211 @@
+"""What an analysis runs on, a pair of models and problems with answers, and what came of a router on it.
+
+Every command that takes --slm, --llm and --problems takes them by `Task`: the pocket pair and its domain unless said otherwise.
+"""
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import rstitch
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, option, provenance, ratio_of_means, wilson
+from analysis.problems import Stated, problems, question, verify
+from analysis.stats import read_problems
+
+SEED = 0  # of the pocket domain's problems and of random switching
+FILE_SPLITS = {"router-train": 70, "dev": 80, "calibration": 90, "test": 100}  # upper ends, in % of hash space
+
+
+@lru_cache(maxsize=None)
+def load_models(slm: str, llm: str, device: str, dtype: str, special_may_differ: bool = False):
+    """(SLM, LLM, tokenizer, EOS tokens), once per process."""
+    pair = rstitch.load_pair(slm, llm, device, dtype, special_may_differ)
+    if sum(p.numel() for p in pair[1].parameters()) < 1e8:
+        torch.set_num_threads(1)
+    return *pair, ends_of(pair)
+
+
+def ends_of(pair) -> list[int]:
+    """The tokens that end an answer of either model."""
+    eos = [model.generation_config.eos_token_id for model in pair[:2]]
+    return sorted({e for entry in eos if entry is not None for e in (entry if isinstance(entry, list) else [entry])})
+
+
+def split_of(row: dict) -> str:
+    """Where a problem of a user's file belongs: its own field "split", else 70 / 10 / 10 / 10 by the hash of its question."""
+    percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
+    return row.get("split") or next(split for split, end in FILE_SPLITS.items() if percent < end)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models with one tokenizer, and how to run them."""
+
+    slm: str = option(str(MODELS / "slm"), "small model, a Hugging Face name or path")
+    llm: str = option(str(MODELS / "llm"), "large model with the same tokenizer")
+    device: str = option("cpu", "torch device of all models")
+    dtype: str = option("float32", "of all models")
+    special_tokens_may_differ: bool = option(False, "take a pair whose tokenizers differ in special tokens only")
+    max_new_tokens: int = option(MAX_NEW_TOKENS, "longest answer, in tokens")
+    rows: int = option(256, "answers in one batch; may change from run to run, where memory runs out")
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "rows"):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+
+    def load(self):
+        """(SLM, LLM, tokenizer, EOS tokens), once per process."""
+        return load_models(self.slm, self.llm, self.device, self.dtype, self.special_tokens_may_differ)
+
+
+POCKET = {"latency": RESULTS / "latency.json", "policies": MODELS / "policies", "router": MODELS / "r2r", "control": MODELS / "llm-short", "out": RESULTS}
+BASE = "kappa0.35-seed0"  # the policy that stands for R-Stitch+ where one does
+
+
+@dataclass(frozen=True)
+class Task(Pair):
+    """A pair, problems to try it on, its fitted latency and its trained routers."""
+
+    problems: str = option("", 'JSONL file of rows {"question", "answer"}, graded by math-verify; "split" may name router-train, dev, calibration or '
+                               "test, else it follows from the question's hash (default: the pocket domain)")
+    latency: str = option("", "fitted latency of the pair, as analysis.latency writes it (default: the pocket pair's)")
+    policies: str = option("", "folder of R-Stitch+'s policies (default: the pocket pair's; another pair has none)")
+    router: str = option("", "folder of R2R's router (default: the pocket pair's; another pair has none)")
+    control: str = option("", "a model as slow as the LLM to show beside it (default: the pocket pair's, trained on short answers; another pair has none)")
+    out: str = option("", "folder of the results (default: the pocket pair's)")
+
+    @property
+    def pocket(self) -> bool:
+        return (self.slm, self.llm, self.problems) == (Task.slm, Task.llm, "")
+
+    def path(self, name: str) -> Path | None:
+        """What an option names, else the pocket pair's; None for another pair."""
+        return Path(getattr(self, name)) if getattr(self, name) else POCKET[name] if self.pocket else None
+
+    def needed(self, name: str) -> Path:
+        if not self.path(name):
+            raise ValueError(f"--{name} is missing: expected a {'file' if name == 'latency' else 'folder'} for a pair or problems that are not the pocket's")
+        return self.path(name)
+
+    def split(self, name: str, n: int, seed: int = SEED) -> list:
+        """The first n problems of a split, all of a file's if it has fewer; ValueError where it has none."""
+        if not self.problems:
+            return problems(name, n, seed)
+        found = [Stated(row["question"], str(row["answer"])) for row in read_problems(Path(self.problems), "question", "answer") if split_of(row) == name]
+        if not found:
+            raise ValueError(f"--problems {self.problems} has no problem in its {name} split: expected more problems, or rows with "
+                             f'"split": "{name}"')
+        return found[:n]
+
+    def latencies(self) -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
+        """(SLM's, LLM's)."""
+        return load_latency(self.needed("latency"))
+
+    def policy(self) -> Path | None:
+        """The policy that stands for R-Stitch+, else the first there is."""
+        folder = self.path("policies")
+        there = sorted(made.parent for made in folder.glob("*/made.json")) if folder else []
+        return next((path for path in there if path.name == BASE), there[0] if there else None)
+
+
+def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
+    """(SLM's, LLM's) of a file that `analysis.latency` wrote."""
+    row = json.loads(Path(path).read_text())
+    return rstitch.LatencyModel(**row["slm"]), rstitch.LatencyModel(**row["llm"])
+
+
+def encode_problems(tokenizer, chosen: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of the questions as the command line would ask them."""
+    return rstitch.encode(tokenizer, *map(question, chosen))
+
+
+def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = "", progress: bool = True,
+          seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, **options) -> list[dict]:
+    """Answer every problem in batches. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats), calls.
+    Random draws of a problem depend on (seed, its index), not on the batches."""
+    slm, llm, tokenizer, *_ = pair
+    out, seeds, ends = [], rstitch.row_seeds(seed, len(chosen)), ends_of(pair)
+    for start in tqdm(range(0, len(chosen), batch_size), desc=label, leave=False, disable=None if progress else True):
+        batch = chosen[start:start + batch_size]
+        ids, mask = encode_problems(tokenizer, batch)
+        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens,
+                                seed=seeds[start:start + batch_size], **options)
+        for problem, calls in zip(batch, result.calls):
+            kept = [call for call in calls if call.kept]
+            text = tokenizer.decode([call.token for call in kept], skip_special_tokens=True)
+            out.append({"text": text, "correct": verify(problem, text), "finished": kept[-1].token in ends,
+                        "tokens": len(kept), "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
+                        "entropy": float(np.mean([call.entropy for call in kept])), "calls": calls})
+    return out
+
+
+def describe(solved: list[dict]) -> dict:
+    """Accuracy, LLM share, tokens and switches of one method over problems, each with a 95 % interval."""
+    n = len(solved)
+    column = {k: np.array([s[k] for s in solved], float) for k in ("correct", "tokens", "llm_tokens", "finished")}
+    calls = [s["calls"] for s in solved]
+    column["switches"] = np.array([rstitch.count_switches(row) for row in calls], float)
+    return {
+        "accuracy": column["correct"].mean(), "accuracy_95": wilson(int(column["correct"].sum()), n),
+        "llm_share": ratio_of_means(column["llm_tokens"], column["tokens"]),
+        "llm_share_95": bootstrap(ratio_of_means, column["llm_tokens"], column["tokens"]),
+        "tokens": column["tokens"].mean(), "tokens_95": bootstrap(np.mean, column["tokens"]),
+        "switches": column["switches"].mean(), "switches_95": bootstrap(np.mean, column["switches"]),
+        "finished": column["finished"].mean(), "finished_95": wilson(int(column["finished"].sum()), n),
+        "slm_passes": float(np.mean([sum(c.model == rstitch.SLM for c in row) for row in calls])),
+        "llm_passes": float(np.mean([sum(c.model == rstitch.LLM for c in row) for row in calls])),
+        "llm_catch_up_tokens": float(np.mean([sum(c.n_inf - 1 for c in row if c.model == rstitch.LLM) for row in calls])),
+    }
+
+
+def where_time_goes(calls: Sequence[rstitch.Call], models) -> dict[str, float]:
+    """The fitted milliseconds of an answer, in parts that add up to `trajectory_latency`: single tokens of either model that were kept, of
+    the SLM that were discarded, and what a call that reads several tokens costs beyond a single one at its end: the prompt (a model's
+    first call) and catching up."""
+    parts = dict.fromkeys(("SLM", "LLM", "discarded", "prompt", "catch-up"), 0.0)
+    for call in calls:
+        single = models[call.model].decode(call.n_kv + call.n_inf - 1)
+        parts[rstitch.NAMES[call.model] if call.kept else "discarded"] += single
+        parts["catch-up" if call.n_kv else "prompt"] += models[call.model].call(call.n_inf, call.n_kv) - single
+    return parts
+
+
+def asked(router, calls: Sequence[rstitch.Call], vocab: int) -> int:
+    """How often a router's net is asked about an answer: R2R's at every token of the SLM, R-Stitch+'s above its tau."""
+    if isinstance(router, rstitch.PolicyRouter):
+        return sum(call.model == rstitch.SLM and call.entropy > router.rule.tau * math.log(vocab) for call in calls)
+    return sum(call.model == rstitch.SLM for call in calls) if isinstance(router, rstitch.R2RRouter) else 0
+
+
+def summarise(task: Task, solved: list[dict], router=None) -> dict:
+    """Figures of answers: fitted latency at batch 1, where that goes, how often the router's net was asked (means), and what became of
+    every problem, [right, tokens, LLM tokens, ms]."""
+    models, vocab = task.latencies(), min(model.get_output_embeddings().weight.shape[0] for model in task.load()[:2])
+    ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
+    spent = [where_time_goes(s["calls"], models) for s in solved]
+    return {**describe(solved), "latency_ms": float(np.mean(ms)), "spent_ms": {part: float(np.mean([one[part] for one in spent])) for part in spent[0]},
+            "asked": float(np.mean([asked(router, s["calls"], vocab) for s in solved])),
+            "outcomes": [[int(s["correct"]), s["tokens"], s["llm_tokens"], x] for s, x in zip(solved, ms)],
+            **provenance(SEED, len(solved), task.device, task.dtype)}
+
+
+def measure(task: Task, router, split: str, n: int, pair=None) -> dict:
+    """One router over the first n problems of a split, greedy. `pair` takes the place of the task's."""
+    solved = solve(pair or task.load(), task.split(split, n), router, batch_size=task.rows, seed=SEED, progress=False, max_new_tokens=task.max_new_tokens)
+    return summarise(task, solved, router)
+
+
+def digest_of(task: Task, *files: Path) -> str:
+    """Changes where rows have to be computed anew: with the models, the problems, the fitted latency, and the files of a router."""
+    slm, llm, *_ = task.load()
+    content = [file.read_bytes() for file in files]
+    content += [Path(task.problems).read_bytes()] if task.problems else []
+    content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm), fingerprint(llm), task.dtype, task.max_new_tokens]).encode()]
+    return hashlib.sha256(b"".join(content)).hexdigest()[:12]
