@@ -36,7 +36,7 @@ import rstitch
 from analysis import label
 from analysis.common import add_options, append_row, completed, given, provenance, read_rows
 from analysis.problems import question, verify
-from analysis.stats import net_time
+from analysis.stats import at_share, difference, net_time
 from analysis.task import SEED, Task, digest_of, encode_problems, measure, solve, summarise
 from analysis.train_policy import load_router
 from analysis.train_r2r import load_r2r
@@ -357,25 +357,6 @@ def with_router(row: dict, ms: dict[str, float]) -> float:
     return row["latency_ms"] + net_time(row, ms)
 
 
-def at_share(rows: list[dict], target: float, weights: np.ndarray) -> np.ndarray:
-    """(draws,) accuracy at exactly this LLM share, on the line between the neighbouring runs of one family, for weights (draws, n) of the
-    problems. NaN where no run has as large a share."""
-    right, tokens, large = (np.array([[o[k] for o in r["outcomes"][:weights.shape[1]]] for r in rows], float) for k in (0, 1, 2))  # (k, n) each
-    shares, accuracies = weights @ large.T / (weights @ tokens.T), weights @ right.T  # (draws, k)
-    out = []
-    for share, accuracy in zip(shares, accuracies):
-        order = np.argsort(share, kind="stable")
-        out.append(np.interp(target, share[order], accuracy[order], right=accuracy[order][-1] if target <= share.max() + 0.005 else np.nan))
-    return np.array(out)
-
-
-def difference(a: list[dict], b: list[dict], target: float, n: int, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """Accuracy of family a minus that of b at the same share, over the first n problems, in percentage points, with a paired 95 % interval."""
-    weights = np.vstack([np.full(n, 1 / n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])
-    delta = 100 * (at_share(a, target, weights) - at_share(b, target, weights))
-    return float(delta[0]), *map(float, np.nanpercentile(delta[1:], [2.5, 97.5]))
-
-
 def by_family(rows: list[dict]) -> dict[str, list[dict]]:
     """The test runs of each family, the SLM alone in all of them."""
     test = [r for r in rows if r["kind"] == "test"]
@@ -450,8 +431,9 @@ def main() -> None:
             rstitch.check_count(f"--{name}", getattr(args, name), least)
         rows = run(task, args.calibration, args.n, args.live, args.judge or ("statement" if task.pocket else ""), args.workers)
         parameters = tuple(sum(p.numel() for p in model.parameters()) for model in task.load()[:2])
+        lead = "; R2R's lead with paired 95 % intervals" if task.path("router") else ""
         print(show(rows, parameters, offline_usage(task.path("router"))),
-              "Right answers in % at exactly the same LLM share, on the lines between these runs; R2R's lead with paired 95 % intervals:", table(rows), sep="\n\n")
+              f"Right answers in % at exactly the same LLM share, on the lines between these runs{lead}:", table(rows), sep="\n\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.stats import PAPER_LABELS, auroc, bootstrap, net_time, ratio_of_means, read_rows, wilson
+from analysis.stats import PAPER_LABELS, auroc, bootstrap, difference, gap_with_interval, net_time, outcomes_of, ratio_of_means, read_rows, wilson
 
 SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # told apart by the colour-blind too
 WINDOWS = (1, 4, 8, 12, 16)
@@ -267,60 +267,189 @@ def load_answers() -> tuple[list[dict], dict]:
 # ---- 4. The frontier -----------------------------------------------------------------------------------------------------
 
 
-FAMILY_STYLE = {"R2R": (THIRD, "D-"), "R-Stitch": ("#56B4E9", "o-"), "entropy, one token": ("#D55E00", "^-"), "R-Stitch+": ("#CC79A7", "s-"), "random": (GREY, "x-")}
+FAMILY_STYLE = {"R2R": (THIRD, "D-"), "R-Stitch": ("#56B4E9", "o-"), "entropy, one token": ("#D55E00", "^-"), "top-2 gap": ("#8C6D31", "v-"), "varentropy": ("#7F3C8D", "<-"),
+                "R-Stitch+": ("#CC79A7", "s-"), "random": (GREY, "x-")}
+PARTS = {"SLM": SLM_COLOUR, "discarded": "#9ECAE1", "LLM": LLM_COLOUR, "prompt": "#DDDDDD", "catch-up": "#7F7F7F", "router": THIRD}
 
 
 def load_frontier() -> tuple[list[dict], list[dict]]:
-    """(rows of fixed rules and policies, test runs of every family); the newest of each name or knob. `latency_ms` and the times of the
-    outcomes get what a router's own net takes, on average."""
+    """(rows of fixed rules and policies, every run of the comparison on test problems); the newest of each name or knob. `latency_ms` and the
+    times of the outcomes get what a router's own net takes, on average; so does `spent_ms`, as "router"."""
     frontier = {(r["kind"], r["name"]): r for r in read_rows(results("frontier.jsonl"))}
     rows = read_rows(results("compare.jsonl"))
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
-    runs = {(r["family"], r["knob"]): r for r in rows if r["kind"] == "test"}
+    runs = {(r["kind"], r["family"], r["knob"]): r for r in rows if r["kind"] not in ("calibration", "router times")}
     for r in runs.values():
         net = net_time(r, net_ms)
         r["latency_ms"] += net
+        r["spent_ms"]["router"] = net
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
     return [r for r in frontier.values() if r["kind"] != "wall-clock"], list(runs.values())
 
 
+def of(runs: list[dict], family: str) -> list[dict]:
+    """The runs of a family, by LLM share; of what was run once, that."""
+    return sorted((r for r in runs if r["family"] == family and r["kind"] != "chosen"), key=lambda r: r["llm_share"])
+
+
+def nearest(runs: list[dict], family: str, share: float) -> dict:
+    return min(of(runs, family), key=lambda r: abs(r["llm_share"] - share))
+
+
+def gap_of(rows: list[dict], frontier: list[dict]) -> tuple[float, float, float]:
+    """Mean gap of some runs or policies against the fixed rules, on the problems that all have answered, with its interval."""
+    fixed = [r for r in frontier if r["kind"] == "fixed"]
+    n = min(len(r["outcomes"]) for r in (*rows, *fixed))
+    return gap_with_interval(outcomes_of(rows, n), outcomes_of(fixed, n))
+
+
+def signed(x: tuple[float, float, float], digits: int = 1) -> str:
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*x, d=digits)
+
+
+def more_right(row: dict, other: dict) -> tuple[float, float, float]:
+    """How much more often a run is right than another on the problems that both have answered, in percentage points, with its interval."""
+    n = min(len(r["outcomes"]) for r in (row, other))
+    d = 100 * np.array([a[0] - b[0] for a, b in zip(row["outcomes"][:n], other["outcomes"])], float)
+    return float(d.mean()), *bootstrap(np.mean, d)
+
+
+def speed_up(row: dict, large: dict) -> tuple[float, float, float]:
+    """Over the LLM alone, on the problems that both have answered, with its interval."""
+    n = min(len(r["outcomes"]) for r in (row, large))
+    ms, ms_large = (np.array([o[-1] for o in r["outcomes"][:n]]) for r in (row, large))
+    return ratio_of_means(ms_large, ms), *bootstrap(ratio_of_means, ms_large, ms)
+
+
+def seeds_of(frontier: list[dict]) -> dict[str, list[dict]]:
+    """Policies that differ by their seed alone, by what they share; of policies without seeds in their names, each for itself."""
+    policies = [r for r in frontier if r["kind"] == "policy"]
+    seeded = [r for r in policies if "-seed" in r["name"]]
+    groups: dict[str, list[dict]] = {}
+    for r in seeded or policies:
+        groups.setdefault(r["name"].split("-seed")[0], []).append(r)
+    return groups
+
+
+def frontier_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, str, str, str]]:
+    """What notebook 4 ends with: (claim, paper, ours, verdict)."""
+    small, large = of(runs, "SLM alone")[0], of(runs, "LLM alone")[0]
+    named = {r["name"]: r for r in frontier if r["kind"] == "fixed"}
+    out = []
+    for name in ("tau 0.001", "tau 0.02"):
+        r, lost = named[name], more_right(named[name], large)
+        out.append((f"R-Stitch at {name}: right against the LLM, pp; speed-up", "little loss", f"{signed(lost)}; {with_interval(speed_up(r, large), ' x', 2)}",
+                    verdict(lost, 0, "more", "a loss", "no loss seen")))
+        gain = gap_with_interval(outcomes_of([r]), outcomes_of([small, large]), mixtures=True)
+        out.append(("... gap against random per problem, %", "not compared", signed(tuple(100 * x for x in gain), 0), verdict(gain, 0, "better", "worse", "undecided")))
+    for name, rows in seeds_of(frontier).items():
+        x = gap_of(rows, frontier)
+        out.append((f"R-Stitch+, {name}, gap against fixed rules, %", "better", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "reproduces", "does not reproduce", "undecided")))
+    for r in of(runs, "R2R"):
+        x = gap_of([r], frontier)
+        out.append((f"R2R at {100 * r['llm_share']:.1f} % LLM, gap against fixed rules, %", "not compared", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "better", "worse", "undecided")))
+    alone = [small]
+    for name in ("top-2 gap", "varentropy"):
+        for share in (0.05, 0.1, 0.2):
+            x = difference(alone + of(runs, name), alone + of(runs, "R-Stitch"), share, len(small["outcomes"]))
+            if not np.isnan(x).any():
+                out.append((f"{name} against the entropy, both as in Algorithm 1, at {100 * share:g} % LLM, pp", "not tried", signed(x), verdict(x, 0, "better", "worse", "no difference seen")))
+    for r in of(runs, "speculative decoding"):
+        x, slower = gap_of([r], frontier), speed_up(r, large)
+        out.append((f"speculative decoding (n = {r['n']}): speed-up over the LLM", "0.65 to 1.25 x", with_interval(slower, " x", 2), verdict(slower, 1, "faster", "slower", "undecided")))
+        out.append(("... gap against fixed rules, %", "slower", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "better", "worse", "undecided")))
+    return out
+
+
+def mixed(small: dict, large: dict, q: float) -> tuple[float, float, float]:
+    """(right, milliseconds, LLM share) where each whole problem goes to the LLM with probability q, else to the SLM."""
+    right, ms, tokens = ((1 - q) * small[k] + q * large[k] for k in ("accuracy", "latency_ms", "tokens"))
+    return right, ms, q * large["tokens"] / tokens
+
+
 def draw_frontier(ax, frontier: list[dict], runs: list[dict], against: str = "latency_ms"):
-    """Right answers against fitted latency (or LLM share): every fixed rule, the families over their knob, the two models alone."""
+    """Right answers against fitted latency (or LLM share): every fixed rule, the families over their knob, the two models alone, and what
+    was run once."""
     scale = 100 if against == "llm_share" else 1
     point = lambda r: (scale * r[against], 100 * r["accuracy"])  # noqa: E731
-    fixed = [r for r in frontier if r["kind"] == "fixed"]
-    ax.plot(*zip(*[point(r) for r in fixed if "alone" not in r["name"]]), ".", color="#BBBBBB", ms=4, label="other fixed rules")
+    ax.plot(*zip(*[point(r) for r in frontier if r["kind"] == "fixed" and "alone" not in r["name"]]), ".", color="#BBBBBB", ms=4, label="other fixed rules")
     for name, (colour, marker) in FAMILY_STYLE.items():
-        family = sorted((r for r in runs if r["family"] == name), key=lambda r: r["llm_share"])
-        if family:
+        if family := of(runs, name):
             ax.plot(*zip(*[point(r) for r in family]), marker, color=colour, ms=4, lw=1, label=name)
             low, high = zip(*[(100 * (r["accuracy"] - r["accuracy_95"][0]), 100 * (r["accuracy_95"][1] - r["accuracy"])) for r in family])
             ax.errorbar(*zip(*[point(r) for r in family]), [low, high], fmt="none", color=colour, lw=0.6)
-    for name, colour, offset in (("SLM alone", SLM_COLOUR, (7, 6)), ("LLM alone", LLM_COLOUR, (-6, -14))):
-        for r in fixed:
-            if r["name"] == name and point(r)[0] < (40 if against == "llm_share" else float("inf")):
-                ax.plot(*point(r), "*", color=colour, ms=12)
-                ax.annotate(name, point(r), offset, textcoords="offset points", ha="left" if offset[0] > 0 else "right", color=colour)
+    small, large = of(runs, "SLM alone")[0], of(runs, "LLM alone")[0]
+    line = np.array([mixed(small, large, q) for q in np.linspace(0, 1, 101)])
+    ax.plot(scale * line[:, 1 if scale == 1 else 2], 100 * line[:, 0], "--", color=GREY, lw=1, label="random per problem")
+    once = [("SLM alone", "SLM alone", "*", SLM_COLOUR, (8, -3)), ("LLM alone", "LLM alone", "*", LLM_COLOUR, (-6, -14)), ("control", "control: a large model\nof short answers", "P", LLM_COLOUR, (8, -6)),
+            ("speculative decoding", "speculative decoding", "X", "black", (-4, 7))] + [("live labels", "live labels", "P", THIRD, (8, -10))] * (scale == 100)
+    for name, label, marker, colour, offset in once:
+        for r in of(runs, name):
+            if scale == 1 or name not in ("LLM alone", "control", "speculative decoding"):
+                ax.plot(*point(r), marker, color=colour, ms=12 if marker == "*" else 8)
+                ax.annotate(label, point(r), offset, textcoords="offset points", ha="left" if offset[0] > 0 else "right", color=colour, fontsize=8)
     ax.set(xlabel="tokens written by the LLM (%), lower is better" if scale == 100 else "fitted latency at batch 1, nets included (ms per problem), lower is better",
-           ylabel="right answers (%), higher is better")
-    ax.legend(fontsize=7, loc="center right")
+           ylabel="right answers (%), higher is better", ylim=(0, 105))
+    ax.legend(fontsize=7, loc="lower right")
     return ax
 
 
-def at_budget(outcomes: list[list], budget: int) -> float:
+def draw_spent(ax, runs: list[dict], share: float = 0.1):
+    """Where the milliseconds of an answer go, by router, each family at the run nearest to an LLM share."""
+    families = [name for name in ("SLM alone", "control", *FAMILY_STYLE, "speculative decoding", "LLM alone") if of(runs, name)]
+    for i, name in enumerate(families):
+        r, at = nearest(runs, name, share), 0.0
+        for part, colour in PARTS.items():
+            ax.barh(i, r["spent_ms"][part], left=at, color=colour, label=part if i == 0 else None)
+            at += r["spent_ms"][part]
+        ax.text(at, i, f" {100 * r['accuracy']:.0f} % right", va="center", fontsize=8)
+    names = [f"{name}, {100 * nearest(runs, name, share)['llm_share']:.1f} % LLM" if name in FAMILY_STYLE else name for name in families]
+    ax.set_yticks(range(len(families)), names)
+    ax.set(xlabel="fitted latency at batch 1 (ms per problem), lower is better", title="Where the time goes")
+    ax.set_xlim(0, 1.15 * ax.get_xlim()[1])
+    ax.legend(fontsize=7, ncol=2, loc="lower right")
+    return ax
+
+
+def reached(row: dict, small: dict, longer: bool) -> tuple[float, float, float]:
+    """What a tau that was chosen for a share or a latency came to, with its interval, on the problems to which the SLM's own answers are no
+    longer than those that it was chosen from, or on the others."""
+    kept = [o for o, s in zip(row["outcomes"], small["outcomes"]) if (s[1] > row["median_tokens"]) == longer]
+    if row["wanted"] == "share":
+        large, tokens = (np.array([o[k] for o in kept], float) for k in (2, 1))
+        return ratio_of_means(large, tokens), *bootstrap(ratio_of_means, large, tokens)
+    ms = [o[3] for o in kept]
+    return float(np.mean(ms)), *bootstrap(np.mean, ms)
+
+
+def draw_chosen(ax, runs: list[dict], wanted: str):
+    """What a tau chosen from the SLM's own answers was to cost and what it cost."""
+    small, scale = of(runs, "SLM alone")[0], 100 if wanted == "share" else 1
+    rows = [r for r in runs if r["kind"] == "chosen" and r["wanted"] == wanted]
+    for longer, colour, label in ((False, SLM_COLOUR, "answers as short as it was chosen from"), (True, LLM_COLOUR, "longer answers")):
+        points = scale * np.array([(r["predicted_share" if wanted == "share" else "predicted_ms"], *reached(r, small, longer)) for r in rows])
+        ax.errorbar(points[:, 0], points[:, 1], [points[:, 1] - points[:, 2], points[:, 3] - points[:, 1]], fmt="o", color=colour, capsize=3, label=label)
+    ends = [0, 1.1 * max(points[:, 0])]
+    ax.plot(ends, ends, color=GREY, lw=1)
+    unit = "LLM tokens (%)" if wanted == "share" else "latency (ms per problem)"
+    ax.set(xlabel=f"{unit}, as predicted from the SLM alone", ylabel=f"{unit}, as it was", title=f"tau for a wanted {wanted} (nearer to the line is better)")
+    ax.legend(fontsize=7)
+    return ax
+
+
+def at_budget(outcomes: list[list], budget: float) -> float:
     """Share of answers that are right within a number of tokens; outcomes are (right, tokens, ...)."""
     return float(np.mean([bool(o[0]) and o[1] <= budget for o in outcomes]))
 
 
-def draw_budget(ax, runs: list[dict], pair: list[dict]):
+def draw_budget(ax, runs: list[dict]):
     """Right answers if every answer is cut off after so many tokens."""
-    budgets = np.arange(20, 241, 5)
-    near = lambda family, share: min((r for r in runs if r["family"] == family), key=lambda r: abs(r["llm_share"] - share))  # noqa: E731
-    n = len(runs[0]["outcomes"])  # the same first problems of one stream
-    shown = [(name, next(r for r in pair if r.get("method") == name)["outcomes"][:n], colour) for name, colour in (("SLM", SLM_COLOUR), ("LLM", LLM_COLOUR))]
-    shown += [(f"{family}, {100 * near(family, share)['llm_share']:.0f} % LLM", near(family, share)["outcomes"], FAMILY_STYLE[family][0]) for family, share in (("R2R", 0.1), ("R-Stitch", 0.15))]
-    for name, outcomes, colour in shown:
-        ax.plot(budgets, [100 * at_budget(outcomes, b) for b in budgets], color=colour, label=name)
+    budgets = np.linspace(0.1, 1.6, 61) * of(runs, "LLM alone")[0]["tokens"]
+    shown = [(name, of(runs, name)[0], colour) for name, colour in (("SLM alone", SLM_COLOUR), ("LLM alone", LLM_COLOUR))]
+    shown += [(name, nearest(runs, name, share), FAMILY_STYLE[name][0]) for name, share in (("R2R", 0.1), ("R-Stitch", 0.15)) if of(runs, name)]
+    for name, r, colour in shown:
+        label = name if "alone" in name else f"{name}, {100 * r['llm_share']:.0f} % LLM"
+        ax.plot(budgets, [100 * at_budget(r["outcomes"], b) for b in budgets], color=colour, label=label)
     ax.set(xlabel="token budget", ylabel="right answers (%), higher is better", title="Under a budget")
     ax.legend(fontsize=7)
     return ax
@@ -329,7 +458,7 @@ def draw_budget(ax, runs: list[dict], pair: list[dict]):
 def main() -> None:
     """The README's picture: python -m analysis.figures"""
     style()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8))
     for ax, against in zip(axes, ("latency_ms", "llm_share")):
         draw_frontier(ax, *load_frontier(), against)
     axes[1].set(xlim=(-1, 36))

@@ -17,7 +17,7 @@ from analysis.common import append_row, bootstrap, completed, provenance, read_r
 from analysis.latency import REFERENCE
 from analysis.problems import question
 from analysis.report import TAUS
-from analysis.stats import frontier_gap, gap_with_interval
+from analysis.stats import frontier_gap, gap_with_interval, outcomes_of
 from analysis.task import BASE, SEED, Task, digest_of, measure
 from analysis.train_policy import RUNS, load_router
 
@@ -49,7 +49,8 @@ def wall_clock(task: Task, names: list[str], n: int) -> dict:
     slm, llm, tokenizer, _ = task.load()
     chosen = task.split("test", n)
     prompts = [rstitch.encode(tokenizer, question(problem))[0] for problem in chosen]
-    lms = [rstitch.CachedLM(model, 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens) for model in (slm, llm)]
+    longest = max(REFERENCE[0][1] + 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens)
+    lms = [rstitch.CachedLM(model, 1, longest) for model in (slm, llm)]
     routers = {name: FIXED.get(name) or load_router(task.path("policies") / name, (slm, llm)) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     reference = []
@@ -98,15 +99,10 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     return list(rows.values())
 
 
-def timed_outcomes(rows: list[dict]) -> np.ndarray:
-    """(methods, problems, 2): right or wrong, fitted milliseconds."""
-    return np.array([[(o[0], o[-1]) for o in r["outcomes"]] for r in rows], float)
-
-
 def show(rows: list[dict]) -> str:
     """Every method by accuracy, and the gaps."""
     methods = [r for r in rows if r["kind"] != "wall-clock"]
-    fixed = timed_outcomes([r for r in methods if r["kind"] == "fixed"])
+    fixed = outcomes_of([r for r in methods if r["kind"] == "fixed"])
     points = fixed.mean(1)
     wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
     lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'wall ms':>8} {'gap, % [95 %] (higher is better)':>33} {'against mixtures too':>22}"]
@@ -119,7 +115,7 @@ def show(rows: list[dict]) -> str:
             gaps = [frontier_gap((r["accuracy"], r["latency_ms"]), points, mixtures) for mixtures in (False, True)]
             cells += ["on the frontier" if abs(gap) < 1e-9 else f"{100 * gap:.1f}" for gap in gaps]
         else:
-            cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(timed_outcomes([r]), fixed, mixtures)))
+            cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(outcomes_of([r]), fixed, mixtures)))
                       for mixtures in (False, True)]
         name = {"random": "random at the share of "}.get(r["kind"], "") + r["name"]
         lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>8} {cells[5]:>33} {cells[6]:>22}")
@@ -134,13 +130,13 @@ def show(rows: list[dict]) -> str:
 def recipes(rows: list[dict]) -> str:
     """R-Stitch+ by kappa, mean over seeds, as the README has it."""
     by = {(r["kind"], r["name"]): r for r in rows}
-    fixed = timed_outcomes([r for r in rows if r["kind"] == "fixed"])
+    fixed = outcomes_of([r for r in rows if r["kind"] == "fixed"])
     wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
     lines = ["| | right, % | LLM, % | tokens | fitted ms | wall ms, seed 0 | more right than random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
     for kappa in ("0.1", "0.35", "0.8"):
         for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("random", "random at these shares")):
             seeds = [r for (k, name), r in sorted(by.items()) if k == kind and name.startswith(f"kappa{kappa}-seed")]
-            outcomes = timed_outcomes(seeds)
+            outcomes = outcomes_of(seeds)
             gaps = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in gap_with_interval(outcomes, fixed, mixtures))) for mixtures in (False, True)]
             ms = wall.get(seeds[0]["name"]) if kind == "policy" else None
             lead = [np.array(r["outcomes"], float)[:, 0] - np.array(by["random", r["name"]]["outcomes"], float)[:, 0] for r in seeds if kind == "policy"]
@@ -152,7 +148,7 @@ def recipes(rows: list[dict]) -> str:
 
 def ablations(rows: list[dict]) -> str:
     """What each change did, in right answers, time and reward on the same problems, 95 % intervals over problems; as the README has it."""
-    outcomes = {r["name"]: timed_outcomes([r])[0] for r in rows if r["kind"] in ("policy", "fixed")}
+    outcomes = {r["name"]: outcomes_of([r])[0] for r in rows if r["kind"] in ("policy", "fixed")}
     llm_ms = outcomes["LLM alone"][:, 1].mean()
     lines = ["| changed | against | kappa | right, % | fitted ms | right, pp | fitted ms | reward x 100 |", "|---|---|---|---|---|---|---|---|"]
     for changed, against in ABLATIONS:

@@ -226,8 +226,8 @@ def main() -> None:
     torch.set_num_threads(1)
     task = Task(args.slm, args.llm, args.device, args.dtype, args.special_tokens_may_differ, problems=args.problems)
     try:
-        for name in ("max_len", "rounds", "per_round"):
-            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name))
+        for name, least in (("max_len", REFERENCE[0][1] + 1), ("rounds", 1), ("per_round", 1)):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
         chosen, pair = task.split("dev", args.rounds * args.per_round, args.seed), task.load()[:3]
     except (ValueError, OSError) as error:
         parser.error(str(error))

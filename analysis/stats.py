@@ -7,6 +7,7 @@ import numpy as np
 from scipy import stats
 
 
+PARTS = ("router-train", "dev", "calibration", "test")  # splits of a user's problems
 PAPER_LABELS = {"identical": 0.89, "neutral": 0.06, "divergent": 0.05}  # R2R, section 3
 
 
@@ -35,6 +36,8 @@ def read_problems(path: Path, *needed: str) -> list[dict]:
             lacking = [name for name in needed if not isinstance(row, dict) or name not in row]
             if lacking or not isinstance(row["question"], str) or not row["question"].strip():
                 raise ValueError(f"--problems {path}: line {i} has no {lacking[0] if lacking else 'text as its question'}; expected rows such as {{\"question\": ..., \"answer\": ...}}")
+            if row.get("split", "test") not in PARTS:
+                raise ValueError(f"--problems {path}: line {i} has split {row['split']!r}: expected {', '.join(PARTS)}, or no such field")
             rows.append(row)
     if not rows:
         raise ValueError(f"--problems {path}: expected a problem a line, found none")
@@ -78,6 +81,30 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 def net_time(row: dict, ms: dict[str, float]) -> float:
     """Milliseconds per problem that a router's own net takes, from those of one decision."""
     return row["asked"] * ms.get(row["family"], 0.0)
+
+
+def at_share(rows: list[dict], target: float, weights: np.ndarray) -> np.ndarray:
+    """(draws,) accuracy at exactly this LLM share, on the line between the neighbouring runs of one family, for weights (draws, n) of the
+    problems. NaN where no run has as large a share."""
+    right, tokens, large = (np.array([[o[k] for o in r["outcomes"][:weights.shape[1]]] for r in rows], float) for k in (0, 1, 2))  # (k, n) each
+    shares, accuracies = weights @ large.T / (weights @ tokens.T), weights @ right.T  # (draws, k)
+    out = []
+    for share, accuracy in zip(shares, accuracies):
+        order = np.argsort(share, kind="stable")
+        out.append(np.interp(target, share[order], accuracy[order], right=accuracy[order][-1] if target <= share.max() + 0.005 else np.nan))
+    return np.array(out)
+
+
+def difference(a: list[dict], b: list[dict], target: float, n: int, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Accuracy of family a minus that of b at the same share, over the first n problems, in percentage points, with a paired 95 % interval."""
+    weights = np.vstack([np.full(n, 1 / n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])
+    delta = 100 * (at_share(a, target, weights) - at_share(b, target, weights))
+    return float(delta[0]), *map(float, np.nanpercentile(delta[1:], [2.5, 97.5]))
+
+
+def outcomes_of(rows: list[dict], n: int | None = None) -> np.ndarray:
+    """(methods, problems, 2): right or wrong and milliseconds, of the first n problems."""
+    return np.array([[(o[0], o[-1]) for o in r["outcomes"][:n]] for r in rows], float)
 
 
 def cross(u: np.ndarray, v: np.ndarray) -> float:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 import rstitch
 from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, option, provenance, ratio_of_means, wilson
 from analysis.problems import Stated, problems, question, verify
-from analysis.stats import read_problems
+from analysis.stats import PARTS, read_problems
 
 SEED = 0  # of the pocket domain's problems and of random switching
-FILE_SPLITS = {"router-train": 70, "dev": 80, "calibration": 90, "test": 100}  # upper ends, in % of hash space
+FILE_SPLITS = dict(zip(PARTS, (70, 80, 90, 100)))  # upper ends, in % of hash space
 
 
 @lru_cache(maxsize=None)
@@ -41,7 +41,7 @@ def ends_of(pair) -> list[int]:
 def split_of(row: dict) -> str:
     """Where a problem of a user's file belongs: its own field "split", else 70 / 10 / 10 / 10 by the hash of its question."""
     percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
-    return row.get("split") or next(split for split, end in FILE_SPLITS.items() if percent < end)
+    return row.get("split", next(split for split, end in FILE_SPLITS.items() if percent < end))
 
 
 @dataclass(frozen=True)

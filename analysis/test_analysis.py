@@ -18,7 +18,7 @@ from analysis import demo, frontier, latency, pair, report, stats, train_policy
 from analysis.common import MODELS, append_row, auroc, bootstrap, load_pocket, ratio_of_means, read_rows, wilson
 from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, Stated, carries, columns, draw, problems, question, sentence, solution,
                                stream, verify)
-from analysis.task import Task, encode_problems, load_latency, solve, split_of, where_time_goes
+from analysis.task import Task, encode_problems, load_latency, solve, where_time_goes
 from test_rstitch import DEVICES
 
 torch.set_num_threads(1)
@@ -282,6 +282,54 @@ def test_the_table_compares_every_method_on_the_same_problems(pocket):
         assert r["n"] == 2 and r["n_latency"] == 1 and r["latency_ms"] > 0 and r["command"]
     text = demo.show(list(rows.values()))
     assert all(name in text for name in rows) and "n = 2 test problems" in text and "\033" not in text
+
+
+# ---- what an analysis runs on --------------------------------------------------------------------------------------------
+
+
+def test_problems_of_a_file_are_split_and_graded(tmp_path):
+    rows = [{"question": f"what is {i} halves?", "answer": f"\\frac{{{i}}}{{2}}"} for i in range(40)]
+    rows[7]["split"] = "test"
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Task(problems=str(tmp_path / "p.jsonl"))
+    parts = {name: task.split(name, 99) for name in ("router-train", "dev", "calibration", "test")}
+    assert sorted(p.question for part in parts.values() for p in part) == sorted(row["question"] for row in rows)
+    assert Stated("what is 7 halves?", "\\frac{7}{2}") in parts["test"] and len(parts["router-train"]) > 20 and task.split("router-train", 2) == parts["router-train"][:2]
+    assert question(parts["test"][0]) == parts["test"][0].question
+    assert verify(Stated("?", "\\frac{7}{2}"), "it is \\boxed{3.5}") and not verify(Stated("?", "\\frac{7}{2}"), "it is \\boxed{3}")
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows[7]) + "\n")
+    with pytest.raises(ValueError, match="has no problem in its dev split"):
+        Task(problems=str(tmp_path / "one.jsonl")).split("dev", 1)
+    with pytest.raises(ValueError, match="line 1 has split 'train': expected"):
+        (tmp_path / "one.jsonl").write_text(json.dumps(rows[7] | {"split": "train"}) + "\n")
+        Task(problems=str(tmp_path / "one.jsonl")).split("test", 1)
+
+
+def test_the_files_of_the_pocket_pair_are_nobody_elses(tmp_path):
+    assert Task().path("router") == MODELS / "r2r" and Task().policy() == MODELS / "policies" / "kappa0.35-seed0"
+    other = Task(slm="other")
+    assert other.path("router") is other.path("control") is other.policy() is None
+    for name in ("latency", "out"):
+        with pytest.raises(ValueError, match=f"--{name} is missing: expected a"):
+            other.needed(name)
+    assert Task(slm="other", out=str(tmp_path)).needed("out") == tmp_path
+
+
+@pytest.mark.parametrize("router", [rstitch.SLMOnly(), rstitch.LLMOnly(), rstitch.EntropyRouter(0.005), rstitch.RandomRouter(0.3)])
+def test_where_time_goes_adds_up(pocket, router):
+    for solved in solve(pocket, problems("dev", 3, 6), router, seed=0):
+        spent = where_time_goes(solved["calls"], MODELS_MS)
+        assert sum(spent.values()) == pytest.approx(rstitch.trajectory_latency(solved["calls"], *MODELS_MS))
+        assert (spent["discarded"] > 0) == any(not c.kept for c in solved["calls"]) and (spent["LLM"] > 0) == (solved["llm_tokens"] > 0)
+
+
+def test_where_time_goes_by_hand():
+    call = lambda m, n_inf, n_kv, kept=True: rstitch.Call(m, 0, n_inf, n_kv, 0, 0.0, kept)  # noqa: E731
+    calls = [call(0, 10, 0), call(0, 1, 10, False), call(1, 11, 0), call(0, 1, 11), call(1, 3, 11)]
+    spent = where_time_goes(calls, MODELS_MS)
+    # SLM, 0.001 n_kv + 1 a token: kept at 9 and 11, discarded at 10; its prompt costs 0.01 x 10 + 1 - 1.009
+    assert (spent["SLM"], spent["discarded"], spent["LLM"]) == pytest.approx((1.009 + 1.011, 1.010, 4.020 + 4.026))  # LLM at 10 and 13
+    assert spent["prompt"] == pytest.approx(1.1 - 1.009 + 4.55 - 4.020) and spent["catch-up"] == pytest.approx(4.15 - 4.026)
 
 
 # ---- latency, policies, frontier -----------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from hypothesis import given, strategies as st
 from nbclient import NotebookClient
 
 import rstitch
-from analysis import collect, figures, label, paper
-from analysis.common import MODELS, load_pocket
+from analysis import collect, compare, figures, label, latency, paper, task, train_policy, train_r2r
+from analysis.common import MODELS, load_pocket, read_rows
 from analysis.problems import problems, question, verify
 from test_rstitch import tiny, words
 
@@ -163,9 +163,10 @@ def real(tmp_path_factory):
     """The figures' files of a pair that is not the pocket pair: tiny random models, by path, made by the README's commands."""
     folder = tmp_path_factory.mktemp("real")
     for name, family, seed in (("slm", "Qwen2", 1), ("llm", "Llama", 2)):
-        tiny(family, seed, vocab_size=36).save_pretrained(folder / name)
+        tiny(family, seed, scale=3.0, vocab_size=36).save_pretrained(folder / name)  # sure of some tokens, as trained models are
         words(32).save_pretrained(folder / name)
-    lines = [json.dumps({"question": f"w{i} w{i + 3} w9", "answer": "1"}) for i in range(3, 27)]
+    splits = ["router-train", "router-train", "dev", "calibration", "test", "test"]
+    lines = [json.dumps({"question": f"w{i} w{i + 3} w9", "answer": "1", "split": splits[i % 6]}) for i in range(3, 27)]
     (folder / "problems.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -173,6 +174,13 @@ def real(tmp_path_factory):
 def run(module, monkeypatch, *argv) -> None:
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
     module.main()
+
+
+def executed(path: Path) -> str:
+    """What a notebook prints when it is run."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    return "".join(out.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs)
 
 
 def test_the_figures_of_any_pair(real, monkeypatch, capsys):
@@ -184,18 +192,47 @@ def test_the_figures_of_any_pair(real, monkeypatch, capsys):
     monkeypatch.setenv("RSTITCH_RESULTS", str(real / "results"))
     rows, made = figures.load_answers()
     assert made["settings"]["slm"] == "slm" and len(rows) == 24 and any(figures.crossings(r["right"]) for r in rows)
-    figures.style()
-    for draw in (figures.draw_answer_entropies, figures.draw_strata, figures.draw_windows, figures.draw_uncaught, figures.draw_positions):
-        draw(figures.plt.figure().gca(), rows)
-    figures.draw_token_entropies(figures.plt.figure().gca(), rows, 36)
-    for draw in (figures.draw_labels, figures.draw_label_entropies):
-        draw(figures.plt.figure().gca(), figures.load_json("labels.json"))
-    figures.plt.close("all")
     for path in NOTEBOOKS[1:4]:  # as a user of another pair would run them
-        notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
-        text = "".join(out.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs)
+        text = executed(path)
         assert "claim" in text and "n = 24" in text or path.stem.startswith("3") and "claim" in text
+
+
+def test_the_frontier_of_any_pair(real, monkeypatch, capsys):
+    """From two folders and a file of problems to notebook 4, by the README's commands."""
+    pair = ["--slm", real / "slm", "--llm", real / "llm", "--problems", real / "problems.jsonl"]
+    length, there = ["--max-new-tokens", 10], ["--latency", real / "latency.json", "--policies", real / "policies", "--out", real / "results"]
+    for module in (task, compare):
+        monkeypatch.setattr(module, "verify", lambda problem, text: zlib.crc32((text + problem.question).encode()) % 2 == 0)
+    make = label.make_labels  # random models hardly ever end an answer: labels are planted after all stages have run
+    monkeypatch.setattr(label, "make_labels", lambda *a: [{**row, "labels": ("DN" * 99)[:len(row["labels"])]} for row in make(*a)])
+    monkeypatch.setattr(compare, "SHARES", (0.1, 0.3, 0.6))
+    monkeypatch.setattr(compare, "FAMILIES", {name: dataclasses.replace(f, grid=f.grid[::3]) for name, f in compare.FAMILIES.items()})
+    run(latency, monkeypatch, *pair, "--max-len", 80, "--rounds", 2, "--per-round", 2, "--out", real / "latency.json")
+    run(train_r2r, monkeypatch, *pair, *length, "--judge", "answer", "--labels", real / "router-labels", "--run", real / "run", "--out", real / "router", "--width", 8, "--blocks", 1,
+        "--top-k", 5, "--epochs", 2)
+    run(train_policy, monkeypatch, *pair, *length, *there, "--name", "mine", "--checkpoints", real / "runs", "--prompts", 3, "--rollouts", 2, "--iterations", 4, "--dev", 4)
+    run(train_policy, monkeypatch, *pair, *length, *there, "--report", "--wall-clock", 2, "--workers", 1)
+    run(compare, monkeypatch, *pair, *length, *there, "--router", real / "router", "--judge", "answer", "--workers", 1)
+    text = capsys.readouterr().out
+    assert "mine" in text and "live labels:" in text and "| LLM share, % | R2R | R-Stitch |" in text and "speculative decoding" in text
+    monkeypatch.setenv("RSTITCH_RESULTS", str(real / "results"))
+    run(figures, monkeypatch)
+    assert (real / "results" / "frontier.png").stat().st_size > 10_000
+    assert "claim" in (text := executed(NOTEBOOKS[4])) and "n = 8" in text and "mine" in text
+    with pytest.raises(SystemExit):  # the pocket pair's nets are of another pair
+        run(compare, monkeypatch, *pair, *length, *there, "--router", MODELS / "r2r", "--workers", 1)
+    assert "was made for another SLM" in capsys.readouterr().err
+
+
+def test_without_nets_there_are_the_rules_alone(real, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "SHARES", (0.3,))
+    monkeypatch.setattr(compare, "FAMILIES", {name: dataclasses.replace(f, grid=f.grid[::5]) for name, f in compare.FAMILIES.items()})
+    (real / "ms.json").write_text((MODELS.parent / "results" / "latency.json").read_text())
+    run(compare, monkeypatch, "--slm", real / "slm", "--llm", real / "llm", "--problems", real / "problems.jsonl", "--max-new-tokens", 6, "--latency", real / "ms.json",
+        "--out", real / "bare", "--live", 0, "--workers", 1)
+    families = {r["family"] for r in read_rows(real / "bare" / "compare.jsonl")}
+    assert families == {"R-Stitch", "entropy, one token", "top-2 gap", "varentropy", "random", "SLM alone", "LLM alone", None}
+    assert "R2R" not in capsys.readouterr().out
 
 
 def test_bad_problems_are_refused(real, monkeypatch, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """Tests of what makes, trains and compares R2R's router: sentences, judges, labels that survive a kill, the router, the comparison."""
 import dataclasses
 import json
+import math
 import random
 import signal
 import subprocess
@@ -484,6 +485,58 @@ def test_routers_are_compared_at_the_same_share():
     assert lead == pytest.approx(2.0) and least <= lead <= most  # 4 % of the way from 25 to 75, against 25
     assert compare.difference([low, high], [low, high], 0.05, 4) == (0, 0, 0)
     assert compare.difference([low, high], [low, high], 0.05, 2)[0] == 0  # over the first two only
+
+
+def test_signals_by_hand():
+    logits = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]).log()
+    assert compare.gap(logits).tolist() == pytest.approx([0.75, 0.0, 1.0])
+    logits = logits.clamp(min=-100)  # -inf would be 0 x inf
+    # surprises log 2 and twice log 4 about their mean 1.5 log 2: 0.5 x (0.5 log 2)^2 + 0.5 x (0.5 log 2)^2
+    assert compare.varentropy(logits).tolist() == pytest.approx([0.25 * math.log(2) ** 2, 0.0, 0.0], abs=1e-6)
+
+
+def test_a_signal_router_is_algorithm_1_with_that_signal(pocket):
+    todo, log_vocab = problems("dev", 3, seed=4), math.log(pocket[0].config.vocab_size)
+    entropy = compare.SignalRouter(lambda logits: rstitch.entropy(logits) / log_vocab, 0.01)
+    texts = [[s["text"] for s in solve(pocket, todo, router)] for router in (entropy, rstitch.EntropyRouter(0.01))]
+    assert texts[0] == texts[1]
+
+
+def test_speculative_decoding_writes_what_the_llm_writes(pocket):
+    todo = problems("dev", 3, seed=4)
+    alone = solve(pocket, todo, rstitch.LLMOnly())
+    for problem, expected in zip(todo, alone):
+        ids, _ = rstitch.encode(pocket[2], question(problem))
+        tokens, calls = compare.assisted(pocket, ids, 320)
+        assert pocket[2].decode(tokens, skip_special_tokens=True) == expected["text"]
+        for m in (rstitch.SLM, rstitch.LLM):  # every token is read once, but for drafts that were refused
+            mine = [c for c in calls if c.model == m]
+            assert mine[0].n_kv == 0 and mine[0].n_inf >= ids.shape[1] and all(c.n_kv <= p.n_kv + p.n_inf for p, c in zip(mine, mine[1:]))
+        assert len([c for c in calls if c.model == rstitch.LLM]) < len(tokens) / 2
+    assert not pocket[0]._forward_pre_hooks and not pocket[1]._forward_pre_hooks
+
+
+def test_one_token_visits_cost_what_stitching_costs_where_answers_stay(pocket):
+    """With the SLM as its own LLM, handing back after each token changes nothing in the answer: the prediction is what happens."""
+    slm, _, tokenizer = pocket
+    todo, tau = problems("dev", 4, seed=4), 0.01 * math.log(slm.config.vocab_size)
+    alone = solve((slm, slm, tokenizer), todo, rstitch.SLMOnly())
+    run = solve((slm, slm, tokenizer), todo, rstitch.EntropyRouter(0.01, tau_back=1.0))
+    strip = lambda calls: [(c.model, c.n_inf, c.n_kv, c.token, c.kept) for c in calls]  # noqa: E731
+    for a, b in zip(alone, run):
+        assert strip(compare.one_token_visits(a["calls"], tau)) == strip(b["calls"]) and b["llm_tokens"] > 0
+
+
+def test_chosen_taus_bring_what_they_promise_on_the_answers_they_come_from():
+    task = Task()
+    (share, *_, cost) = compare.choose_taus(task, 20)
+    assert (share["wanted"], cost["wanted"]) == ("share", "latency") and share["predicted_share"] == pytest.approx(0.05, abs=0.003) and cost["tau"] < share["tau"] < 0.1
+    solved = [s for s in solve(task.load(), task.split("calibration", 20), rstitch.SLMOnly()) if s["tokens"] <= share["median_tokens"]]
+    nats = share["tau"] * math.log(task.load()[0].config.vocab_size)
+    H = [c.entropy for s in solved for c in s["calls"]]
+    assert np.mean([h > nats for h in H]) == pytest.approx(share["predicted_share"], abs=2 / len(H))
+    ms = [rstitch.trajectory_latency(compare.one_token_visits(s["calls"], nats), *task.latencies()) for s in solved]
+    assert np.mean(ms) == pytest.approx(share["predicted_ms"], rel=0.02)
 
 
 @pytest.mark.parametrize("same, alone", [(True, rstitch.SLMOnly), (False, rstitch.LLMOnly), (None, rstitch.LLMOnly)])
