@@ -56,7 +56,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
@@ -202,6 +202,33 @@ class StitchLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """`sdpa` that reads every cached key once: queries (n, H, S, D), keys and values (n, K, T, D), additive mask (n, 1, S, T) -> (n, S, H, D).
+
+    The query heads that share a key become rows of one query. Given a mask, `sdpa` of transformers copies keys and values H / K times
+    first (always before 5.23, since then for reads of two tokens or more), which takes several times as long as the attention itself.
+    ValueError for sinks and soft caps, which sdpa has not: such models use eager.
+    """
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+        raise ValueError(f"{type(module).__name__} has a soft cap or sinks: expected attn_implementation='eager', not 'sdpa'")
+    n, H, S, D = query.shape
+    shared = H // key.shape[1]
+    mask = attention_mask if S == 1 else attention_mask.repeat(1, 1, shared, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(query.reshape(n, -1, shared * S, D), key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(n, H, S, -1).transpose(1, 2).contiguous(), None
+
+
+GROUPED = "rstitch_grouped"
+AttentionInterface.register(GROUPED, grouped_attention)
+
+
+def attention_of(config) -> str:
+    """What reads the cache: our own where query heads share keys and the model would use sdpa without a soft cap."""
+    shares = (getattr(config, "num_key_value_heads", None) or math.inf) < config.num_attention_heads
+    plain = config._attn_implementation == "sdpa" and not getattr(config, "attn_logit_softcapping", None)
+    return GROUPED if shares and plain else config._attn_implementation
+
+
 class Output(NamedTuple):
     """What a read returns, per row: raw logits (n, V) float32, last hidden state (n, D), drawn token (n,), entropy (n,)."""
 
@@ -274,6 +301,7 @@ class CachedLM:
         self.place = Place()
         self.layers = [StitchLayer(self.place, batch_size, slots) for _ in range(config.num_hidden_layers)]
         self.cache = {cache_keyword(model): Cache(layers=self.layers)}
+        self.config, self.attention = config, attention_of(config)
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
         self.vocab = model.get_output_embeddings().weight.shape[0]
@@ -363,8 +391,13 @@ class CachedLM:
             drawn = dict(zip(rows, uniform))
             self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in called])
         where = slice(span.start, span.stop) if together else torch.tensor(called, device=self.inputs.device)
-        with torch.inference_mode():  # a tenth to a third faster than no_grad where launches dominate
-            out = self.step(where, n, S, (max(positions) // BLOCK + 1) * BLOCK, vocab, sampling)
+        own = self.config._attn_implementation
+        try:
+            self.config._attn_implementation = self.attention
+            with torch.inference_mode():  # a tenth to a third faster than no_grad where launches dominate
+                out = self.step(where, n, S, (max(positions) // BLOCK + 1) * BLOCK, vocab, sampling)
+        finally:
+            self.config._attn_implementation = own
         for row, line in reading.items():
             self.cursor[row] += len(line)
         if called == list(rows):

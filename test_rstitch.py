@@ -173,6 +173,45 @@ def test_ragged_reads_equal_a_full_recompute(family):
     lm.close()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("shared", [1, 2, 4])  # key-value heads of four query heads: multi-query, grouped, multi-head
+@torch.no_grad()
+def test_the_attention_kept_equals_the_models_own(shared, window, device):
+    model, calls = tiny("Mistral", num_key_value_heads=shared, sliding_window=window).to(device), []
+    ours, own = CachedLM(model, 3, 80), CachedLM(model, 3, 80)
+    assert (ours.attention, model.config._attn_implementation) == ("sdpa" if shared == 4 else rstitch.GROUPED, "sdpa")
+    own.attention = "sdpa"
+    sdpa, grouped = rstitch.AttentionInterface()["sdpa"], rstitch.grouped_attention
+
+    def both(*args, **kwargs):
+        out, _ = grouped(*args, **kwargs)
+        torch.testing.assert_close(out, sdpa(*args, **kwargs)[0], atol=1e-6, rtol=1e-6)
+        calls.append(args[1].shape[2])
+        return out, None
+
+    ids = torch.randint(2, VOCAB, (3, 80), generator=torch.Generator().manual_seed(3))
+    rstitch.AttentionInterface.register(rstitch.GROUPED, both)
+    try:
+        for lengths in ([9, 9, 9], [1, 1, 1], [2, 1, 4], [40, 40, 40], [1, 6, 3]):
+            lines = [ids[b, s:s + k].tolist() for b, (s, k) in enumerate(zip(ours.cursor, lengths))]
+            torch.testing.assert_close(ours.read([0, 1, 2], lines).logits, own.read([0, 1, 2], lines).logits, atol=1e-5, rtol=1e-4)
+            assert model.config._attn_implementation == "sdpa"  # the model is as it was
+    finally:
+        rstitch.AttentionInterface.register(rstitch.GROUPED, grouped)
+    assert calls == ([] if shared == 4 else [16, 16, 1, 1, 4, 4, 40, 40, 8, 8])  # two layers each
+
+
+def test_sinks_and_soft_caps_keep_the_models_own_attention():
+    for family in ("GPT-OSS", "Gemma 2"):  # that these equal a recompute is tested above
+        model = tiny(family)
+        assert CachedLM(model, 1, 8).attention == model.config._attn_implementation != rstitch.GROUPED
+    x = torch.zeros(1, 4, 1, 8)
+    for name in ("softcap", "s_aux"):
+        with pytest.raises(ValueError, match="has a soft cap or sinks: expected attn_implementation='eager'"):
+            rstitch.grouped_attention(torch.nn.Identity(), x, x, x, torch.zeros(1, 1, 1, 1), **{name: 1.0})
+
+
 @pytest.mark.parametrize("free", [rstitch.FREE, 0])  # idle rows in between join the call, or the cache of the others is copied
 @torch.no_grad()
 def test_rows_may_read_in_any_subset(free, monkeypatch):
