@@ -1,63 +1,568 @@
-"""Speed of the loop itself: `stitch` with the LLM alone against `generate()` of the same model, interleaved in one run.
+"""Speed: the loop against generate(), ways to attend to a cache, the cost of a step, schedules, and whole pairs at real shapes.
 
-    python -m analysis.bench                       (pocket pair, batch 1 and 32; appends to analysis/results/bench.jsonl)
+    python -m analysis.bench                       (pocket pair: stitch with the LLM alone against generate(), batch 1 and 32)
+    python -m analysis.bench --attention           (one read of a cache at real shapes, by kernel)
+    python -m analysis.bench --steps               (pocket LLM: time per token against context and batch, fitted; writes steps.png)
+    python -m analysis.bench --schedule            (simulated: who runs next, by rule, cost ratio and batch)
+    python -m analysis.bench --shapes 1.5B+7B --device cuda --dtype bfloat16 --batch 1 4 16 --context 1024
 
-Both write the same number of tokens from the same prompts, greedily; `stitch` also records entropies and calls. The first round
-is warm-up. Figures are ratios within a round, so other work on the machine hits both sides; absolute times are of this machine.
+All append rows to analysis/results/bench.jsonl and go on where they were stopped, but for the first, which measures anew. What is
+compared runs interleaved, in one process; the first round is warm-up; the device is synchronised before every clock; figures are
+medians with quartiles, and ratios are taken within a round, so that other work on the machine hits both sides.
+
+--shapes builds Qwen2.5 shapes with random weights on the device; nothing is downloaded. Who writes is replayed from a script (share of
+the LLM, mean length of its visits), and the clock starts when both models have read the prompt. In one run: either model alone, stitched,
+generate() of either (dynamic and static cache), assisted generation (batch 1). The ceiling is an event simulation of the same script under
+the same schedule with steps timed alone. The floor of a step is the bytes it must read, weights without an untied input embedding and live
+cache, over the bandwidth of a read-only stream measured in the same run. shapes of "mini" size run on a CPU.
 """
 import argparse
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
-from analysis.common import RESULTS, append_row, load_pocket, provenance
+from analysis.common import RESULTS, append_row, load_pocket, provenance, read_rows
 from analysis.problems import problems
 from analysis.task import encode_problems
 
+FILE = RESULTS / "bench.jsonl"
 
-def tokens_per_second(run, tokens: int) -> float:
-    start = time.perf_counter()
-    run()
-    return tokens / (time.perf_counter() - start)
+
+def now(device: torch.device | str = "cpu") -> float:
+    """Seconds, once the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device="cpu") -> dict[str, list[float]]:
+    """Milliseconds of each in every round but a first one, beginning with another one each time."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(rounds + 1):
+        for name in names[i % len(names):] + names[:i % len(names)]:
+            start = now(device)
+            runs[name]()
+            if i:
+                times[name].append(1e3 * (now(device) - start))
+    return times
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Median and quartiles."""
+    return np.percentile(values, [50, 25, 75]).tolist()
+
+
+def in_words(x: Sequence[float], unit: str = "", digits: int = 2) -> str:
+    return "{:.{d}f}{u} ({:.{d}f}, {:.{d}f})".format(*x, u=unit, d=digits)
+
+
+# ---- the loop against generate() -----------------------------------------------------------------------------------------
 
 
 def against_generate(pair, batch_size: int, new_tokens: int, rounds: int, seed: int = 0) -> dict:
-    """tokens/s of `generate()` and of `stitch(LLMOnly)`, and their ratio: medians and quartiles over rounds."""
+    """tokens/s of `generate()` and of `stitch(LLMOnly)`, which also records entropies and calls, and their ratio; the same prompts, as many
+    tokens, greedy."""
     slm, llm, tokenizer = pair
-    figures: dict[str, list[float]] = {"generate": [], "stitch": []}
-    for i in range(rounds + 1):
-        ids, mask = encode_problems(tokenizer, problems("dev", batch_size, seed=1000 * seed + i))
+    todo = iter([encode_problems(tokenizer, problems("dev", batch_size, seed=1000 * seed + i)) for i in range(2 * rounds + 2)])
+    batch: list = []
+
+    def run(name: str) -> None:
+        if not batch or name in batch[2]:  # both answer a batch before the next one comes
+            batch[:] = [*next(todo), set()]
+        ids, mask, done = batch
+        done.add(name)
         options = dict(attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id)
-        runs = {"generate": lambda: llm.generate(ids, do_sample=False, min_new_tokens=new_tokens, **options),
-                "stitch": lambda: rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), eos_token_id=-1, **options)}
-        for name in sorted(runs, reverse=bool(i % 2)):  # either goes first as often
-            speed = tokens_per_second(runs[name], batch_size * new_tokens)
-            if i:
-                figures[name].append(speed)
-    ratio = np.array(figures["stitch"]) / np.array(figures["generate"])
+        if name == "generate":
+            llm.generate(ids, do_sample=False, min_new_tokens=new_tokens, **options)
+        else:
+            rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), eos_token_id=-1, **options)
+
+    times = interleaved({"generate": lambda: run("generate"), "stitch": lambda: run("stitch")}, rounds)
+    speed = {name: batch_size * new_tokens * 1e3 / np.array(ms) for name, ms in times.items()}
+    ratio = spread(speed["stitch"] / speed["generate"])
     return {"what": "stitch(LLMOnly) against generate()", "batch_size": batch_size, "new_tokens": new_tokens,
-            "generate_tokens_per_s": float(np.median(figures["generate"])), "stitch_tokens_per_s": float(np.median(figures["stitch"])),
-            "ratio": float(np.median(ratio)), "ratio_quartiles": np.percentile(ratio, [25, 75]).tolist(),
-            "threads": torch.get_num_threads(), **provenance(seed, rounds)}
+            "generate_tokens_per_s": float(np.median(speed["generate"])), "stitch_tokens_per_s": float(np.median(speed["stitch"])),
+            "ratio": ratio[0], "ratio_quartiles": ratio[1:], "threads": torch.get_num_threads(), **provenance(seed, rounds)}
+
+
+def bench_loop(new_tokens: int, rounds: int) -> None:
+    pair, rows = load_pocket(), []
+    for batch_size in (1, 32):
+        rows.append(against_generate(pair, batch_size, new_tokens, rounds))
+        append_row(FILE, rows[-1])
+        r = rows[-1]
+        print(f"batch {batch_size:>2}: generate {r['generate_tokens_per_s']:.0f} tokens/s, stitch {r['stitch_tokens_per_s']:.0f} tokens/s, "
+              f"ratio {in_words([r['ratio'], *r['ratio_quartiles']])}, higher is better", flush=True)
+    print(f"batch 32 over batch 1: {rows[1]['stitch_tokens_per_s'] / rows[0]['stitch_tokens_per_s']:.1f} x")
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------------
+
+
+def copied(q, k, v, mask, scale):
+    """What sdpa of transformers does where it is given a mask (since 5.23 from two tokens on)."""
+    shared = q.shape[1] // k.shape[1]
+    return scaled_dot_product_attention(q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), attn_mask=mask, scale=scale)
+
+
+def enable_gqa(q, k, v, mask, scale):
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def folded(q, k, v, mask, scale):
+    """The one that rstitch keeps."""
+    return rstitch.grouped_attention(None, q, k, v, mask, scale)[0].transpose(1, 2)
+
+
+def folded_matmul(q, k, v, mask, scale):
+    n, H, S, D = q.shape
+    shared = H // k.shape[1]
+    scores = (q.reshape(n, -1, shared * S, D) * scale) @ k.transpose(2, 3) + (mask if S == 1 else mask.repeat(1, 1, shared, 1))
+    return (scores.float().softmax(-1).to(v.dtype) @ v).reshape(n, H, S, D)
+
+
+KERNELS = {"sdpa, keys copied": copied, "sdpa, enable_gqa": enable_gqa, "sdpa, folded": folded, "matmul, folded": folded_matmul}
+HEADS = {"1.5B": (12, 2, 128), "7B": (28, 4, 128), "32B": (40, 8, 128)}
+
+
+def flex(mask_length: int):
+    """flex_attention, compiled, every key but the last few of the cache being live; GPU only."""
+    from torch.nn.attention.flex_attention import flex_attention
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def live(score, b, h, i, j):
+        return torch.where(j < mask_length, score, -torch.inf)
+
+    return lambda q, k, v, mask, scale: compiled(q, k, v, score_mod=live, scale=scale, enable_gqa=True)
+
+
+@torch.inference_mode()
+def attention_row(shape: str, batch: int, context: int, S: int, device: str, dtype: str, rounds: int) -> dict:
+    """One read of S tokens over caches of `context` tokens in one layer, by every kernel: milliseconds, and the largest difference from the first."""
+    (H, K, D), kind = HEADS[shape], getattr(torch, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, n, D, generator=generator, device=device, dtype=kind) for heads, n in ((H, S), (K, context), (K, context)))
+    mask = torch.zeros(batch, 1, S, context, device=device, dtype=kind)
+    mask[..., context - 3:] = torch.finfo(kind).min
+    kernels = KERNELS | ({"flex_attention": flex(context - 3)} if torch.device(device).type == "cuda" else {})
+    runs = {name: (lambda kernel=kernel: kernel(q, k, v, mask, D**-0.5)) for name, kernel in kernels.items()}
+    expected = runs["sdpa, keys copied"]()
+    error = {name: float((run() - expected).abs().max()) for name, run in runs.items()}
+    times = interleaved(runs, rounds, device)
+    return {"what": "attention", "shape": shape, "batch": batch, "context": context, "tokens": S, "ms": {name: spread(ms) for name, ms in times.items()}, "error": error,
+            "threads": torch.get_num_threads(), "device_name": device_name(device), **provenance(0, rounds, device, dtype)}
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+
+
+def known(what: str, **key) -> dict | None:
+    """The row that was measured already."""
+    return next((r for r in reversed(read_rows(FILE)) if r["what"] == what and all(r.get(name) == value for name, value in key.items())), None)
+
+
+def bench_attention(batches: list[int], contexts: list[int], device: str, dtype: str, rounds: int) -> None:
+    print(f"milliseconds of one layer, medians and quartiles (lower is better), {device_name(device)}, {dtype}")
+    for shape in HEADS:
+        for batch in batches:
+            for context in contexts:
+                for S in (1, 4):
+                    key = dict(shape=shape, batch=batch, context=context, tokens=S)
+                    row = known("attention", **key, dtype=dtype, device_name=device_name(device))
+                    if row is None:
+                        row = attention_row(shape, batch, context, S, device, dtype, rounds)
+                        append_row(FILE, row)
+                    print(f"{shape:>5} batch {batch:>2} context {context:>6} tokens {S}: " + ", ".join(f"{name} {in_words(ms, digits=3)}" for name, ms in row["ms"].items()), flush=True)
+
+
+# ---- the cost of a step --------------------------------------------------------------------------------------------------
+
+
+def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: int) -> dict[int, list[list[float]]]:
+    """Milliseconds of a decode step, batches x contexts x rounds, caches filled with random keys, all interleaved."""
+    lms = {batch: rstitch.CachedLM(model, batch, max(contexts) + 1) for batch in batches}
+    times: dict[int, list[list[float]]] = {batch: [[] for _ in contexts] for batch in batches}
+    for batch, lm in lms.items():
+        lm.read(range(batch), [[5]] * batch)
+        for layer in lm.layers:
+            for tensor in (layer.keys, layer.values):
+                tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
+    for i in tqdm(range(rounds + 1), desc="steps", disable=None):
+        for batch, lm in lms.items():
+            for k, context in enumerate(contexts):
+                lm.cursor = [context] * batch
+                start = now(model.device)
+                lm.read(range(batch), [[7]] * batch).token.tolist()
+                if i:
+                    times[batch][k].append(1e3 * (now(model.device) - start))
+    for lm in lms.values():
+        lm.close()
+    return times
+
+
+def fit_line(contexts: Sequence[int], times: list[list[float]], draws: int = 500, seed: int = 0) -> dict:
+    """Decode time as the latency model has it, c n + d, to the medians by relative least squares; and what a further term in n^2 would add at the
+    largest context, as a share of the time there, with a 95 % interval over rounds."""
+    n, rng = np.array(contexts, float), np.random.default_rng(seed)
+
+    def fits(ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        line, bow = (np.linalg.lstsq(np.stack([n**p / ms for p in powers], 1), np.ones_like(ms), rcond=None)[0] for powers in ((0, 1), (0, 1, 2)))
+        return line, bow
+
+    samples = np.array(times)  # (contexts, rounds)
+    (d, c), bow = fits(np.median(samples, 1))
+    error = np.abs((c * n + d) / np.median(samples, 1) - 1)
+    share = lambda bow: bow[2] * n[-1] ** 2 / (bow @ [1, n[-1], n[-1] ** 2])  # noqa: E731
+    drawn = [share(fits(np.median(samples[:, rng.integers(0, samples.shape[1], samples.shape[1])], 1))[1]) for _ in range(draws)]
+    return {"d_ms": float(d), "c_ms": float(c), "median_error": float(np.median(error)), "largest_error": float(error.max()),
+            "square_share": [float(share(bow)), *np.percentile(drawn, [2.5, 97.5]).tolist()]}
+
+
+def bench_steps(rounds: int) -> None:
+    model, batches, contexts = load_pocket()[1], (1, 4, 16), (64, 512, 1024, 2048, 3072, 4096, 6144, 8192)
+    torch.set_num_threads(1)
+    times = step_times(model, batches, contexts, rounds)
+    row = {"what": "steps", "contexts": contexts, "ms": {b: [spread(ms) for ms in rows] for b, rows in times.items()},
+           "fit": {b: fit_line(contexts, rows) for b, rows in times.items()}, "threads": 1, **provenance(0, rounds)}
+    append_row(FILE, row)
+    print(show_steps(row))
+    plot_steps(row, RESULTS / "steps.png")
+
+
+def show_steps(row: dict) -> str:
+    return "\n".join(f"batch {b:>2}: {f['c_ms']:.3g} n_kv + {f['d_ms']:.2f} ms; error of the line: median {100 * f['median_error']:.1f} %, largest {100 * f['largest_error']:.1f} %; "
+                     f"a term in n_kv^2 would be {100 * f['square_share'][0]:+.1f} % [{100 * f['square_share'][1]:+.1f}, {100 * f['square_share'][2]:+.1f}] of the time at {row['contexts'][-1]}"
+                     for b, f in row["fit"].items())
+
+
+def plot_steps(row: dict, path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    n = np.array(row["contexts"])
+    for (b, points), colour in zip(row["ms"].items(), ("#0072B2", "#E69F00", "#009E73")):
+        median, low, high = np.array(points).T
+        ax.errorbar(n, median, [median - low, high - median], fmt="o", color=colour, capsize=3)
+        ax.plot(n, row["fit"][b]["c_ms"] * n + row["fit"][b]["d_ms"], color=colour)
+        ax.annotate(f"batch {b}", (n[-1], median[-1]), (4, 0), textcoords="offset points", color=colour, va="center")
+    ax.set(xlabel="tokens in the cache, n_kv", ylabel="one decode step (ms), lower is better", title="Decode steps of the pocket LLM, and the line of the latency model", xlim=(0, 1.12 * n[-1]))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# ---- schedules -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Script:
+    """Who writes: the LLM's share of the tokens and the mean length of its visits, in tokens."""
+
+    share: float
+    visit: float
+
+    def __post_init__(self):
+        if not 0 < self.share < 1 or not self.visit >= 1:
+            raise ValueError(f"--share {self.share} --visit {self.visit}: expected a share in (0, 1) and visits of 1 token or more")
+
+    def leaves(self, batch: int, tokens: int, seed: int = 0) -> np.ndarray:
+        """(2, batch, tokens) bool: does the SLM, the LLM leave at this position? The LLM writes the first token and hands back, so that both have
+        read the prompt."""
+        stay = 1 - 1 / self.visit
+        p = self.share * (1 - stay) / (1 - self.share * stay)  # of RandomRouter, whose share is p / (1 - stay (1 - p))
+        out = np.random.default_rng(seed).random((2, batch, tokens)) < np.array([p, 1 - stay])[:, None, None]
+        out[1, :, 0] = True
+        return out
+
+
+def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=rstitch.next_model) -> tuple[float, int]:
+    """(time, longest wait in calls) of a script under a schedule: what the loop of `stitch` would take if its reads were all. cost(model, unread)
+    is the time of one read, unread being the tokens of each row that takes part. Both models have read the prompt but for its last token; the clock
+    starts when every row has its second token."""
+    _, B, N = leaves.shape
+    rows = [rstitch.Row(i, 0, [0], 1, rstitch.LLM, []) for i in range(B)]
+
+    class Cursors:
+        def __init__(self):
+            self.cursor = [0] * B
+
+    lms, waited = (Cursors(), Cursors()), [0] * B
+    clock, start, longest, model, in_a_row = 0.0, None, 0, rstitch.LLM, 0
+    while live := [row for row in rows if len(row.ids) <= N]:
+        chosen = rule(live, model, in_a_row)
+        model, in_a_row = chosen, in_a_row + 1 if chosen == model else 1
+        active = [row for row in live if row.active == model]
+        for row in live:
+            waited[row.index] = 0 if row.active == model else waited[row.index] + 1
+        longest = max(longest, *waited)
+        for group in rstitch.similar_lengths(active, lms[model]):
+            clock += cost(model, [len(row.ids) - lms[model].cursor[row.index] for row in group])
+            for row in group:
+                lms[model].cursor[row.index] = len(row.ids)
+                left = leaves[model, row.index, len(row.ids) - 1]
+                if model == rstitch.LLM or not left:
+                    row.ids.append(0)
+                if left:
+                    row.active = 1 - model
+        if start is None and min(len(row.ids) for row in rows) > 2:
+            start = clock
+    return clock - (start or 0.0), longest
+
+
+def weighed(ratio: float, power: float):
+    """A rule that runs the model whose waiting rows, over its cost to some power, are more; patience bounds the wait as in `next_model`."""
+
+    def rule(rows: list[rstitch.Row], last: int, in_a_row: int) -> int:
+        waiting = [sum(row.active == m for row in rows) / (ratio**power if m else 1.0) for m in (rstitch.SLM, rstitch.LLM)]
+        other = 1 - last
+        return other if waiting[other] and (waiting[other] > waiting[last] or in_a_row >= rstitch.PATIENCE) else last
+
+    return rule
+
+
+def bench_schedule(tokens: int = 400, draws: int = 4) -> None:
+    print("tokens per time relative to the rule that rstitch keeps (most rows waiting, patience 8), higher is better; and the longest wait in calls\n"
+          f"{'LLM / SLM':>9} {'batch':>6} {'share':>6} {'visit':>6} {'rows over the root of the cost':>31} {'rows over the cost':>19}")
+    for ratio in (2, 5, 10):
+        for batch in (4, 16):
+            for script in (Script(0.1, 1), Script(0.25, 1), Script(0.25, 4)):
+                cost = lambda model, unread: ratio if model else 1.0  # noqa: B023, E731
+                taken = {power: [simulate(script.leaves(batch, tokens, seed), cost, rule) for seed in range(draws)]
+                         for power, rule in ((None, rstitch.next_model), (0.5, weighed(ratio, 0.5)), (1.0, weighed(ratio, 1.0)))}
+                cells = [f"{np.sum(taken[None], 0)[0] / np.sum(taken[power], 0)[0]:.2f} ({max(w for _, w in taken[power])})" for power in (0.5, 1.0)]
+                print(f"{ratio:>9} {batch:>6} {script.share:>6} {script.visit:>6} {cells[0]:>31} {cells[1]:>19}   kept: longest wait {max(w for _, w in taken[None])}")
+
+
+# ---- real shapes ---------------------------------------------------------------------------------------------------------
+
+
+SHAPES = {  # Qwen2.5: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False), "14B": (5120, 13_824, 48, 40, 8, 152_064, False),
+    "32B": (5120, 27_648, 64, 40, 8, 152_064, False), "mini-S": (128, 512, 4, 4, 2, 1024, True), "mini-L": (256, 1024, 12, 8, 2, 1024, False)}
+
+
+def config_of(shape: str, longest: int) -> Qwen2Config:
+    hidden, inner, layers, heads, shared, vocab, tied = SHAPES[shape]
+    return Qwen2Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared, vocab_size=vocab,
+                       tie_word_embeddings=tied, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+
+
+def bytes_of(shape: str, batch: int, context: int, itemsize: int) -> tuple[int, int, int]:
+    """(weights, weights that a step reads, caches of `context` tokens a row)."""
+    hidden, inner, layers, heads, shared, vocab, tied = SHAPES[shape]
+    width = hidden // heads
+    block = 2 * hidden * hidden + hidden + 2 * shared * width * (hidden + 1) + 3 * hidden * inner + 2 * hidden
+    read = layers * block + hidden + vocab * hidden
+    return itemsize * (read + (0 if tied else vocab * hidden)), itemsize * read, itemsize * 2 * layers * shared * width * batch * context
+
+
+def build(shape: str, longest: int, device: str, dtype: torch.dtype, seed: int = 0) -> Qwen2ForCausalLM:
+    """Random weights, made on the device."""
+    with torch.device(device):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM._from_config(config_of(shape, longest), dtype=dtype).eval()
+
+
+def bandwidth(device: str, dtype: torch.dtype, rounds: int = 10) -> float:
+    """Bytes per second of a stream that is only read."""
+    x = torch.ones((4 << 30 if torch.device(device).type == "cuda" else 1 << 28) // dtype.itemsize, device=device, dtype=dtype)
+    return 1e3 * x.nbytes / float(np.median(interleaved({"sum": x.sum}, rounds, device)["sum"]))
+
+
+class ScriptRouter:
+    """Decides as a script says."""
+
+    first = rstitch.LLM
+
+    def __init__(self, leaves: np.ndarray, device: str):
+        self.leaves = torch.from_numpy(leaves).to(device)
+
+    def leave_slm(self, step: rstitch.Step) -> torch.Tensor:
+        return self.leaves[rstitch.SLM, torch.tensor(step.rows, device=self.leaves.device), step.position]
+
+    def leave_llm(self, step: rstitch.Step) -> torch.Tensor:
+        return self.leaves[rstitch.LLM, torch.tensor(step.rows, device=self.leaves.device), step.position]
+
+
+class TimedLM(rstitch.CachedLM):
+    """Notes every read: when it began (s), tokens of its longest row, milliseconds."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.times: list[tuple[float, int, float]] = []
+
+    def read(self, rows, tokens, *args):
+        start = now(self.model.device)
+        out = super().read(rows, tokens, *args)
+        self.times.append((start, max(map(len, tokens)), 1e3 * (now(self.model.device) - start)))
+        return out
+
+
+def timed_stitch(lms, ids: torch.Tensor, router, tokens: int, first: int) -> tuple[float, int, float]:
+    """(milliseconds, tokens kept) from the moment on when every row has `first` tokens, and that moment (s)."""
+    count, marks = [0] * len(ids), []
+
+    def on_token(row: int, call: rstitch.Call) -> None:
+        count[row] += call.kept
+        if not marks and min(count) >= first:
+            marks.extend((now(lms[0].model.device), sum(count)))
+
+    rstitch.stitch(*lms, ids, router, max_new_tokens=tokens, eos_token_id=[], pad_token_id=0, seed=0, on_token=on_token)
+    return 1e3 * (now(lms[0].model.device) - marks[0]), sum(count) - marks[1], marks[0]
+
+
+def read_cost(lms, context: int, rounds: int) -> Callable[[int, list[int]], float]:
+    """cost(model, unread) for `simulate`: medians of reads timed alone, when first asked for."""
+    table: dict[tuple[int, int, int], float] = {}
+
+    def cost(model: int, unread: list[int]) -> float:
+        key = model, len(unread), rstitch.padded(max(unread))
+        if key not in table:
+            lm = lms[model]
+
+            def once() -> None:
+                lm.cursor = [context] * lm.batch_size
+                lm.read(range(key[1]), [[7] * key[2]] * key[1]).token.tolist()
+
+            table[key] = float(np.median(interleaved({"read": once}, rounds, lm.model.device)["read"]))
+        return table[key]
+
+    return cost
+
+
+def generate_ms(model, ids: torch.Tensor, tokens: int, **options) -> float:
+    """Milliseconds of the tokens after the first, by generate()."""
+    device, times = model.device, []
+    for n in (tokens, 1):
+        start = now(device)
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=0, **options)
+        times.append(now(device) - start)
+    return 1e3 * (times[0] - times[1])
+
+
+def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int, rounds: int, device: str, dtype: str) -> dict:
+    """One cell: tokens/s of every way to write, milliseconds per step against the floor, where the time goes, the simulated ceiling, memory."""
+    names, kind, cuda = pair.split("+"), getattr(torch, dtype), torch.device(device).type == "cuda"
+    longest = context + tokens + rstitch.BLOCK
+    sizes = [bytes_of(name, batch, longest, kind.itemsize) for name in names]
+    needed, key = sum(w + 2 * c for w, _, c in sizes), {"what": "shapes", "pair": pair, "batch": batch, "context": context, "share": script.share, "visit": script.visit, "new_tokens": tokens,
+                                                         "device_name": device_name(device), "threads": torch.get_num_threads(), **provenance(0, rounds, device, dtype)}
+    if cuda and needed > 0.95 * torch.cuda.mem_get_info()[0]:
+        return key | {"fits": False, "needed_gb": needed / 1e9}
+    stream = bandwidth(device, kind)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    models = [build(name, longest, device, kind, seed) for seed, name in enumerate(names)]
+    ids = torch.randint(10, 1000, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
+    lms, leaves = [rstitch.CachedLM(model, batch, longest) for model in models], script.leaves(batch, tokens)
+    figures: dict[str, list[float]] = {}
+
+    def note(name: str, ms: float, written: int, *_) -> None:
+        figures.setdefault(name, []).append(1e3 * written / ms)
+
+    for i in tqdm(range(rounds + 1), desc=f"{pair}, batch {batch}, context {context}", disable=None):
+        seen = {name: len(x) for name, x in figures.items()}
+        for m, name in enumerate(names):
+            note(f"{name} alone", *timed_stitch(lms, ids, (rstitch.SLMOnly, rstitch.LLMOnly)[m](), tokens, 1))
+            note(f"{name} generate()", generate_ms(models[m], ids, tokens), batch * (tokens - 1))
+            note(f"{name} generate(), static cache", generate_ms(models[m], ids, tokens, cache_implementation="static"), batch * (tokens - 1))
+        note("stitched", *timed_stitch(lms, ids, ScriptRouter(leaves, device), tokens, 2))
+        if batch == 1:
+            note("assisted generation", generate_ms(models[1], ids, tokens, assistant_model=models[0]), tokens - 1)
+        if not i:  # warm-up
+            figures = {name: x[:seen.get(name, 0)] for name, x in figures.items()}
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+    cost = read_cost(lms, context + tokens // 2, 5)
+    simulated, wait = simulate(leaves, cost)
+    written = int(batch * (tokens - 2))
+    timed = [TimedLM(model, batch, longest) for model in models]
+    whole, n, start = timed_stitch(timed, ids, ScriptRouter(leaves, device), tokens, 2)
+    parts = {f"{name}, {what}": sum(ms for at, width, ms in lm.times if at >= start and (width == 1) == (what == "single tokens"))
+             for name, lm in zip(names, timed) for what in ("single tokens", "catching up")}
+    steps = {name: cost(m, [1] * batch) for m, name in enumerate(names)}
+    floors = {name: 1e3 * (read + live) / stream for name, (_, read, live) in zip(names, (bytes_of(name, batch, context + tokens // 2, kind.itemsize) for name in names))}
+    for lm in (*lms, *timed):
+        lm.close()
+    return key | {"fits": True, "tokens_per_s": {name: spread(x) for name, x in figures.items()}, "step_ms": steps, "floor_ms": floors, "of_floor": {name: floors[name] / steps[name] for name in names},
+                  "stream_gb_per_s": stream / 1e9, "simulated_tokens_per_s": 1e3 * written / simulated, "longest_wait_calls": wait,
+                  "spent_ms_per_token": {**{part: ms / n for part, ms in parts.items()}, "router, entropy, bookkeeping": (whole - sum(parts.values())) / n},
+                  "peak_gb": peak, "weights_and_caches_gb": sum(w + c for w, _, c in sizes) / 1e9}
+
+
+def show_shapes(row: dict) -> str:
+    head = f"{row['pair']}, batch {row['batch']}, context {row['context']}, {100 * row['share']:g} % LLM in visits of {row['visit']:g}, {row['device_name']}, {row['dtype']}"
+    if not row["fits"]:
+        return f"{head}: does not fit: {row['needed_gb']:.0f} GB"
+    lines = [head, *(f"  {name:32} {in_words(x, ' tokens/s', 1)}" for name, x in row["tokens_per_s"].items())]
+    lines.append(f"  simulated ceiling                {row['simulated_tokens_per_s']:.1f} tokens/s, reached {100 * row['tokens_per_s']['stitched'][0] / row['simulated_tokens_per_s']:.0f} %; "
+                 f"longest wait of a row {row['longest_wait_calls']} calls")
+    lines += [f"  {name} step {row['step_ms'][name]:.2f} ms, floor {row['floor_ms'][name]:.2f} ms at {row['stream_gb_per_s']:.0f} GB/s: {100 * row['of_floor'][name]:.0f} % of it reached" for name in row["step_ms"]]
+    lines.append("  where a stitched token's time goes: " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in row["spent_ms_per_token"].items()))
+    if row["peak_gb"]:
+        lines.append(f"  peak memory {row['peak_gb']:.1f} GB, weights and caches {row['weights_and_caches_gb']:.1f} GB")
+    return "\n".join(lines)
+
+
+def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], script: Script, tokens: int, rounds: int, device: str, dtype: str) -> None:
+    for pair in pairs:
+        for context in contexts:
+            for batch in batches:
+                row = known("shapes", pair=pair, batch=batch, context=context, share=script.share, visit=script.visit, dtype=dtype, device_name=device_name(device))
+                if row is None:
+                    row = shapes_row(pair, batch, context, script, tokens, rounds, device, dtype)
+                    append_row(FILE, row)
+                print(show_shapes(row), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="measured rounds per batch size (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=100, help="tokens per answer (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    add = parser.add_argument
+    add("--attention", action="store_true", help="ways to attend to a cache")
+    add("--steps", action="store_true", help="time per token against context and batch")
+    add("--schedule", action="store_true", help="rules for who runs next, simulated")
+    add("--shapes", nargs="+", metavar="SMALL+LARGE", help=f"pairs of {', '.join(SHAPES)}")
+    add("--rounds", type=int, default=12, help="measured rounds (default: %(default)s)")
+    add("--new-tokens", type=int, default=100, help="tokens per answer (default: %(default)s)")
+    add("--batch", type=int, nargs="+", default=[1, 16], help="--attention, --shapes: rows (default: 1 16)")
+    add("--context", type=int, nargs="+", default=[1024], help="--attention, --shapes: tokens in the cache (default: 1024)")
+    add("--share", type=float, default=0.25, help="--shapes: of the tokens, how many the LLM writes (default: %(default)s)")
+    add("--visit", type=float, default=2.0, help="--shapes: mean length of the LLM's visits, in tokens (default: %(default)s)")
+    add("--device", type=rstitch.usable_device, default="cpu", help="--attention, --shapes: torch device (default: %(default)s)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="--attention, --shapes (default: %(default)s)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
+    try:
+        for name, least in (("rounds", 1), ("new_tokens", 3), ("threads", 1)):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        for value in (*args.batch, *args.context):
+            rstitch.check_count("--batch and --context", value)
+        unknown = [pair for pair in args.shapes or () if len(pair.split("+")) != 2 or not set(pair.split("+")) <= SHAPES.keys()]
+        if unknown:
+            raise ValueError(f"--shapes {unknown[0]}: expected two of {', '.join(SHAPES)}, joined by +")
+        script = Script(args.share, args.visit)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
-    pair, rows = load_pocket(), []
-    for batch_size in (1, 32):
-        rows.append(against_generate(pair, batch_size, args.new_tokens, args.rounds))
-        append_row(RESULTS / "bench.jsonl", rows[-1])
-        r = rows[-1]
-        print(f"batch {batch_size:>2}: generate {r['generate_tokens_per_s']:.0f} tokens/s, stitch {r['stitch_tokens_per_s']:.0f} tokens/s, "
-              f"ratio {r['ratio']:.2f} (quartiles {r['ratio_quartiles'][0]:.2f}, {r['ratio_quartiles'][1]:.2f})", flush=True)
-    print(f"batch 32 over batch 1: {rows[1]['stitch_tokens_per_s'] / rows[0]['stitch_tokens_per_s']:.1f} x")
+    if args.attention:
+        bench_attention(args.batch, args.context, args.device, args.dtype, args.rounds)
+    if args.steps:
+        bench_steps(args.rounds)
+    if args.schedule:
+        bench_schedule()
+    if args.shapes:
+        bench_shapes(args.shapes, args.batch, args.context, script, args.new_tokens, args.rounds, args.device, args.dtype)
+    if not (args.attention or args.steps or args.schedule or args.shapes):
+        bench_loop(args.new_tokens, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Tests of the measurements of speed: what they compute, not how fast it is."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import rstitch
+from analysis import bench
+from test_rstitch import DEVICES
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_agree(device):
+    for batch, context, S in ((1, 64, 1), (3, 128, 4)):
+        row = bench.attention_row("1.5B", batch, context, S, device, "float32", rounds=1)
+        assert set(row["error"]) >= set(bench.KERNELS) and max(row["error"].values()) < 1e-5 and all(ms[0] > 0 for ms in row["ms"].values())
+
+
+def test_lines_and_bows_are_told_apart():
+    n, rng = (64, 512, 1024, 2048, 4096), np.random.default_rng(0)
+    noisy = lambda f: [[f(x) * (1 + 0.02 * e) for e in rng.normal(size=40)] for x in n]  # noqa: E731
+    line = bench.fit_line(n, noisy(lambda x: 2 + 0.001 * x))
+    assert line["d_ms"] == pytest.approx(2, rel=0.02) and line["c_ms"] == pytest.approx(0.001, rel=0.05) and line["largest_error"] < 0.02
+    assert line["square_share"][1] < 0 < line["square_share"][2]
+    bow = bench.fit_line(n, noisy(lambda x: 2 + 1e-7 * x**2))  # at 4,096 the square is 1.68 of 3.68: 46 %
+    assert bow["square_share"][0] == pytest.approx(0.46, abs=0.1) and bow["square_share"][1] > 0.2 and bow["largest_error"] > 0.05
+
+
+def test_scripts_have_the_share_and_the_visits_they_promise():
+    B, N = 8, 4000
+    leaves = bench.Script(0.25, 3).leaves(B, N)
+    writer, active, visits = np.zeros((B, N), int), [rstitch.LLM] * B, B
+    for row in range(B):
+        for t in range(N):
+            if active[row] == rstitch.SLM and leaves[0, row, t]:
+                active[row], visits = rstitch.LLM, visits + 1
+            writer[row, t] = active[row]
+            if active[row] == rstitch.LLM and leaves[1, row, t]:
+                active[row] = rstitch.SLM
+    assert writer.mean() == pytest.approx(0.25, abs=0.01)
+    assert writer.sum() / visits == pytest.approx(3, rel=0.05)
+    for share, visit in ((0, 2), (1, 2), (0.5, 0.5)):
+        with pytest.raises(ValueError, match="expected a share in"):
+            bench.Script(share, visit)
+
+
+def test_a_simulated_schedule_by_hand():
+    """One row of five tokens, LLM 10, SLM 1: the LLM writes the first token before the clock starts, as the SLM does the second; then token 2 is
+    kept (1), token 3 discarded (1) and written by the LLM (10), token 4 kept (1)."""
+    leaves = np.zeros((2, 1, 5), bool)
+    leaves[1] = True
+    leaves[0, 0, 3] = True
+    reads = []
+    cost = lambda model, unread: reads.append((model, unread)) or (10.0 if model else 1.0)  # noqa: E731
+    assert bench.simulate(leaves, cost) == (13.0, 0)
+    assert reads == [(1, [1]), (0, [2]), (0, [1]), (0, [1]), (1, [3]), (0, [1])]  # at its second call the LLM has three tokens to catch up with
+
+
+@pytest.mark.parametrize("rule", [rstitch.next_model, bench.weighed(5, 0.5), bench.weighed(5, 1.0)])
+def test_nobody_waits_for_ever(rule):
+    _, wait = bench.simulate(bench.Script(0.25, 4).leaves(16, 200), lambda model, unread: 5.0 if model else 1.0, rule)
+    assert 0 < wait <= rstitch.PATIENCE
+
+
+def test_the_simulation_makes_the_reads_of_stitch(monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "nano", (32, 48, 2, 4, 2, 64, True))
+    model = bench.build("nano", 64, "cpu", torch.float32)
+    leaves, reads = bench.Script(0.3, 2).leaves(4, 20), []
+    bench.simulate(leaves, lambda model, unread: reads.append((model, unread)) or 1.0)
+    lms = [bench.TimedLM(model, 4, 64) for _ in range(2)]
+    seen: list[tuple[int, list[int]]] = []
+    for m, lm in enumerate(lms):
+        read = lm.read
+        lm.read = lambda rows, tokens, *args, m=m, read=read: seen.append((m, [len(line) for line in tokens])) or read(rows, tokens, *args)
+    bench.timed_stitch(lms, torch.full((4, 1), 9), bench.ScriptRouter(leaves, "cpu"), 20, 2)
+    assert seen == reads
+
+
+def test_sizes_are_those_of_the_models():
+    for shape in ("mini-S", "mini-L"):
+        model = bench.build(shape, 256, "cpu", torch.float32)
+        weights, read, cache = bench.bytes_of(shape, 3, 100, 4)
+        assert weights == sum(p.nbytes for p in model.parameters()) and weights - read == (0 if bench.SHAPES[shape][-1] else model.get_input_embeddings().weight.nbytes)
+        lm = rstitch.CachedLM(model, 3, 128)
+        lm.read([0], [[5]])
+        assert sum(layer.keys.nbytes + layer.values.nbytes for layer in lm.layers) / 128 == cache / 100
+
+
+def test_a_cell_is_measured_once_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "FILE", tmp_path / "bench.jsonl")
+    monkeypatch.setattr(bench, "bandwidth", lambda *args: 1e10)
+    monkeypatch.setattr(sys, "argv", "bench --shapes mini-S+mini-S --batch 1 --context 16 --new-tokens 6 --rounds 1 --threads 1".split())
+    bench.main()
+    row = json.loads((tmp_path / "bench.jsonl").read_text())
+    assert {"stitched", "mini-S alone", "mini-S generate()", "mini-S generate(), static cache", "assisted generation"} == set(row["tokens_per_s"]) and row["simulated_tokens_per_s"] > 0
+    assert sum(row["spent_ms_per_token"].values()) > 0 and row["floor_ms"]["mini-S"] == pytest.approx(1e-7 * sum(bench.bytes_of("mini-S", 1, 19, 4)[1:]))
+    first = capsys.readouterr().out
+    bench.main()
+    assert capsys.readouterr().out == first and first.count("does not fit") == 0 and "simulated ceiling" in first
+    assert bench.show_shapes(row | {"fits": False, "needed_gb": 81.2}).endswith("does not fit: 81 GB")
+
+
+@pytest.mark.parametrize("argv, message", [("--shapes 1.5B", "expected two of"), ("--shapes 1.5B+8B", "expected two of"), ("--rounds 0", "--rounds=0"), ("--new-tokens 2", "--new-tokens=2"),
+                                           ("--shapes mini-S+mini-L --share 1.5", "expected a share in")])
+def test_bad_options_are_refused(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *argv.split()])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert message in capsys.readouterr().err
