@@ -1,6 +1,7 @@
 """Tests of the numbers that the notebooks' verdicts rest on, and of what they are made from."""
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import zlib
@@ -183,44 +184,47 @@ def executed(path: Path) -> str:
     return "".join(out.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs)
 
 
+def real_pair_commands() -> list[list[str]]:
+    """The README's commands for a real pair, [module, arguments ...], its shell variables filled in."""
+    block = re.search(r'    PAIR="(?:.*\n    )+.*', (ROOT / "README.md").read_text())[0]
+    lines, variables = [line.strip() for line in block.splitlines() if line.strip()], {}
+    for line in lines:
+        if found := re.fullmatch(r'([A-Z]+)="(.*)"', line):
+            variables[f"${found[1]}"] = found[2].split()
+    runs = [line.split("&&")[0].split() for line in lines if line.startswith("python -m")]
+    return [[word for part in run[2:] for word in variables.get(part, [part])] for run in runs]
+
+
 def test_the_figures_of_any_pair(real, monkeypatch, capsys):
-    pair = ["--slm", real / "slm", "--llm", real / "llm", "--problems", real / "problems.jsonl", "--max-new-tokens", 10]
-    monkeypatch.setattr(collect, "grade", lambda text, row: zlib.crc32((text + row["question"]).encode()) % 2 == 0)  # random models are never right
-    run(collect, monkeypatch, *pair, "--out", real / "results", "--sampled", 20, "--samples", 3, "--continued", 2)
-    run(label, monkeypatch, *pair, "--judge", "answer", "--out", real / "labels", "--results", real / "results", "--report")
-    assert "problems, " in capsys.readouterr().out
-    monkeypatch.setenv("RSTITCH_RESULTS", str(real / "results"))
-    rows, made = figures.load_answers()
-    assert made["settings"]["slm"] == "slm" and len(rows) == 24 and any(figures.crossings(r["right"]) for r in rows)
-    for path in NOTEBOOKS[1:4]:  # as a user of another pair would run them
-        text = executed(path)
-        assert "claim" in text and "n = 24" in text or path.stem.startswith("3") and "claim" in text
-
-
-def test_the_frontier_of_any_pair(real, monkeypatch, capsys):
-    """From two folders and a file of problems to notebook 4, by the README's commands."""
-    pair = ["--slm", real / "slm", "--llm", real / "llm", "--problems", real / "problems.jsonl"]
-    length, there = ["--max-new-tokens", 10], ["--latency", real / "latency.json", "--policies", real / "policies", "--out", real / "results"]
+    """Two folders, a file of problems, and the README's commands: every figure of notebooks 1 to 4."""
+    monkeypatch.chdir(real)
+    here = {"SMALL": "slm", "LARGE": "llm", "JUDGE": "answer", "cuda": "cpu", "bfloat16": "float32", "8192": "10"}
+    small = {"latency": "--max-len 80 --rounds 2 --per-round 2", "train_r2r": "--width 8 --blocks 1 --top-k 5 --epochs 2", "collect": "--every 3 --sampled 20 --samples 3 --continued 2",
+             "train_policy": "--iterations 4 --dev 4", "report": "", "label": "", "compare": "--judge answer", "figures": ""}
+    right = lambda question, text: zlib.crc32((text + question).encode()) % 2 == 0  # noqa: E731  (random models are never right)
     for module in (task, compare):
-        monkeypatch.setattr(module, "verify", lambda problem, text: zlib.crc32((text + problem.question).encode()) % 2 == 0)
+        monkeypatch.setattr(module, "verify", lambda problem, text: right(problem.question, text))
+    monkeypatch.setattr(collect, "grade", lambda text, row: right(row["question"], text))
     make = label.make_labels  # random models hardly ever end an answer: labels are planted after all stages have run
     monkeypatch.setattr(label, "make_labels", lambda *a: [{**row, "labels": ("DN" * 99)[:len(row["labels"])]} for row in make(*a)])
     monkeypatch.setattr(compare, "SHARES", (0.1, 0.3, 0.6))
     monkeypatch.setattr(compare, "FAMILIES", {name: dataclasses.replace(f, grid=f.grid[::3]) for name, f in compare.FAMILIES.items()})
-    run(latency, monkeypatch, *pair, "--max-len", 80, "--rounds", 2, "--per-round", 2, "--out", real / "latency.json")
-    run(train_r2r, monkeypatch, *pair, *length, "--judge", "answer", "--labels", real / "router-labels", "--run", real / "run", "--out", real / "router", "--width", 8, "--blocks", 1,
-        "--top-k", 5, "--epochs", 2)
-    run(train_policy, monkeypatch, *pair, *length, *there, "--name", "mine", "--checkpoints", real / "runs", "--prompts", 3, "--rollouts", 2, "--iterations", 4, "--dev", 4)
-    run(train_policy, monkeypatch, *pair, *length, *there, "--report", "--wall-clock", 2, "--workers", 1)
-    run(compare, monkeypatch, *pair, *length, *there, "--router", real / "router", "--judge", "answer", "--workers", 1)
-    text = capsys.readouterr().out
-    assert "mine" in text and "live labels:" in text and "| LLM share, % | R2R | R-Stitch |" in text and "speculative decoding" in text
     monkeypatch.setenv("RSTITCH_RESULTS", str(real / "results"))
-    run(figures, monkeypatch)
+    modules = {f"analysis.{m.__name__.split('.')[-1]}": m for m in (latency, train_r2r, label, train_policy, compare, collect, figures)}
+    commands = real_pair_commands()
+    assert {name for name, *_ in commands} == set(modules)
+    for name, *arguments in commands:
+        extra = small["report" if "train_policy" in name and "--report" in arguments else name.split(".")[1]]
+        run(modules[name], monkeypatch, *[here.get(word, word) for word in arguments], *extra.split())
+    text = capsys.readouterr().out
+    assert "mine" in text and "live labels:" in text and "| LLM share, % | R2R | R-Stitch |" in text and "speculative decoding" in text and "problems, " in text
     assert (real / "results" / "frontier.png").stat().st_size > 10_000
-    assert "claim" in (text := executed(NOTEBOOKS[4])) and "n = 8" in text and "mine" in text
+    rows, made = figures.load_answers()
+    assert made["settings"]["slm"] == "slm" and len(rows) == 24 and any(figures.crossings(r["right"]) for r in rows)
+    shown = {path.stem[0]: executed(path) for path in NOTEBOOKS[1:5]}  # as a user of another pair would run them
+    assert all("claim" in text for text in shown.values()) and "n = 24" in shown["1"] and "n = 24" in shown["2"] and "n = 8" in shown["4"] and "mine" in shown["4"]
     with pytest.raises(SystemExit):  # the pocket pair's nets are of another pair
-        run(compare, monkeypatch, *pair, *length, *there, "--router", MODELS / "r2r", "--workers", 1)
+        run(compare, monkeypatch, *[here.get(word, word) for word in next(c for c in commands if c[0] == "analysis.compare")[1:]], "--router", MODELS / "r2r")
     assert "was made for another SLM" in capsys.readouterr().err
 
 
