@@ -134,11 +134,17 @@ GREEDY = Sampling()
 # Slot t of row b holds the token at position t of row b, so rows stand at different lengths and a mask is just "slot <= position".
 
 
-BLOCK = 64  # attention reads the live part of the cache, cut to a multiple of this
+BLOCK = 64  # attention reads the live part of the cache, cut to a multiple of this, or under graphs to an eighth of a power of two
 CHUNK = 2048  # tokens in one forward call at most
 FREE = 128  # pads that a call may hold: they cost less than a second call, since the weights are read once for all
 PATIENCE = 8  # calls of one model while a row waits for the other
 SHORT = 32  # shorter reads are padded to a power of two, so that few shapes occur
+
+
+def live_slots(end: int, coarse: bool) -> int:
+    """How many slots attention reads where the longest row ends at `end`; coarse, so that few graphs serve all lengths."""
+    unit = max(BLOCK, 1 << (end - 1).bit_length() >> 3) if coarse else BLOCK
+    return -(-end // unit) * unit
 
 
 def padded(length: int) -> int:
@@ -282,18 +288,58 @@ def check_servable(model, max_len: int, name: str = "model") -> None:
                              f"row: expected another type, or for longrope at most {limit} tokens, prompt and answer; asked for {max_len}")
 
 
+class Graphs:
+    """Steps of one CachedLM as CUDA graphs, each captured when it is first asked for; they share one memory pool. A model that cannot be
+    captured runs eagerly, after a warning that says why."""
+
+    def __init__(self):
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Output]] = {}
+        self.pool, self.works = None, True
+
+    def __call__(self, step: Callable[..., Output], rows: slice, *key) -> Output:
+        """step(rows, *key); what it returns holds until the same step is replayed."""
+        if self.works and key not in self.captured:
+            try:
+                self.captured[key] = self.capture(step, rows, *key)
+            except RuntimeError as error:
+                self.works = False
+                warnings.warn(f"no CUDA graphs, every step runs eagerly: {error}", stacklevel=2)
+        if not self.works:
+            return step(rows, *key)
+        graph, out = self.captured[key]
+        graph.replay()
+        return out
+
+    def capture(self, step: Callable[..., Output], rows: slice, *key) -> tuple[torch.cuda.CUDAGraph, Output]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # lazy set-up must not be captured; a step done again writes what it wrote
+            for _ in range(2):
+                step(rows, *key)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = step(rows, *key)
+        self.pool = self.pool or graph.pool()
+        return graph, out
+
+
 class CachedLM:
     """One model, one preallocated cache, one cursor per row.
 
     `cursor[b]` tokens of row b have been read: they, and nothing else, are what row b attends to. Pass one to `stitch` instead
-    of a model to keep its allocation from call to call; `close()` detaches it from the model.
+    of a model to keep its allocation from call to call; `close()` detaches it from the model. `graphs` replays single tokens and
+    short reads as CUDA graphs, on a CUDA device: all rows take part in each, idle ones too.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, model, batch_size: int, max_len: int):
+    def __init__(self, model, batch_size: int, max_len: int, graphs: bool = False):
         for name, size in (("batch_size", batch_size), ("max_len", max_len)):
             check_count(name, size)
         check_servable(model, max_len)
+        if graphs and model.device.type != "cuda":
+            raise ValueError(f"graphs={graphs!r}: expected a model on a CUDA device, this one is on {model.device}")
+        self.graphs = Graphs() if graphs else None
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         config = model.config.get_text_config(decoder=True)
         slots = -(-max_len // BLOCK) * BLOCK
@@ -318,6 +364,7 @@ class CachedLM:
         """Detach from the model; it cannot be read with any more."""
         self.hook.remove()
         self.layers.clear()
+        self.graphs = None
 
     def __del__(self):
         if hasattr(self, "hook"):
@@ -374,11 +421,12 @@ class CachedLM:
 
     def _read(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
         S, reading = padded(max(map(len, tokens))), dict(zip(rows, tokens))
-        span = range(min(rows), max(rows) + 1)
+        graphed = self.graphs is not None and S <= SHORT and self.batch_size * S <= CHUNK
+        span = range(self.batch_size) if graphed else range(min(rows), max(rows) + 1)
         idle = len(span) - len(rows)
         # A few idle rows between those that read cost less than copying the caches of those that do. An idle row writes the slot
         # at its cursor, which nobody sees before the row's next read writes it; a full row, its last slot: it has no next read.
-        together = idle <= len(rows) and idle * S <= FREE
+        together = graphed or idle <= len(rows) and idle * S <= FREE
         called = list(span) if together else list(rows)
         n, ids, positions = len(called), [], []
         for row in called:
@@ -391,11 +439,13 @@ class CachedLM:
             drawn = dict(zip(rows, uniform))
             self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in called])
         where = slice(span.start, span.stop) if together else torch.tensor(called, device=self.inputs.device)
+        live = min(live_slots(max(positions) + 1, graphed), len(self.slots))
         own = self.config._attn_implementation
         try:
             self.config._attn_implementation = self.attention
             with torch.inference_mode():  # a tenth to a third faster than no_grad where launches dominate
-                out = self.step(where, n, S, (max(positions) // BLOCK + 1) * BLOCK, vocab, sampling)
+                out = (self.graphs(self.step, where, n, S, live, vocab, sampling) if graphed else
+                       self.step(where, n, S, live, vocab, sampling))
         finally:
             self.config._attn_implementation = own
         for row, line in reading.items():

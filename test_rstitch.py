@@ -277,6 +277,74 @@ def test_decode_step_compiles_whole_and_keeps_its_tensors(family):
     assert owned() == places
 
 
+class Replayed:
+    """Stands in for CUDA graphs on a CPU: a step is run again on what lies in the buffers, and its results overwrite those of the time before."""
+
+    def __init__(self):
+        self.captured = {}
+
+    def __call__(self, step, rows, *key):
+        if key in self.captured:
+            for old, new in zip(self.captured[key], step(rows, *key)):
+                old.copy_(new)
+        else:
+            self.captured[key] = rstitch.Output(*(x.clone() for x in step(rows, *key)))
+        return self.captured[key]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("router", [SLMOnly(), EntropyRouter(0.5), EntropyRouter(0.5, window=3), RandomRouter(0.4, stay=0.5)])
+def test_replayed_steps_write_the_same_answers(router, temperature):
+    slm, llm = tiny("Qwen2", 1), tiny("Llama", 2)
+    ids, mask = prompts([70, 5, 1, 30], seed=3)
+    options = dict(attention_mask=mask, max_new_tokens=90, temperature=temperature, seed=5)
+    expected, lms = stitch(slm, llm, ids, router, **options), [CachedLM(model, 5, 170) for model in (slm, llm)]
+    for lm in lms:
+        lm.graphs = Replayed()
+    for _ in range(2):  # the second time nothing is captured
+        result = stitch(*lms, ids, router, **options)
+        assert torch.equal(result.sequences, expected.sequences) and torch.equal(result.source, expected.source)
+        assert_same_calls(result.calls, expected.calls)
+        assert len(lms[0].graphs.captured) <= 6 * 3  # reads of 1, 2, ... 32 tokens, at 64, 128 and 192 slots
+
+
+def test_live_slots_by_hand():
+    assert [rstitch.live_slots(end, False) for end in (1, 64, 65, 1000)] == [64, 64, 128, 1024]
+    # up to 512 in steps of 64, to 1,024 of 128, to 2,048 of 256; so 8,192 slots take 8 + 4 x 4 lengths and nothing is read a quarter in vain
+    assert [rstitch.live_slots(end, True) for end in (1, 65, 512, 513, 1000, 1025, 8192)] == [64, 128, 512, 640, 1024, 1280, 8192]
+    lengths = {rstitch.live_slots(end, True) for end in range(1, 8193)}
+    assert len(lengths) == 24 and all(rstitch.live_slots(end, True) <= max(1.25 * end, end + 63) for end in range(1, 8193))
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="graphs=True: expected a model on a CUDA device, this one is on cpu"):
+        CachedLM(tiny(), 1, 8, graphs=True)
+
+
+def test_a_model_that_cannot_be_captured_runs_eagerly_and_says_why():
+    graphs, steps = rstitch.Graphs(), []
+    graphs.capture = lambda step, rows, *key: (_ for _ in ()).throw(RuntimeError("operation not permitted when stream is capturing"))
+    with pytest.warns(UserWarning, match="every step runs eagerly: operation not permitted"):
+        graphs(lambda *args: steps.append(args), slice(0, 2), 2, 1)
+    graphs(lambda *args: steps.append(args), slice(0, 2), 2, 1)
+    assert steps == [(slice(0, 2), 2, 1)] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("family", ["Qwen2", "Llama", "Mistral, sliding window", "GPT-2"])
+def test_cuda_graphs_write_the_same_answers(family, temperature):
+    slm, llm = tiny("Qwen2", 1).to("cuda"), tiny(family, 2).to("cuda")
+    ids, mask = (x.to("cuda") for x in prompts([70, 5, 1, 30], seed=3))
+    options = dict(attention_mask=mask, max_new_tokens=90, temperature=temperature, seed=5)
+    expected = stitch(slm, llm, ids, EntropyRouter(0.5), **options)
+    lms = [CachedLM(model, 5, 170, graphs=True) for model in (slm, llm)]
+    for _ in range(2):
+        result = stitch(*lms, ids, EntropyRouter(0.5), **options)
+        assert torch.equal(result.sequences, expected.sequences) and torch.equal(result.source, expected.source)
+    assert all(lm.graphs.works and lm.graphs.captured for lm in lms)
+
+
 def test_a_step_costs_what_it_reads_and_not_what_is_allocated():
     model = tiny(hidden_size=256, intermediate_size=256, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=2)
     lms = [CachedLM(model, 4, slots) for slots in (128, 8192)]

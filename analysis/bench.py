@@ -464,7 +464,7 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
         torch.cuda.reset_peak_memory_stats()
     models = [build(name, longest, device, kind, seed) for seed, name in enumerate(names)]
     ids = torch.randint(10, 1000, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
-    lms, leaves = [rstitch.CachedLM(model, batch, longest) for model in models], script.leaves(batch, tokens)
+    lms, leaves = [rstitch.CachedLM(model, batch, longest, graphs=cuda) for model in models], script.leaves(batch, tokens)
     figures: dict[str, list[float]] = {}
 
     def note(name: str, ms: float, written: int, *_) -> None:
@@ -485,7 +485,7 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
     cost = read_cost(lms, context + tokens // 2, 5)
     simulated, wait = simulate(leaves, cost)
     written = int(batch * (tokens - 2))
-    timed = [TimedLM(model, batch, longest) for model in models]
+    timed = [TimedLM(model, batch, longest, cuda) for model in models]
     whole, n, start = timed_stitch(timed, ids, ScriptRouter(leaves, device), tokens, 2)
     parts = {f"{name}, {what}": sum(ms for at, width, ms in lm.times if at >= start and (width == 1) == (what == "single tokens"))
              for name, lm in zip(names, timed) for what in ("single tokens", "catching up")}
