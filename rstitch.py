@@ -292,12 +292,12 @@ class Graphs:
     """Steps of one CachedLM as CUDA graphs, each captured when it is first asked for; they share one memory pool. A model that cannot be
     captured runs eagerly, after a warning that says why."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Output]] = {}
-        self.pool, self.works = None, True
+        self.device, self.pool, self.works = device, None, True
 
     def __call__(self, step: Callable[..., Output], rows: slice, *key) -> Output:
-        """step(rows, *key); what it returns holds until the same step is replayed."""
+        """step(rows, *key); what it returns holds until the next step."""
         if self.works and key not in self.captured:
             try:
                 self.captured[key] = self.capture(step, rows, *key)
@@ -307,19 +307,20 @@ class Graphs:
         if not self.works:
             return step(rows, *key)
         graph, out = self.captured[key]
-        graph.replay()
+        with torch.cuda.device(self.device):
+            graph.replay()
         return out
 
     def capture(self, step: Callable[..., Output], rows: slice, *key) -> tuple[torch.cuda.CUDAGraph, Output]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # lazy set-up must not be captured; a step done again writes what it wrote
-            for _ in range(2):
-                step(rows, *key)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            out = step(rows, *key)
+        with torch.cuda.device(self.device):  # the model's, which need not be the current one
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # lazy set-up must not be captured; a step done again writes what it wrote
+                for _ in range(2):
+                    step(rows, *key)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+                out = step(rows, *key)
         self.pool = self.pool or graph.pool()
         return graph, out
 
@@ -339,7 +340,7 @@ class CachedLM:
         check_servable(model, max_len)
         if graphs and model.device.type != "cuda":
             raise ValueError(f"graphs={graphs!r}: expected a model on a CUDA device, this one is on {model.device}")
-        self.graphs = Graphs() if graphs else None
+        self.graphs = Graphs(model.device) if graphs else None
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         config = model.config.get_text_config(decoder=True)
         slots = -(-max_len // BLOCK) * BLOCK
@@ -421,7 +422,7 @@ class CachedLM:
 
     def _read(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
         S, reading = padded(max(map(len, tokens))), dict(zip(rows, tokens))
-        graphed = self.graphs is not None and S <= SHORT and self.batch_size * S <= CHUNK
+        graphed = self.graphs is not None and (S == 1 or S <= SHORT and self.batch_size * S <= FREE)
         span = range(self.batch_size) if graphed else range(min(rows), max(rows) + 1)
         idle = len(span) - len(rows)
         # A few idle rows between those that read cost less than copying the caches of those that do. An idle row writes the slot

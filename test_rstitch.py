@@ -322,7 +322,7 @@ def test_graphs_need_a_gpu():
 
 
 def test_a_model_that_cannot_be_captured_runs_eagerly_and_says_why():
-    graphs, steps = rstitch.Graphs(), []
+    graphs, steps = rstitch.Graphs(torch.device("cpu")), []
     graphs.capture = lambda step, rows, *key: (_ for _ in ()).throw(RuntimeError("operation not permitted when stream is capturing"))
     with pytest.warns(UserWarning, match="every step runs eagerly: operation not permitted"):
         graphs(lambda *args: steps.append(args), slice(0, 2), 2, 1)
@@ -343,6 +343,15 @@ def test_cuda_graphs_write_the_same_answers(family, temperature):
         result = stitch(*lms, ids, EntropyRouter(0.5), **options)
         assert torch.equal(result.sequences, expected.sequences) and torch.equal(result.source, expected.source)
     assert all(lm.graphs.works and lm.graphs.captured for lm in lms)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_graphs_of_a_model_on_another_device():
+    slm, llm = tiny("Qwen2", 1).to("cuda:0"), tiny("Llama", 2).to("cuda:1")
+    ids, _ = (x.to("cuda:0") for x in prompts([9], seed=3))
+    expected = stitch(slm, llm, ids, EntropyRouter(0.5), max_new_tokens=40)
+    lms = [CachedLM(model, 1, 80, graphs=True) for model in (slm, llm)]
+    assert torch.equal(stitch(*lms, ids, EntropyRouter(0.5), max_new_tokens=40).sequences, expected.sequences)
 
 
 def test_a_step_costs_what_it_reads_and_not_what_is_allocated():

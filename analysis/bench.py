@@ -6,17 +6,18 @@
     python -m analysis.bench --schedule            (simulated: who runs next, by rule, cost ratio and batch)
     python -m analysis.bench --shapes 1.5B+7B --device cuda --dtype bfloat16 --batch 1 4 16 --context 1024
 
-All append rows to analysis/results/bench.jsonl and go on where they were stopped, but for the first, which measures anew. What is
+Rows are appended to analysis/results/bench.jsonl, but for --schedule, which prints; --attention and --shapes skip cells that are there. What is
 compared runs interleaved, in one process; the first round is warm-up; the device is synchronised before every clock; figures are
 medians with quartiles, and ratios are taken within a round, so that other work on the machine hits both sides.
 
 --shapes builds Qwen2.5 shapes with random weights on the device; nothing is downloaded. Who writes is replayed from a script (share of
 the LLM, mean length of its visits), and the clock starts when both models have read the prompt. In one run: either model alone, stitched,
-generate() of either (dynamic and static cache), assisted generation (batch 1). The ceiling is an event simulation of the same script under
+generate() of either (dynamic and static cache), assisted generation (batch 1; a worst case, since random models agree on nothing). The ceiling is an event simulation of the same script under
 the same schedule with steps timed alone. The floor of a step is the bytes it must read, weights without an untied input embedding and live
-cache, over the bandwidth of a read-only stream measured in the same run. shapes of "mini" size run on a CPU.
+cache, over the bandwidth of a read-only stream measured in the same run. Shapes of "mini" size run on a CPU.
 """
 import argparse
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import rstitch
 from analysis.common import RESULTS, append_row, load_pocket, provenance, read_rows
 from analysis.problems import problems
-from analysis.task import encode_problems
+from analysis.task import encode_problems, same_width
 
 FILE = RESULTS / "bench.jsonl"
 
@@ -137,6 +138,7 @@ HEADS = {"1.5B": (12, 2, 128), "7B": (28, 4, 128), "32B": (40, 8, 128)}
 def flex(mask_length: int):
     """flex_attention, compiled, every key but the last few of the cache being live; GPU only."""
     from torch.nn.attention.flex_attention import flex_attention
+    torch._dynamo.reset()  # or after eight shapes it runs eagerly
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def live(score, b, h, i, j):
@@ -178,7 +180,7 @@ def bench_attention(batches: list[int], contexts: list[int], device: str, dtype:
             for context in contexts:
                 for S in (1, 4):
                     key = dict(shape=shape, batch=batch, context=context, tokens=S)
-                    row = known("attention", **key, dtype=dtype, device_name=device_name(device))
+                    row = known("attention", **key, n=rounds, threads=torch.get_num_threads(), dtype=dtype, device_name=device_name(device))
                     if row is None:
                         row = attention_row(shape, batch, context, S, device, dtype, rounds)
                         append_row(FILE, row)
@@ -285,8 +287,8 @@ class Script:
         return out
 
 
-def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=rstitch.next_model) -> tuple[float, int]:
-    """(time, longest wait in calls) of a script under a schedule: what the loop of `stitch` would take if its reads were all. cost(model, unread)
+def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=rstitch.next_model) -> tuple[float, int, int]:
+    """(time, tokens written in it, longest wait in calls) of a script under a schedule: what the loop of `stitch` would take if its reads were all. cost(model, unread)
     is the time of one read, unread being the tokens of each row that takes part. Both models have read the prompt but for its last token; the clock
     starts when every row has its second token."""
     _, B, N = leaves.shape
@@ -297,7 +299,7 @@ def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=r
             self.cursor = [0] * B
 
     lms, waited = (Cursors(), Cursors()), [0] * B
-    clock, start, longest, model, in_a_row = 0.0, None, 0, rstitch.LLM, 0
+    clock, start, longest, model, in_a_row = 0.0, (0.0, 0), 0, rstitch.LLM, 0
     while live := [row for row in rows if len(row.ids) <= N]:
         chosen = rule(live, model, in_a_row)
         model, in_a_row = chosen, in_a_row + 1 if chosen == model else 1
@@ -314,9 +316,9 @@ def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=r
                     row.ids.append(0)
                 if left:
                     row.active = 1 - model
-        if start is None and min(len(row.ids) for row in rows) > 2:
-            start = clock
-    return clock - (start or 0.0), longest
+        if not start[1] and min(len(row.ids) for row in rows) > 2:
+            start = clock, sum(len(row.ids) - 1 for row in rows)
+    return clock - start[0], B * N - start[1], longest
 
 
 def weighed(ratio: float, power: float):
@@ -339,8 +341,9 @@ def bench_schedule(tokens: int = 400, draws: int = 4) -> None:
                 cost = lambda model, unread: ratio if model else 1.0  # noqa: B023, E731
                 taken = {power: [simulate(script.leaves(batch, tokens, seed), cost, rule) for seed in range(draws)]
                          for power, rule in ((None, rstitch.next_model), (0.5, weighed(ratio, 0.5)), (1.0, weighed(ratio, 1.0)))}
-                cells = [f"{np.sum(taken[None], 0)[0] / np.sum(taken[power], 0)[0]:.2f} ({max(w for _, w in taken[power])})" for power in (0.5, 1.0)]
-                print(f"{ratio:>9} {batch:>6} {script.share:>6} {script.visit:>6} {cells[0]:>31} {cells[1]:>19}   kept: longest wait {max(w for _, w in taken[None])}")
+                rate = {power: sum(n for _, n, _ in runs) / sum(ms for ms, *_ in runs) for power, runs in taken.items()}
+                cells = [f"{rate[power] / rate[None]:.2f} ({max(w for *_, w in taken[power])})" for power in (0.5, 1.0)]
+                print(f"{ratio:>9} {batch:>6} {script.share:>6} {script.visit:>6} {cells[0]:>31} {cells[1]:>19}   kept: longest wait {max(w for *_, w in taken[None])}")
 
 
 # ---- real shapes ---------------------------------------------------------------------------------------------------------
@@ -431,7 +434,7 @@ def read_cost(lms, context: int, rounds: int) -> Callable[[int, list[int]], floa
             lm = lms[model]
 
             def once() -> None:
-                lm.cursor = [context] * lm.batch_size
+                lm.cursor = [min(context, lm.max_len - key[2])] * lm.batch_size
                 lm.read(range(key[1]), [[7] * key[2]] * key[1]).token.tolist()
 
             table[key] = float(np.median(interleaved({"read": once}, rounds, lm.model.device)["read"]))
@@ -457,11 +460,14 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
     sizes = [bytes_of(name, batch, longest, kind.itemsize) for name in names]
     needed, key = sum(w + 2 * c for w, _, c in sizes), {"what": "shapes", "pair": pair, "batch": batch, "context": context, "share": script.share, "visit": script.visit, "new_tokens": tokens,
                                                          "device_name": device_name(device), "threads": torch.get_num_threads(), **provenance(0, rounds, device, dtype)}
-    if cuda and needed > 0.95 * torch.cuda.mem_get_info()[0]:
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+    if cuda and needed > 0.95 * torch.cuda.mem_get_info(device)[0]:
         return key | {"fits": False, "needed_gb": needed / 1e9}
     stream = bandwidth(device, kind)
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     models = [build(name, longest, device, kind, seed) for seed, name in enumerate(names)]
     ids = torch.randint(10, 1000, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
     lms, leaves = [rstitch.CachedLM(model, batch, longest, graphs=cuda) for model in models], script.leaves(batch, tokens)
@@ -478,15 +484,16 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
             note(f"{name} generate(), static cache", generate_ms(models[m], ids, tokens, cache_implementation="static"), batch * (tokens - 1))
         note("stitched", *timed_stitch(lms, ids, ScriptRouter(leaves, device), tokens, 2))
         if batch == 1:
-            note("assisted generation", generate_ms(models[1], ids, tokens, assistant_model=models[0]), tokens - 1)
+            with same_width(*models):
+                note("assisted generation", generate_ms(models[1], ids, tokens, assistant_model=models[0]), tokens - 1)
         if not i:  # warm-up
             figures = {name: x[:seen.get(name, 0)] for name, x in figures.items()}
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
     cost = read_cost(lms, context + tokens // 2, 5)
-    simulated, wait = simulate(leaves, cost)
-    written = int(batch * (tokens - 2))
+    simulated, written, wait = simulate(leaves, cost)
     timed = [TimedLM(model, batch, longest, cuda) for model in models]
-    whole, n, start = timed_stitch(timed, ids, ScriptRouter(leaves, device), tokens, 2)
+    for _ in range(2):  # the first time graphs are captured
+        whole, n, start = timed_stitch(timed, ids, ScriptRouter(leaves, device), tokens, 2)
     parts = {f"{name}, {what}": sum(ms for at, width, ms in lm.times if at >= start and (width == 1) == (what == "single tokens"))
              for name, lm in zip(names, timed) for what in ("single tokens", "catching up")}
     steps = {name: cost(m, [1] * batch) for m, name in enumerate(names)}
@@ -517,10 +524,11 @@ def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], scri
     for pair in pairs:
         for context in contexts:
             for batch in batches:
-                row = known("shapes", pair=pair, batch=batch, context=context, share=script.share, visit=script.visit, dtype=dtype, device_name=device_name(device))
+                row = known("shapes", pair=pair, batch=batch, context=context, share=script.share, visit=script.visit, new_tokens=tokens, n=rounds, threads=torch.get_num_threads(), dtype=dtype,
+                            device_name=device_name(device))
                 if row is None:
                     row = shapes_row(pair, batch, context, script, tokens, rounds, device, dtype)
-                    append_row(FILE, row)
+                    append_row(FILE, *[row] * row["fits"])  # what did not fit may fit another time
                 print(show_shapes(row), flush=True)
 
 

@@ -31,13 +31,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 import rstitch
 from analysis import label
-from analysis.common import add_options, append_row, completed, given, provenance, read_rows
+from analysis.common import add_options, append_row, completed, fingerprint, given, provenance, read_rows
 from analysis.problems import question, verify
 from analysis.stats import at_share, difference, net_time
-from analysis.task import SEED, Task, digest_of, encode_problems, measure, solve, summarise
+from analysis.task import SEED, Task, control_of, digest_of, encode_problems, ends_of, measure, same_width, solve, summarise
 from analysis.train_policy import load_router
 from analysis.train_r2r import load_r2r
 
@@ -182,7 +183,7 @@ def row_of(task: Task, family: str, x: float | None, split: str, n: int, **more)
     pair = task.load()
     router = FAMILIES[family].build(task, x) if family in FAMILIES else ALONE[family]()
     if family == "control":
-        pair = pair[0], rstitch.load_pair(task.slm, str(task.path("control")), task.device, task.dtype, task.special_tokens_may_differ)[1], pair[2]
+        pair = pair[0], control_of(task), pair[2]
     row = measure(task, router, split, n, pair)
     if split != "test":
         del row["outcomes"]
@@ -204,9 +205,11 @@ def live_row(task: Task, judge: str, n: int) -> dict:
 
 
 def assisted(pair, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], list[rstitch.Call]]:
-    """The answer to one prompt by generate() of the LLM with the SLM as its assistant, and every forward pass of both."""
+    """The answer to one prompt by generate() of the LLM with the SLM as its assistant, and every forward pass of both; kept=False for drafts
+    that the LLM refused."""
     slm, llm, tokenizer, *_ = pair
     calls: list[rstitch.Call] = []
+    own = llm.generation_config
 
     def note(m: int):
         def before(model, args, kwargs):
@@ -216,12 +219,26 @@ def assisted(pair, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], l
 
     hooks = [model.register_forward_pre_hook(note(m), with_kwargs=True) for m, model in ((rstitch.SLM, slm), (rstitch.LLM, llm))]
     try:
-        out = llm.generate(ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device), assistant_model=slm, do_sample=False, max_new_tokens=max_new_tokens,
-                           pad_token_id=tokenizer.pad_token_id or 0)
+        llm.generation_config = GenerationConfig(eos_token_id=ends_of(pair), pad_token_id=tokenizer.pad_token_id or 0)  # no penalties of its own
+        with same_width(slm, llm):
+            out = llm.generate(ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device), assistant_model=slm, do_sample=False, max_new_tokens=max_new_tokens)
     finally:
+        llm.generation_config = own
         for hook in hooks:
             hook.remove()
-    return out[0, ids.shape[1]:].tolist(), calls
+    return out[0, ids.shape[1]:].tolist(), without_refused(calls, ids.shape[1], out.shape[1])
+
+
+def without_refused(calls: list[rstitch.Call], prompt: int, end: int) -> list[rstitch.Call]:
+    """The passes of speculative decoding with kept=False for the drafts that the LLM refused: between two of its passes as many were accepted as
+    its cache grew. `end` is the length of prompt and answer."""
+    out, checks = list(calls), [i for i, call in enumerate(calls) if call.model == rstitch.LLM]
+    for i, last, after in zip(checks, [-1, *checks], [*checks[1:], None]):
+        length = prompt if last < 0 else calls[i].n_kv + 1  # before this pass
+        accepted = (end - 1 if after is None else calls[after].n_kv) - length
+        for j in range(last + 1 + max(accepted, 0), i):
+            out[j] = out[j]._replace(kept=False)
+    return out
 
 
 def assisted_row(task: Task, n: int) -> dict:
@@ -296,12 +313,12 @@ def choose_taus(task: Task, n: int) -> list[dict]:
 # ---- all of them ---------------------------------------------------------------------------------------------------------
 
 
-def made_with(task: Task, family: str | None) -> str:
-    """Changes where rows of this family have to be computed anew: with the task, and with the family's own net."""
+def made_with(task: Task, family: str | None, judge: str = "") -> str:
+    """Changes where rows of this family have to be computed anew: with the task, and with the family's own net, or the judge of live labels."""
     nets = {"router": lambda: task.path("router") / "router.safetensors", "policies": lambda: task.policy() / "policy.safetensors"}
     needs = [FAMILIES[family].needs] if family in FAMILIES else [f.needs for f in families_of(task).values()] if family is None else []
     files = [nets[need]() for need in sorted(set(needs) - {""})]
-    return digest_of(task, *files, *([task.path("control") / "model.safetensors"] if family == "control" and task.path("control").is_dir() else []))
+    return digest_of(task, *files, also={"control": lambda: fingerprint(control_of(task)), "live labels": lambda: judge}.get(family, str)())
 
 
 def run(task: Task, n_calibration: int, n_test: int, n_live: int, judge: str, workers: int) -> list[dict]:
@@ -311,11 +328,11 @@ def run(task: Task, n_calibration: int, n_test: int, n_live: int, judge: str, wo
     n_live = min(n_live, n_test)
     for family in families.values():
         family.build(task, family.grid[0])  # a net of another pair is told now
-    marks = {name: made_with(task, name) for name in (*FAMILIES, *ALONE, "live labels", "speculative decoding", None) if name in families or name not in FAMILIES
+    marks = {name: made_with(task, name, judge) for name in (*FAMILIES, *ALONE, "live labels", "speculative decoding", None) if name in families or name not in FAMILIES
              if name != "control" or task.path("control")}
 
     def key_of(row: dict) -> tuple:
-        return row["kind"], row["family"], row["knob"], row["n"]
+        return row["kind"], row["family"], (row["wanted"], row["value"]) if row["kind"] == "chosen" else row["knob"], row["n"]
 
     def current() -> dict[tuple, dict]:
         return {key_of(r): r for r in read_rows(path) if r["made_with"] == marks.get(r["family"])}
@@ -340,10 +357,12 @@ def run(task: Task, n_calibration: int, n_test: int, n_live: int, judge: str, wo
             x = knob_for(target, family.grid, [r["llm_share"] for r in grid], [r["accuracy"] for r in grid])
             if x is not None:
                 todo["test", name, x, n_test] = partial(row_of, target=target), task, name, x, "test", n_test
-    for chosen in choose_taus(task, n_calibration):
-        x = math.log(max(chosen["tau"], 1e-9))
-        todo["chosen", "R-Stitch", x, n_test] = partial(row_of, kind="chosen", **chosen), task, "R-Stitch", x, "test", n_test
-    rows |= complete(todo)
+    chosen = {("chosen", "R-Stitch", (what, value), n_test): None for what, values in WANTED.items() for value in values}
+    if not chosen.keys() <= current().keys():
+        for one in choose_taus(task, n_calibration):
+            x = math.log(max(one["tau"], 1e-9))
+            chosen["chosen", "R-Stitch", (one["wanted"], one["value"]), n_test] = partial(row_of, kind="chosen", **one), task, "R-Stitch", x, "test", n_test
+    rows |= complete(todo | chosen)
     return list((rows | complete({("router times", None, None, 300): (router_times, task, 300)})).values())
 
 

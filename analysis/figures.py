@@ -4,6 +4,7 @@ Entropies are in nats unless a name says normalised. Intervals are 95 %, bootstr
 """
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -273,18 +274,25 @@ PARTS = {"SLM": SLM_COLOUR, "discarded": "#9ECAE1", "LLM": LLM_COLOUR, "prompt":
 
 
 def load_frontier() -> tuple[list[dict], list[dict]]:
-    """(rows of fixed rules and policies, every run of the comparison on test problems); the newest of each name or knob. `latency_ms` and the
-    times of the outcomes get what a router's own net takes, on average; so does `spent_ms`, as "router"."""
-    frontier = {(r["kind"], r["name"]): r for r in read_rows(results("frontier.jsonl"))}
+    """(rows of fixed rules and policies, every run of the comparison on test problems), the newest of each. `latency_ms` and the times of the
+    outcomes get what a router's own net takes, on average; so does `spent_ms`, as "router"."""
+    methods = newest([r for r in read_rows(results("frontier.jsonl")) if r["kind"] != "wall-clock"], ("kind", "name"), lambda r: r["kind"] if r["kind"] == "fixed" else r["name"])
     rows = read_rows(results("compare.jsonl"))
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
-    runs = {(r["kind"], r["family"], r["knob"]): r for r in rows if r["kind"] not in ("calibration", "router times")}
-    for r in runs.values():
-        net = net_time(r, net_ms)
+    runs = newest([r for r in rows if r["kind"] not in ("calibration", "router times")], ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
+    for r in (*methods, *runs):
+        net = net_time(r | {"family": "R-Stitch+"} if r["kind"] == "policy" else {"family": ""} | r, net_ms)
         r["latency_ms"] += net
         r["spent_ms"]["router"] = net
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
-    return [r for r in frontier.values() if r["kind"] != "wall-clock"], list(runs.values())
+    return methods, runs
+
+
+def newest(rows: list[dict], key: tuple[str, ...], group: Callable[[dict], str]) -> list[dict]:
+    """The last row of each key, and of a group those only that were made with the same, over as many problems, as its last: what older nets or
+    problems left in the file is passed over."""
+    made = {group(r): (r["made_with"], r["n"]) for r in rows}
+    return list({tuple(r.get(name) for name in key): r for r in rows if (r["made_with"], r["n"]) == made[group(r)]}.values())
 
 
 def of(runs: list[dict], family: str) -> list[dict]:
@@ -340,7 +348,8 @@ def frontier_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, s
         r, lost = named[name], more_right(named[name], large)
         out.append((f"R-Stitch at {name}: right against the LLM, pp; speed-up", "little loss", f"{signed(lost)}; {with_interval(speed_up(r, large), ' x', 2)}",
                     verdict(lost, 0, "more", "a loss", "no loss seen")))
-        gain = gap_with_interval(outcomes_of([r]), outcomes_of([small, large]), mixtures=True)
+        n = min(len(x["outcomes"]) for x in (r, small))
+        gain = gap_with_interval(outcomes_of([r], n), outcomes_of([small, large], n), mixtures=True)
         out.append(("... gap against random per problem, %", "not compared", signed(tuple(100 * x for x in gain), 0), verdict(gain, 0, "better", "worse", "undecided")))
     for name, rows in seeds_of(frontier).items():
         x = gap_of(rows, frontier)

@@ -61,23 +61,25 @@ def wall_clock(task: Task, names: list[str], n: int) -> dict:
             start = time.perf_counter()
             rstitch.stitch(*lms, ids, routers[name], max_new_tokens=task.max_new_tokens, seed=SEED)
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {"kind": "wall-clock", "name": "wall-clock", "ms": times, "reference_ms": reference, "made_with": digest_of(task),
+    return {"kind": "wall-clock", "name": "wall-clock", "ms": times, "reference_ms": reference,
             **provenance(SEED, len(chosen), task.device, task.dtype)}
 
 
 def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
-    """Compute what frontier.jsonl lacks, a row at a time: fixed rules, policies, random switching at the share of those of several seeds,
-    wall-clock. Rows of other weights, problems or latencies are passed over, and so is the wall-clock where methods changed."""
+    """Compute what frontier.jsonl lacks, a row at a time: fixed rules, policies, random switching at the share of the policies, wall-clock; the
+    last two for one seed of each recipe, or all seeds, where names end in seeds. Rows of other weights, problems or latencies are passed over."""
     path, n = task.needed("out") / "frontier.jsonl", len(task.split("test", n))
     policies = sorted(made.parent.name for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
     for name in policies:
         load_router(task.path("policies") / name, task.load())  # one of another pair is told now
     marks = {(kind, name): made_with(task, kind, name) for kind, names in (("fixed", FIXED), ("policy", policies), ("random", policies)) for name in names}
-    marks["wall-clock", "wall-clock"] = digest_of(task)
+    marks["wall-clock", "wall-clock"] = digest_of(task, *(task.path("policies") / name / "policy.safetensors" for name in policies), also=str(n_wall))
+    seeded = [name for name in policies if "-seed" in name] or policies
+    timed = [name for name in seeded if name.endswith("-seed0")] or seeded
 
     def current() -> dict[tuple[str, str], dict]:
         rows = {(r["kind"], r["name"]): r for r in read_rows(path)}
-        return {key: r for key, r in rows.items() if r["made_with"] == marks.get(key) and (r["n"] == n or r["kind"] == "wall-clock")}
+        return {key: r for key, r in rows.items() if r.get("made_with") == marks.get(key) and (r["n"] == n or r["kind"] == "wall-clock")}
 
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
         rows = current()
@@ -87,14 +89,12 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
         return current()
 
     rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
-    rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in policies if "-seed" in name])
-    first = [name for name in policies if name.endswith("seed0")]
-    timed = rows.get(("wall-clock", "wall-clock"))
-    if n_wall and (timed is None or not timed["ms"].keys() >= set(first)):
+    rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded])
+    if n_wall and ("wall-clock", "wall-clock") not in rows:
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
         on_hull = [r["name"] for r, point in zip(best, points) if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
-        append_row(path, wall_clock(task, list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *first])), n_wall))
+        append_row(path, wall_clock(task, list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *timed])), n_wall) | {"made_with": marks["wall-clock", "wall-clock"]})
         rows = current()
     return list(rows.values())
 
@@ -165,6 +165,6 @@ def ablations(rows: list[dict]) -> str:
 def main(task: Task, n: int, n_wall: int, workers: int) -> None:
     rows = run(task, n, n_wall, workers)
     print(show(rows))
-    if task.pocket:
+    if {f"kappa{kappa}-seed0" for kappa in ("0.1", "0.35", "0.8")} <= {r["name"] for r in rows}:
         print("\nR-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as they are):", recipes(rows),
               "Ablations, one seed each (intervals over problems; they say nothing about other seeds):", ablations(rows), sep="\n\n")

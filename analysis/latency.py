@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, provenance, rotated
+from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, fingerprint, provenance, rotated
 from analysis.problems import question
-from analysis.task import Task
+from analysis.task import Task, encode_problems
 
 METHODS = {
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "random, p 0.1": rstitch.RandomRouter(0.1),
@@ -60,7 +60,7 @@ def trajectory_figures(fitted: np.ndarray, measured: np.ndarray) -> dict:
     return out
 
 
-def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0) -> dict:
+def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_new_tokens: int = MAX_NEW_TOKENS) -> dict:
     """Interleaved samples, the problems spread over the rounds: {"slm", "llm"}: profile, {"slm held out", ...}, trajectories (method, problem, ms, calls), and the
     reference calls' ms before and after each problem."""
     slm, llm, tokenizer = pair
@@ -83,7 +83,7 @@ def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0) -> dic
             for name in 3 * rotated(names, j):
                 begin = time.perf_counter()
                 calls[name] = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=[1000 * seed + j],
-                                             max_new_tokens=min(MAX_NEW_TOKENS, max_len - ids.shape[1])).calls[0]
+                                             max_new_tokens=min(max_new_tokens, max_len - ids.shape[1])).calls[0]
                 times[name].append(1e3 * (time.perf_counter() - begin))
             trajectories += [{"method": name, "problem": j, "ms": float(np.median(times[name])), "calls": calls[name]} for name in names]
             references.append([before, reference()])
@@ -159,7 +159,7 @@ def overhead(pair, repeats: int, context: int = 100, tokens: int = 60) -> dict:
     for handle in hooks:
         handle.remove()
     whole = float(np.median(times["loop, per token"]))
-    return {"what": "overhead", "model": "SLM", "context": context, "loop_ms": whole,
+    return {"what": "overhead", "model": "SLM", "slm": fingerprint(slm), "context": context, "loop_ms": whole,
             **{name: {"ms": float(np.median(ms)), "quartiles": np.percentile(ms, [25, 75]).tolist(), "share": float(np.median(ms)) / whole} for name, ms in times.items()}}
 
 
@@ -221,29 +221,35 @@ def main() -> None:
     add("--per-round", type=int, default=10, help="problems a round, each answered by every method (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the problems and of random switching (default: %(default)s)")
     add("--overhead", action="store_true", help="measure what a token costs beside the forward pass instead")
-    add("--out", type=Path, default=RESULTS / "latency.json", help="where the fit goes, with a plot beside it (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer of a trajectory, in tokens (default: %(default)s)")
+    add("--out", type=Path, help=f"where the fit goes, with a plot beside it, or the rows of --overhead (default, pocket pair only: {RESULTS / 'latency.json'}, overhead.jsonl)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = Task(args.slm, args.llm, args.device, args.dtype, args.special_tokens_may_differ, problems=args.problems)
     try:
-        for name, least in (("max_len", REFERENCE[0][1] + 1), ("rounds", 1), ("per_round", 1)):
+        for name, least in (("max_len", REFERENCE[0][1] + 1), ("rounds", 1), ("per_round", 1), ("max_new_tokens", 1)):
             rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        if not args.out and not task.pocket:
+            raise ValueError("--out is missing: expected a file for a pair or problems that are not the pocket's")
         chosen, pair = task.split("dev", args.rounds * args.per_round, args.seed), task.load()[:3]
+        longest = encode_problems(pair[2], chosen)[0].shape[1]
+        if longest >= args.max_len:
+            raise ValueError(f"--max-len {args.max_len}: expected more than the longest prompt of --problems, {longest} tokens")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if args.overhead:
         repeats = 300
         row = overhead(pair, repeats) | provenance(args.seed, repeats, args.device, args.dtype)
-        append_row(RESULTS / "overhead.jsonl", row)
+        append_row(args.out or RESULTS / "overhead.jsonl", row)
         for name, figures in row.items():
             if isinstance(figures, dict):
                 print(f"{name:20} {figures['ms']:.3f} ms (quartiles {figures['quartiles'][0]:.3f}, {figures['quartiles'][1]:.3f}), {100 * figures['share']:5.1f} % of a token's time")
         return
-    row = evaluate(measure(pair, chosen, args.max_len, args.rounds, args.seed))
+    row, out = evaluate(measure(pair, chosen, args.max_len, args.rounds, args.seed, args.max_new_tokens)), args.out or RESULTS / "latency.json"
     row |= provenance(args.seed, len(chosen), args.device, args.dtype)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(row) + "\n")
-    plot(row, args.out.with_suffix(".png"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(row) + "\n")
+    plot(row, out.with_suffix(".png"))
     print(show(row))
 
 

@@ -5,7 +5,9 @@ Every command that takes --slm, --llm and --problems takes them by `Task`: the p
 import hashlib
 import json
 import math
+import random
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 import rstitch
 from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, option, provenance, ratio_of_means, wilson
@@ -36,6 +39,18 @@ def ends_of(pair) -> list[int]:
     """The tokens that end an answer of either model."""
     eos = [model.generation_config.eos_token_id for model in pair[:2]]
     return sorted({e for entry in eos if entry is not None for e in (entry if isinstance(entry, list) else [entry])})
+
+
+@contextmanager
+def same_width(slm, llm):
+    """Lets generate() take the SLM as the LLM's assistant where their logits are of unlike width (Qwen2.5: 151,936 and 152,064, one tokenizer), which it
+    takes for unlike tokenizers."""
+    own = slm.config.vocab_size
+    try:
+        slm.config.vocab_size = llm.config.vocab_size
+        yield
+    finally:
+        slm.config.vocab_size = own
 
 
 def split_of(row: dict) -> str:
@@ -95,13 +110,15 @@ class Task(Pair):
         return self.path(name)
 
     def split(self, name: str, n: int, seed: int = SEED) -> list:
-        """The first n problems of a split, all of a file's if it has fewer; ValueError where it has none."""
+        """The first n problems of a split; of a file, all if it has fewer, in its own order for seed 0. ValueError where it has none."""
         if not self.problems:
             return problems(name, n, seed)
         found = [Stated(row["question"], str(row["answer"])) for row in read_problems(Path(self.problems), "question", "answer") if split_of(row) == name]
         if not found:
             raise ValueError(f"--problems {self.problems} has no problem in its {name} split: expected more problems, or rows with "
                              f'"split": "{name}"')
+        if seed:
+            random.Random(seed).shuffle(found)
         return found[:n]
 
     def latencies(self) -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
@@ -113,6 +130,12 @@ class Task(Pair):
         folder = self.path("policies")
         there = sorted(made.parent for made in folder.glob("*/made.json")) if folder else []
         return next((path for path in there if path.name == BASE), there[0] if there else None)
+
+
+@lru_cache(maxsize=None)
+def control_of(task: Task):
+    """The model that is shown beside the LLM, once per process."""
+    return rstitch.load(AutoModelForCausalLM, "--control", str(task.path("control")), dtype=getattr(torch, task.dtype), use_safetensors=True).to(task.device).eval()
 
 
 def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
@@ -178,9 +201,11 @@ def where_time_goes(calls: Sequence[rstitch.Call], models) -> dict[str, float]:
 
 
 def asked(router, calls: Sequence[rstitch.Call], vocab: int) -> int:
-    """How often a router's net is asked about an answer: R2R's at every token of the SLM, R-Stitch+'s above its tau."""
+    """How often a router's nets are asked about an answer: R2R's at every token of the SLM, R-Stitch+'s above its tau and, where it has a
+    second one to hand back, at every token of the LLM."""
     if isinstance(router, rstitch.PolicyRouter):
-        return sum(call.model == rstitch.SLM and call.entropy > router.rule.tau * math.log(vocab) for call in calls)
+        back = sum(call.model == rstitch.LLM for call in calls) if hasattr(router, "back") else 0
+        return back + sum(call.model == rstitch.SLM and call.entropy > router.rule.tau * math.log(vocab) for call in calls)
     return sum(call.model == rstitch.SLM for call in calls) if isinstance(router, rstitch.R2RRouter) else 0
 
 
@@ -202,10 +227,10 @@ def measure(task: Task, router, split: str, n: int, pair=None) -> dict:
     return summarise(task, solved, router)
 
 
-def digest_of(task: Task, *files: Path) -> str:
-    """Changes where rows have to be computed anew: with the models, the problems, the fitted latency, and the files of a router."""
+def digest_of(task: Task, *files: Path, also: str = "") -> str:
+    """Changes where rows have to be computed anew: with the models, the problems, the fitted latency, the device, and the files of a router."""
     slm, llm, *_ = task.load()
-    content = [file.read_bytes() for file in files]
+    content = [also.encode(), *(file.read_bytes() for file in files)]
     content += [Path(task.problems).read_bytes()] if task.problems else []
-    content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm), fingerprint(llm), task.dtype, task.max_new_tokens]).encode()]
+    content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm), fingerprint(llm), task.device, task.dtype, task.max_new_tokens]).encode()]
     return hashlib.sha256(b"".join(content)).hexdigest()[:12]

@@ -56,13 +56,23 @@ def test_a_simulated_schedule_by_hand():
     leaves[0, 0, 3] = True
     reads = []
     cost = lambda model, unread: reads.append((model, unread)) or (10.0 if model else 1.0)  # noqa: E731
-    assert bench.simulate(leaves, cost) == (13.0, 0)
+    assert bench.simulate(leaves, cost) == (13.0, 3, 0)
     assert reads == [(1, [1]), (0, [2]), (0, [1]), (0, [1]), (1, [3]), (0, [1])]  # at its second call the LLM has three tokens to catch up with
+
+
+def test_what_was_written_before_the_clock_starts_does_not_count():
+    """Two rows of three tokens. The second calls the LLM for its second token, while the first has the SLM write on. Each call costs 1."""
+    leaves = np.zeros((2, 2, 3), bool)
+    leaves[1] = True
+    leaves[0, 1, 1] = True
+    # both first tokens; token 1 of the first row, discarded of the second; half the rows wait: token 2 of the first; token 1 of the second: the clock
+    # starts with five tokens there; token 2 of the second
+    assert bench.simulate(leaves, lambda model, unread: 1.0) == (1.0, 1, 1)
 
 
 @pytest.mark.parametrize("rule", [rstitch.next_model, bench.weighed(5, 0.5), bench.weighed(5, 1.0)])
 def test_nobody_waits_for_ever(rule):
-    _, wait = bench.simulate(bench.Script(0.25, 4).leaves(16, 200), lambda model, unread: 5.0 if model else 1.0, rule)
+    *_, wait = bench.simulate(bench.Script(0.25, 4).leaves(16, 200), lambda model, unread: 5.0 if model else 1.0, rule)
     assert 0 < wait <= rstitch.PATIENCE
 
 
@@ -93,10 +103,12 @@ def test_sizes_are_those_of_the_models():
 def test_a_cell_is_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "FILE", tmp_path / "bench.jsonl")
     monkeypatch.setattr(bench, "bandwidth", lambda *args: 1e10)
-    monkeypatch.setattr(sys, "argv", "bench --shapes mini-S+mini-S --batch 1 --context 16 --new-tokens 6 --rounds 1 --threads 1".split())
+    monkeypatch.setitem(bench.SHAPES, "mini-W", (*bench.SHAPES["mini-S"][:5], 1100, True))  # as wide as the larger Qwen2.5 models are
+    monkeypatch.setattr(sys, "argv", "bench --shapes mini-S+mini-W --batch 1 --context 16 --new-tokens 6 --rounds 1 --threads 1".split())
     bench.main()
     row = json.loads((tmp_path / "bench.jsonl").read_text())
-    assert {"stitched", "mini-S alone", "mini-S generate()", "mini-S generate(), static cache", "assisted generation"} == set(row["tokens_per_s"]) and row["simulated_tokens_per_s"] > 0
+    ways = {f"{name} {way}" for name in ("mini-S", "mini-W") for way in ("alone", "generate()", "generate(), static cache")}
+    assert {"stitched", "assisted generation", *ways} == set(row["tokens_per_s"]) and row["simulated_tokens_per_s"] > 0
     assert sum(row["spent_ms_per_token"].values()) > 0 and row["floor_ms"]["mini-S"] == pytest.approx(1e-7 * sum(bench.bytes_of("mini-S", 1, 19, 4)[1:]))
     first = capsys.readouterr().out
     bench.main()

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -122,6 +123,75 @@ def test_verdicts_follow_the_interval():
 def test_sampled_crossings_by_hand():
     assert figures.sampled_first(row(sampled=[4, 4, 3, 2, 0]), 4) == 2 and figures.sampled_first(row(sampled=[2, 0]), 4) is None
     assert figures.agreement([row("11000", sampled=[4, 3, 1, 0, 0]), row("10000", sampled=[4, 4, 4, 3, 0]), row("10")], 4) == (2, 1, 2)
+
+
+# ---- the frontier --------------------------------------------------------------------------------------------------------
+
+
+def method(name: str, right: list[int], tokens: list[int], large: list[int], ms: list[float], kind: str = "test", **more) -> dict:
+    return {"kind": kind, "family": name, "name": name, "knob": None, "n": len(right), "made_with": "a", "accuracy": np.mean(right), "tokens": np.mean(tokens), "latency_ms": np.mean(ms),
+            "llm_share": sum(large) / sum(tokens), "outcomes": [list(o) for o in zip(right, tokens, large, ms)], "asked": 0.0, "spent_ms": {}} | more
+
+
+SMALL = method("SLM alone", [1, 0, 0, 0], [10] * 4, [0] * 4, [10.0] * 4)
+LARGE = method("LLM alone", [1, 1, 1, 1], [40] * 4, [40] * 4, [200.0] * 4)
+
+
+def test_mixtures_of_whole_problems_by_hand():
+    # half of the problems each: (25 + 100) / 2 % right, (10 + 200) / 2 ms, 40 of 50 tokens
+    assert figures.mixed(SMALL, LARGE, 0.5) == (0.625, 105.0, 0.8) and figures.mixed(SMALL, LARGE, 0.0) == (0.25, 10.0, 0.0)
+
+
+def test_comparisons_are_over_the_problems_that_both_answered():
+    fewer = method("speculative decoding", [1, 0], [40] * 2, [3] * 2, [50.0, 100.0])
+    assert figures.more_right(fewer, LARGE)[0] == -50.0 and figures.speed_up(fewer, LARGE)[0] == pytest.approx(400 / 150)
+    fixed = [dict(r, kind="fixed") for r in (SMALL, LARGE)]
+    # the first two problems: half right in 75 ms; on the fixed rules' line between 50 % in 10 and 100 % in 200 ms that costs 10 ms
+    assert figures.gap_of([fewer], fixed)[0] == pytest.approx(1 - 75 / 10)
+
+
+def test_what_a_chosen_tau_came_to_on_answers_of_either_length():
+    small = method("SLM alone", [1] * 4, [10, 12, 20, 30], [0] * 4, [1.0] * 4)
+    row = method("R-Stitch", [1] * 4, [10, 30, 50, 50], [1, 3, 20, 30], [5.0, 7.0, 20.0, 40.0], wanted="share", median_tokens=12)
+    assert figures.reached(row, small, longer=False)[0] == 4 / 40 and figures.reached(row, small, longer=True)[0] == 0.5
+    assert figures.reached(dict(row, wanted="latency"), small, longer=True)[0] == 30.0
+
+
+def test_rows_that_something_else_made_are_passed_over():
+    rows = [method("R2R", [0], [1], [0], [1.0], made_with="old", target=0.1), method("R2R", [0], [1], [0], [1.0], target=0.1, knob=1), method("R2R", [1], [1], [0], [1.0], target=0.1, knob=2),
+            method("R2R", [1], [1], [0], [1.0], target=0.2), method("random", [1], [1], [0], [1.0], made_with="old", target=0.1), method("R2R", [1, 1], [1, 1], [0, 0], [1.0, 1.0], target=0.4)]
+    keys = ("kind", "family", "target")
+    assert [(r["family"], r["target"], r["knob"]) for r in figures.newest(rows[:-1], keys, lambda r: r["family"])] == [("R2R", 0.1, 2), ("R2R", 0.2, None), ("random", 0.1, None)]
+    assert [r["n"] for r in figures.newest(rows, keys, lambda r: r["family"])] == [1, 2]  # the last was over more problems
+
+
+def test_policies_are_grouped_by_what_their_seeds_share():
+    named = lambda *names: [{"kind": "policy", "name": name} for name in names] + [{"kind": "fixed", "name": "tau 1-seed"}]  # noqa: E731
+    group = lambda rows: {name: [r["name"] for r in group] for name, group in figures.seeds_of(rows).items()}  # noqa: E731
+    assert group(named("a-seed0", "a-seed1", "b-seed0", "odd")) == {"a": ["a-seed0", "a-seed1"], "b": ["b-seed0"]} and group(named("mine", "yours")) == {"mine": ["mine"], "yours": ["yours"]}
+
+
+def test_a_routers_own_net_is_paid_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("RSTITCH_RESULTS", str(tmp_path))
+    policy = method("mine", [1, 1], [10, 10], [1, 1], [20.0, 40.0], kind="policy", asked=10.0)
+    del policy["family"]
+    (tmp_path / "frontier.jsonl").write_text(json.dumps(policy) + "\n")
+    rows = [method("R2R", [1, 1], [10, 10], [1, 1], [20.0, 40.0], asked=50.0), method("R-Stitch", [1, 1], [10, 10], [1, 1], [20.0, 40.0]),
+            {"kind": "router times", "family": None, "knob": None, "ms": {"R2R": 0.2, "R-Stitch+": 0.1}}]
+    (tmp_path / "compare.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (mine,), (r2r, entropy) = figures.load_frontier()
+    assert (mine["latency_ms"], r2r["latency_ms"], entropy["latency_ms"]) == (31.0, 40.0, 30.0)  # 10 x 0.1 and 50 x 0.2 ms more
+    assert [o[3] for o in r2r["outcomes"]] == [30.0, 50.0] and r2r["spent_ms"]["router"] == 10.0
+
+
+def test_claims_follow_the_intervals():
+    fixed = [dict(r, kind="fixed") for r in (SMALL, LARGE, dict(LARGE, name="tau 0.001"), dict(SMALL, name="tau 0.02"))]
+    faster = method("speculative decoding", [1] * 4, [40] * 4, [3] * 4, [100.0] * 4)
+    policies = [method("mine", [1] * 4, [40] * 4, [9] * 4, [400.0] * 4, kind="policy")]
+    said = {claim: (ours, verdict) for claim, _, ours, verdict in figures.frontier_claims(fixed + policies, [SMALL, LARGE, faster])}
+    assert said["R-Stitch at tau 0.001: right against the LLM, pp; speed-up"] == ("+0.0 [+0.0, +0.0]; 1.00 x [1.00, 1.00]", "no loss seen")
+    assert said["R-Stitch+, mine, gap against fixed rules, %"][1] == "does not reproduce"  # twice the LLM's time
+    assert said["speculative decoding (n = 4): speed-up over the LLM"] == ("2.00 x [2.00, 2.00]", "faster") and said["... gap against fixed rules, %"][1] == "better"
 
 
 # ---- what they are made from ---------------------------------------------------------------------------------------------

@@ -183,15 +183,16 @@ def settle(config: Config, task: Task, folder: Path) -> float:
     """lambda, from kappa by the mean fitted latency of the LLM alone on the dev problems, which is written down at the first call.
     ValueError where the folder holds a run of another config."""
     path, pair, models = folder / "config.json", task.load(), task.latencies()
-    world = {"slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]), "latency": [{k: list(v) for k, v in m.coefficients.items()} for m in models]}
+    world = {"slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]), "latency": [{k: list(v) for k, v in m.coefficients.items()} for m in models],
+             "problems": hashlib.sha256(Path(task.problems).read_bytes()).hexdigest()[:16] if task.problems else "pocket", "dtype": task.dtype, "max_new_tokens": task.max_new_tokens}
     if not path.exists():
         _, _, alone = answer(pair, task.split("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models, batch_size=task.rows, max_new_tokens=task.max_new_tokens)
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(path, [{"config": asdict(config), "llm_ms": alone["latency_ms"], **world}])
     settled = json.loads(path.read_text())
     for name, value in world.items():
-        if settled[name] != value:
-            raise ValueError(f"{name}: the run in {folder.name} was started with {settled[name]}, now it is {value}; expected the same, or another --name")
+        if settled.get(name) != value:
+            raise ValueError(f"{name}: the run in {folder.name} was started with {settled.get(name)}, now it is {value}; expected the same, or another --name")
     if settled["config"] != asdict(config):
         other = next(name for name, value in asdict(config).items() if settled["config"].get(name) != value)
         raise ValueError(f"--{other.replace('_', '-')} {getattr(config, other)}: the run in {folder.name} was started with "
@@ -245,7 +246,7 @@ def export(config: Config, task: Task, policies, folder: Path, target: Path) -> 
     best = max(evaluated, key=lambda row: row["dev"]["reward"])
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in policies.named_parameters()}, target / "policy.safetensors")
-    made = {"config": asdict(config), "lam": price(config, settled["llm_ms"]), **{name: settled[name] for name in ("slm", "llm", "latency")},
+    made = {"config": asdict(config), "lam": price(config, settled["llm_ms"]), **{name: settled[name] for name in ("slm", "llm", "latency", "problems", "max_new_tokens")},
             "iteration": best["iteration"], "dev": best["dev"], "minutes": sum(row["seconds"] for row in log) / 60,
             "curve": [[row["iteration"], row["reward"], row["accuracy"], row["llm_share"], row["latency_ms"]] for row in log],
             **provenance(config.seed, config.dev, task.device, task.dtype)}
@@ -286,11 +287,12 @@ def main() -> None:
         unknown = [name for name in args.run if name not in RUNS]
         if unknown or bool(args.run) == bool(args.name) or args.run and changes:
             raise ValueError(f"run {unknown[0]!r} is not in RUNS" if unknown else "expected names of RUNS, or --name with options, not both")
+        target = task.needed("policies")
         task.load()
         torch.set_num_threads(args.threads)
         for name, config in {name: RUNS[name] for name in args.run}.items() if args.run else [(args.name, replace(Config(), **changes))]:
             policies = train(config, task, args.checkpoints / name)
-            export(config, task, policies, args.checkpoints / name, task.needed("policies") / name)
+            export(config, task, policies, args.checkpoints / name, target / name)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
