@@ -400,6 +400,17 @@ class CachedLM:
         logits = out.logits[:, -1, :vocab].float()  # (n, V)
         return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
+    def attentive_step(self, *args) -> Output:
+        """`step` with the attention that was chosen; the model's config is as it was afterwards."""
+        own = self.config._attn_implementation
+        if own == self.attention:  # asking costs nothing, setting as much as a small layer
+            return self.step(*args)
+        try:
+            self.config._attn_implementation = self.attention
+            return self.step(*args)
+        finally:
+            self.config._attn_implementation = own
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], vocab: int | None = None,
@@ -441,14 +452,9 @@ class CachedLM:
             self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in called])
         where = slice(span.start, span.stop) if together else torch.tensor(called, device=self.inputs.device)
         live = min(live_slots(max(positions) + 1, graphed), len(self.slots))
-        own = self.config._attn_implementation
-        try:
-            self.config._attn_implementation = self.attention
-            with torch.inference_mode():  # a tenth to a third faster than no_grad where launches dominate
-                out = (self.graphs(self.step, where, n, S, live, vocab, sampling) if graphed else
-                       self.step(where, n, S, live, vocab, sampling))
-        finally:
-            self.config._attn_implementation = own
+        with torch.inference_mode():  # a tenth to a third faster than no_grad where launches dominate
+            out = (self.graphs(self.attentive_step, where, n, S, live, vocab, sampling) if graphed else
+                   self.attentive_step(where, n, S, live, vocab, sampling))
         for row, line in reading.items():
             self.cursor[row] += len(line)
         if called == list(rows):

@@ -84,7 +84,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
         rows = current()
         missing = {(kind, name): (row_of, task, kind, name, n, *p) for kind, name, *p in jobs if (kind, name) not in rows}
-        for _, row in tqdm(completed(workers, missing, __name__), total=len(missing), desc="methods", disable=None):
+        for _, row in tqdm(completed(workers, missing, "__main__"), total=len(missing), desc="methods", disable=None):
             append_row(path, row)
         return current()
 
