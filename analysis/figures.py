@@ -390,13 +390,14 @@ def draw_frontier(ax, frontier: list[dict], runs: list[dict], against: str = "la
     small, large = of(runs, "SLM alone")[0], of(runs, "LLM alone")[0]
     line = np.array([mixed(small, large, q) for q in np.linspace(0, 1, 101)])
     ax.plot(scale * line[:, 1 if scale == 1 else 2], 100 * line[:, 0], "--", color=GREY, lw=1, label="random per problem")
-    once = [("SLM alone", "SLM alone", "*", SLM_COLOUR, (8, -3)), ("LLM alone", "LLM alone", "*", LLM_COLOUR, (-6, -14)), ("control", "control: a large model\nof short answers", "P", LLM_COLOUR, (8, -6)),
+    once = [("SLM alone", "SLM alone", "*", SLM_COLOUR, (9, -4)), ("LLM alone", "LLM alone", "*", LLM_COLOUR, (-6, -14)), ("control", "control: a large model\nof short answers", "P", LLM_COLOUR, (9, -20)),
             ("speculative decoding", "speculative decoding", "X", "black", (-4, 7))] + [("live labels", "live labels", "P", THIRD, (8, -10))] * (scale == 100)
     for name, label, marker, colour, offset in once:
         for r in of(runs, name):
             if scale == 1 or name not in ("LLM alone", "control", "speculative decoding"):
                 ax.plot(*point(r), marker, color=colour, ms=12 if marker == "*" else 8)
-                ax.annotate(label, point(r), offset, textcoords="offset points", ha="left" if offset[0] > 0 else "right", color=colour, fontsize=8)
+                ax.annotate(label, point(r), offset, textcoords="offset points", ha="left" if offset[0] > 0 else "right", color=colour, fontsize=8,
+                            bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})
     ax.set(xlabel="tokens written by the LLM (%), lower is better" if scale == 100 else "fitted latency at batch 1, nets included (ms per problem), lower is better",
            ylabel="right answers (%), higher is better", ylim=(0, 105))
     ax.legend(fontsize=7, loc="lower right")
