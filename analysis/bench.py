@@ -191,7 +191,8 @@ def bench_attention(batches: list[int], contexts: list[int], device: str, dtype:
 
 
 def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: int) -> dict[int, list[list[float]]]:
-    """Milliseconds of a decode step, batches x contexts x rounds, caches filled with random keys, all interleaved."""
+    """Milliseconds of a decode step, batches x contexts x rounds, caches filled with random keys. Every round takes all cells in another order: a short
+    context after a shorter one finds its keys in the processor's cache."""
     lms = {batch: rstitch.CachedLM(model, batch, max(contexts) + 1) for batch in batches}
     times: dict[int, list[list[float]]] = {batch: [[] for _ in contexts] for batch in batches}
     for batch, lm in lms.items():
@@ -199,14 +200,15 @@ def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: i
         for layer in lm.layers:
             for tensor in (layer.keys, layer.values):
                 tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
+    cells = [(batch, k) for batch in batches for k in range(len(contexts))]
     for i in tqdm(range(rounds + 1), desc="steps", disable=None):
-        for batch, lm in lms.items():
-            for k, context in enumerate(contexts):
-                lm.cursor = [context] * batch
-                start = now(model.device)
-                lm.read(range(batch), [[7]] * batch).token.tolist()
-                if i:
-                    times[batch][k].append(1e3 * (now(model.device) - start))
+        for batch, k in np.random.default_rng(i).permutation(cells).tolist():
+            lm = lms[batch]
+            lm.cursor = [contexts[k]] * batch
+            start = now(model.device)
+            lm.read(range(batch), [[7]] * batch).token.tolist()
+            if i:
+                times[batch][k].append(1e3 * (now(model.device) - start))
     for lm in lms.values():
         lm.close()
     return times

@@ -132,7 +132,7 @@ def recipes(rows: list[dict]) -> str:
     by = {(r["kind"], r["name"]): r for r in rows}
     fixed = outcomes_of([r for r in rows if r["kind"] == "fixed"])
     wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
-    lines = ["| | right, % | LLM, % | tokens | fitted ms | wall ms, seed 0 | more right than random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| | right, % | LLM, % | tokens | fitted ms | wall-clock / LLM alone, seed 0 | more right than random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
     for kappa in ("0.1", "0.35", "0.8"):
         for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("random", "random at these shares")):
             seeds = [r for (k, name), r in sorted(by.items()) if k == kind and name.startswith(f"kappa{kappa}-seed")]
@@ -141,7 +141,7 @@ def recipes(rows: list[dict]) -> str:
             ms = wall.get(seeds[0]["name"]) if kind == "policy" else None
             lead = [np.array(r["outcomes"], float)[:, 0] - np.array(by["random", r["name"]]["outcomes"], float)[:, 0] for r in seeds if kind == "policy"]
             cells = [", ".join(f"{100 * r['accuracy']:.1f}" for r in seeds), *(f"{np.mean([scale * r[k] for r in seeds]):.1f}" for k, scale in (("llm_share", 100), ("tokens", 1), ("latency_ms", 1))),
-                     f"{np.mean(ms):.0f}" if ms else "", "{:+.1f} [{:+.1f}, {:+.1f}]".format(np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))) if lead else "", *gaps]
+                     f"{np.mean(ms) / np.mean(wall['LLM alone']):.2f}" if ms else "", "{:+.1f} [{:+.1f}, {:+.1f}]".format(np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))) if lead else "", *gaps]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
