@@ -38,13 +38,14 @@ from analysis import label
 from analysis.common import add_options, append_row, completed, fingerprint, given, provenance, read_rows
 from analysis.problems import question, verify
 from analysis.stats import at_share, difference, net_time
-from analysis.task import SEED, Task, control_of, digest_of, encode_problems, ends_of, measure, same_width, solve, summarise
+from analysis.task import SEED, Task, control_of, digest_of, encode_problems, ends_of, measure, room_for, same_width, solve, summarise, wall_clock
 from analysis.train_policy import load_router
 from analysis.train_r2r import load_r2r
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
 WANTED = {"share": (0.05, 0.1, 0.2), "latency": (1.5, 2.0, 4.0)}  # of the tokens; times what the SLM alone takes
-N_CALIBRATION, N_TEST, N_LIVE = 300, 1000, 300
+TIMED = (("R2R", 0.1), ("R2R", 0.2), ("R-Stitch", 0.15), ("R-Stitch", 0.3), ("R-Stitch+", 0.04))  # family, LLM share
+N_CALIBRATION, N_TEST, N_LIVE, N_TIMED = 300, 1000, 300, 100
 
 
 def sigmoid(x: float) -> float:
@@ -272,6 +273,22 @@ def router_times(task: Task, repeats: int) -> dict:
             **provenance(SEED, repeats, task.device, task.dtype)}
 
 
+def timed_row(task: Task, rows: list[dict], n: int) -> dict:
+    """Wall-clock at batch 1 of both models alone, of speculative decoding and generate(), and of the test runs of `TIMED`."""
+    slm, llm, *_ = pair = task.load()
+    lms, length = [rstitch.CachedLM(model, 1, room_for(task, n)) for model in (slm, llm)], task.max_new_tokens
+    routers = {name: ALONE[name]() for name in ("SLM alone", "LLM alone")}
+    for name, target in TIMED:
+        routers |= {f"{name} at {100 * target:g} %": FAMILIES[name].build(task, r["knob"]) for r in rows if (r["kind"], r["family"], r.get("target")) == ("test", name, target)}
+    runs = {name: lambda ids, router=router: rstitch.stitch(*lms, ids, router, max_new_tokens=length, seed=SEED) for name, router in routers.items()}
+    runs |= {"speculative decoding": lambda ids: assisted(pair, ids, length), "LLM alone, generate()": lambda ids: llm.generate(
+        ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device), do_sample=False, max_new_tokens=length, pad_token_id=pair[2].pad_token_id or 0)}
+    row = wall_clock(task, runs, n, lms[1])
+    for lm in lms:
+        lm.close()
+    return {"kind": "wall-clock", "family": None, "knob": None, **row}
+
+
 # ---- tau from the SLM alone ----------------------------------------------------------------------------------------------
 
 
@@ -321,11 +338,11 @@ def made_with(task: Task, family: str | None, judge: str = "") -> str:
     return digest_of(task, *files, also={"control": lambda: fingerprint(control_of(task)), "live labels": lambda: judge}.get(family, str)())
 
 
-def run(task: Task, n_calibration: int, n_test: int, n_live: int, judge: str, workers: int) -> list[dict]:
+def run(task: Task, n_calibration: int, n_test: int, n_live: int, n_timed: int, judge: str, workers: int) -> list[dict]:
     """Compute what compare.jsonl lacks, a row at a time; the rows that count."""
     path, families = task.needed("out") / "compare.jsonl", families_of(task)
     n_calibration, n_test = (len(task.split(split, n)) for split, n in (("calibration", n_calibration), ("test", n_test)))
-    n_live = min(n_live, n_test)
+    n_live, n_timed = min(n_live, n_test), min(n_timed, n_test)
     for family in families.values():
         family.build(task, family.grid[0])  # a net of another pair is told now
     marks = {name: made_with(task, name, judge) for name in (*FAMILIES, *ALONE, "live labels", "speculative decoding", None) if name in families or name not in FAMILIES
@@ -363,7 +380,11 @@ def run(task: Task, n_calibration: int, n_test: int, n_live: int, judge: str, wo
             x = math.log(max(one["tau"], 1e-9))
             chosen["chosen", "R-Stitch", (one["wanted"], one["value"]), n_test] = partial(row_of, kind="chosen", **one), task, "R-Stitch", x, "test", n_test
     rows |= complete(todo | chosen)
-    return list((rows | complete({("router times", None, None, 300): (router_times, task, 300)})).values())
+    jobs = {("router times", None, None, 300): (router_times, task, 300)}
+    jobs |= {("wall-clock", None, None, n_timed): (timed_row, task, list(rows.values()), n_timed)} if n_timed else {}
+    for key, job in jobs.items():  # one after the other, alone on the machine
+        rows |= complete({key: job})
+    return list(rows.values())
 
 
 def activated(row: dict, parameters: tuple[int, int]) -> float:
@@ -441,14 +462,15 @@ def main() -> None:
     add("--n", type=int, default=N_TEST, help="test problems (default: %(default)s)")
     add("--calibration", type=int, default=N_CALIBRATION, help="calibration problems (default: %(default)s)")
     add("--live", type=int, default=N_LIVE, help="of the test problems, how many with live labels and with speculative decoding; 0 for none (default: %(default)s)")
+    add("--wall-clock", type=int, default=N_TIMED, help="of the test problems, how many are timed one by one; 0 for none (default: %(default)s)")
     add("--judge", default="", help="of the live labels, as of analysis.label (default: the pocket domain's; other problems then have no live labels)")
     add("--workers", type=int, default=2, help="processes; 1 on a GPU (default: %(default)s)")
     args = parser.parse_args()
     try:
         task = Task(**given(args, Task))
-        for name, least in (("n", 1), ("calibration", 1), ("live", 0), ("workers", 1)):
-            rstitch.check_count(f"--{name}", getattr(args, name), least)
-        rows = run(task, args.calibration, args.n, args.live, args.judge or ("statement" if task.pocket else ""), args.workers)
+        for name, least in (("n", 1), ("calibration", 1), ("live", 0), ("wall_clock", 0), ("workers", 1)):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        rows = run(task, args.calibration, args.n, args.live, args.wall_clock, args.judge or ("statement" if task.pocket else ""), args.workers)
         parameters = tuple(sum(p.numel() for p in model.parameters()) for model in task.load()[:2])
         lead = "; R2R's lead with paired 95 % intervals" if task.path("router") else ""
         print(show(rows, parameters, offline_usage(task.path("router"))),

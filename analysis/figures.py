@@ -279,13 +279,31 @@ def load_frontier() -> tuple[list[dict], list[dict]]:
     methods = newest([r for r in read_rows(results("frontier.jsonl")) if r["kind"] != "wall-clock"], ("kind", "name"), lambda r: r["kind"] if r["kind"] == "fixed" else r["name"])
     rows = read_rows(results("compare.jsonl"))
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
-    runs = newest([r for r in rows if r["kind"] not in ("calibration", "router times")], ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
+    runs = newest([r for r in rows if r["kind"] not in ("calibration", "router times", "wall-clock")], ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
     for r in (*methods, *runs):
         net = net_time(r | {"family": "R-Stitch+"} if r["kind"] == "policy" else {"family": ""} | r, net_ms)
         r["latency_ms"] += net
         r["spent_ms"]["router"] = net
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
     return methods, runs
+
+
+def load_wall() -> dict | None:
+    """The newest wall-clock of the comparison, if there is one."""
+    return next((r for r in reversed(read_rows(results("compare.jsonl"))) if r["kind"] == "wall-clock"), None)
+
+
+def timed_against_fitted(wall: dict, runs: list[dict]) -> list[tuple[str, str, str]]:
+    """(way to answer, speed-up over the LLM alone by the clock, by the fitted latency), on the same problems."""
+    large, llm = of(runs, "LLM alone")[0], np.array(wall["ms"]["LLM alone"])
+    out = []
+    for name, ms in wall["ms"].items():
+        family, _, share = name.partition(" at ")
+        r = nearest(runs, family, float(share.rstrip(" %")) / 100 if share else 0.0) if of(runs, family) else None
+        cut = {"outcomes": r["outcomes"][:wall["n"]]} if r else None
+        clock = ratio_of_means(llm, np.array(ms)), *bootstrap(ratio_of_means, llm, np.array(ms))
+        out.append((name, with_interval(clock, " x", 2), with_interval(speed_up(cut, large), " x", 2) if cut else ""))
+    return out
 
 
 def newest(rows: list[dict], key: tuple[str, ...], group: Callable[[dict], str]) -> list[dict]:

@@ -7,18 +7,16 @@ interpolated between neighbours. The gap of a method is 1 - its latency / the fr
 better than every fixed rule. A second, stricter gap is against mixtures too: which of two fixed rules answers a problem is drawn
 at random, so that every chord between two points can be had, and the frontier is their lower convex hull.
 """
-import time
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import append_row, bootstrap, completed, provenance, read_rows, rotated
-from analysis.latency import REFERENCE
-from analysis.problems import question
+from analysis.common import append_row, bootstrap, completed, read_rows
 from analysis.report import TAUS
 from analysis.stats import frontier_gap, gap_with_interval, outcomes_of
-from analysis.task import BASE, SEED, Task, digest_of, measure
+from analysis.task import BASE, SEED, Task, digest_of, measure, room_for, wall_clock
 from analysis.train_policy import RUNS, load_router
 
 FIXED = {
@@ -44,25 +42,16 @@ def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> 
     return {"kind": kind, "name": name, "p": p, "made_with": made_with(task, kind, name), **measure(task, router, "test", n)}
 
 
-def wall_clock(task: Task, names: list[str], n: int) -> dict:
-    """Mean milliseconds per problem at batch 1 of each method, problems in turn and methods interleaved, with reference calls."""
-    slm, llm, tokenizer, _ = task.load()
-    chosen = task.split("test", n)
-    prompts = [rstitch.encode(tokenizer, question(problem))[0] for problem in chosen]
-    longest = max(REFERENCE[0][1] + 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens)
-    lms = [rstitch.CachedLM(model, 1, longest) for model in (slm, llm)]
+def timed_row(task: Task, names: list[str], n: int) -> dict:
+    """Wall-clock of methods over the first n test problems."""
+    slm, llm, *_ = task.load()
+    lms = [rstitch.CachedLM(model, 1, room_for(task, n)) for model in (slm, llm)]
     routers = {name: FIXED.get(name) or load_router(task.path("policies") / name, (slm, llm)) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    reference = []
-    for i, ids in enumerate(tqdm(prompts, desc="wall-clock", disable=None)):
-        if i % 10 == 0:
-            reference += [float(np.median([s.ms for s in rstitch.measure_latency(lms[1], REFERENCE, repeats=10)]))]
-        for name in rotated(names, i):
-            start = time.perf_counter()
-            rstitch.stitch(*lms, ids, routers[name], max_new_tokens=task.max_new_tokens, seed=SEED)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {"kind": "wall-clock", "name": "wall-clock", "ms": times, "reference_ms": reference,
-            **provenance(SEED, len(chosen), task.device, task.dtype)}
+    runs = {name: partial(rstitch.stitch, *lms, router=router, max_new_tokens=task.max_new_tokens, seed=SEED) for name, router in routers.items()}
+    row = wall_clock(task, {name: lambda ids, run=run: run(ids) for name, run in runs.items()}, n, lms[1])
+    for lm in lms:
+        lm.close()
+    return {"kind": "wall-clock", "name": "wall-clock", **row}
 
 
 def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
@@ -94,7 +83,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
         on_hull = [r["name"] for r, point in zip(best, points) if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
-        append_row(path, wall_clock(task, list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *timed])), n_wall) | {"made_with": marks["wall-clock", "wall-clock"]})
+        append_row(path, timed_row(task, list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *timed])), n_wall) | {"made_with": marks["wall-clock", "wall-clock"]})
         rows = current()
     return list(rows.values())
 

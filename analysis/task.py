@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, option, provenance, ratio_of_means, wilson
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, option, provenance, ratio_of_means, rotated, wilson
 from analysis.problems import Stated, problems, question, verify
 from analysis.stats import PARTS, read_problems
 
@@ -225,6 +226,29 @@ def measure(task: Task, router, split: str, n: int, pair=None) -> dict:
     """One router over the first n problems of a split, greedy. `pair` takes the place of the task's."""
     solved = solve(pair or task.load(), task.split(split, n), router, batch_size=task.rows, seed=SEED, progress=False, max_new_tokens=task.max_new_tokens)
     return summarise(task, solved, router)
+
+
+def wall_clock(task: Task, runs: dict[str, Callable[[torch.Tensor], object]], n: int, lm: rstitch.CachedLM) -> dict:
+    """Milliseconds of each way to answer a prompt (1, P), by test problem: problems in turn, ways interleaved, with reference calls of `lm` every ten
+    problems, which show how the machine drifts."""
+    prompts = [encode_problems(task.load()[2], [problem])[0] for problem in task.split("test", n)]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    reference = []
+    for run in runs.values():  # warm-up
+        run(prompts[0])
+    for i, ids in enumerate(tqdm(prompts, desc="wall-clock", disable=None)):
+        if i % 10 == 0:
+            reference.append(float(np.median([s.ms for s in rstitch.measure_latency(lm, [(1, 64)], repeats=10)])))
+        for name in rotated(list(runs), i):
+            start = time.perf_counter()
+            runs[name](ids)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {"ms": times, "reference_ms": reference, **provenance(SEED, len(prompts), task.device, task.dtype)}
+
+
+def room_for(task: Task, n: int) -> int:
+    """Tokens that a row of the first n test problems may take, answer included, and the reference calls."""
+    return max(65, encode_problems(task.load()[2], task.split("test", n))[0].shape[1] + task.max_new_tokens)
 
 
 def digest_of(task: Task, *files: Path, also: str = "") -> str:

@@ -579,10 +579,10 @@ def test_the_comparison_runs_resumes_and_shows(tmp_path, pocket, monkeypatch):
                                               "R-Stitch+": compare.Family(compare.policy_router, (-30.0, 6.0), "policies"),
                                               "R-Stitch": compare.FAMILIES["R-Stitch"]})
     monkeypatch.setattr(compare, "SHARES", (0.1, 0.5))
-    again = lambda: compare.run(Task(out=str(tmp_path)), n_calibration=4, n_test=4, n_live=2, judge="statement", workers=1)  # noqa: E731
+    again = lambda: compare.run(Task(out=str(tmp_path)), n_calibration=4, n_test=4, n_live=2, n_timed=2, judge="statement", workers=1)  # noqa: E731
     rows = again()
     assert {(r["kind"], r["family"]) for r in rows} >= {("calibration", "R2R"), ("test", "random"), ("test", "SLM alone"), ("test", "control"), ("live labels", "live labels"),
-                                                        ("assisted", "speculative decoding"), ("chosen", "R-Stitch"), ("router times", None)}
+                                                        ("assisted", "speculative decoding"), ("chosen", "R-Stitch"), ("router times", None), ("wall-clock", None)}
     monkeypatch.setattr(compare, "measure", None)  # all is there
     assert again() == rows
     text = compare.show(rows, (1, 1), lambda t: 0.123)
