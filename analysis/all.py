@@ -4,6 +4,7 @@ Runs the commands below in turn and executes the notebooks. Each command skips w
 this takes minutes; delete a file to have it computed anew (an hour for all). Trained weights are made by their own commands, see
 analysis/models/README.md, R2R's router with its curves among them, and timings (latency.json, bench.jsonl, overhead.jsonl) are not made again: they are of one quiet machine.
 """
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ COMMANDS = ["-m analysis.pair --report", "-m analysis.train_policy --report", "-
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for command in COMMANDS:
         print(f"\n$ python {command}", flush=True)
         words = [path for word in command.split() for path in (sorted(map(str, ROOT.glob(word))) if "*" in word else [word])]

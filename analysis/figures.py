@@ -2,6 +2,7 @@
 
 Entropies are in nats unless a name says normalised. Intervals are 95 %, bootstrapped over problems.
 """
+import argparse
 import json
 import os
 from collections.abc import Callable
@@ -195,18 +196,22 @@ def draw_windows(ax, rows: list[dict]):
             ax.errorbar(np.array(WINDOWS) + (0.15 if around else -0.15), x, [x - low, high - x], fmt=f"{marker}-", color=colour, capsize=2, lw=1,
                         mfc=colour if around else "white", label=f"{which} harmful token, window {'around' if around else 'before'} it")
     ax.axhline(overall_mean(rows), color=GREY, lw=1)
-    ax.text(WINDOWS[-1], overall_mean(rows), "mean of the wrong answers' tokens", ha="right", va="bottom", color="#555555")
+    ax.text(WINDOWS[-1], overall_mean(rows), "mean of the wrong answers' tokens", ha="right", va="bottom", color="#555555", bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})
     ax.set(xlabel="window (tokens)", ylabel="mean entropy (nats)", title="Entropy at harmful tokens", xticks=WINDOWS)
-    ax.legend(fontsize=7)
+    ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(fontsize=7, loc="upper right")
     return ax
 
 
-def draw_uncaught(ax, rows: list[dict]):
+def draw_uncaught(ax, rows: list[dict], vocab: int):
     taus = np.geomspace(1e-4, 3, 60)
     for which, colour in (("first", SLM_COLOUR), ("last", LLM_COLOUR)):
         ax.plot(taus, [100 * below(harmful(rows, which), tau)[0] for tau in taus], color=colour, label=f"{which} harmful token")
     every = np.concatenate([row["H"] for row in rows if row["right"]])
     ax.plot(taus, [100 * (every <= tau).mean() for tau in taus], color=GREY, label="all tokens")
+    for tau in (0.005, 0.02):
+        ax.axvline(tau * np.log(vocab), color=GREY, lw=0.8)
+        ax.text(tau * np.log(vocab), 97, f" {tau} normalised", rotation=90, ha="right", va="top", fontsize=7, color="#555555")
     ax.set(xscale="log", xlabel="tau (nats)", ylabel="tokens with entropy <= tau (%)", title="Harmful tokens that a threshold misses (lower is better)")
     ax.legend(fontsize=7)
     return ax
@@ -215,7 +220,7 @@ def draw_uncaught(ax, rows: list[dict]):
 def draw_positions(ax, rows: list[dict]):
     first, last = ([t / len(row["H"]) for row, t in harmful(rows, which)] for which in ("first", "last"))
     ax.hist([first, last], bins=10, range=(0, 1), color=[SLM_COLOUR, LLM_COLOUR], label=["first", "last"])
-    ax.set(xlabel="place in the answer", ylabel="answers", title="Where answers are spoilt")
+    ax.set(xlabel="place in the answer (0 start, 1 end)", ylabel="answers", title="Where answers are spoilt")
     ax.legend(fontsize=7)
     return ax
 
@@ -251,6 +256,7 @@ def draw_divergent_by(ax, figures: dict, what: str):
     ax.bar(range(len(rows)), [100 * r["neutral"] for r in rows.values()], 0.6, bottom=[100 * r["divergent"] for r in rows.values()], color=THIRD, label="neutral")
     ax.set_xticks(range(len(rows)), [str(int(k) + 1) if k.isdigit() else k for k in rows])
     ax.set(xlabel=what.replace("decile", "tenth"), ylabel="tokens (%)", title=f"By {what.replace('decile', 'tenth')}")
+    ax.margins(y=0.08)
     ax.legend(fontsize=7)
     return ax
 
@@ -372,19 +378,19 @@ def frontier_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, s
     for name, rows in seeds_of(frontier).items():
         x = gap_of(rows, frontier)
         out.append((f"R-Stitch+, {name}, gap against fixed rules, %", "better", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "reproduces", "does not reproduce", "undecided")))
-    for r in of(runs, "R2R"):
-        x = gap_of([r], frontier)
-        out.append((f"R2R at {100 * r['llm_share']:.1f} % LLM, gap against fixed rules, %", "not compared", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "better", "worse", "undecided")))
+    for name, title in (("R-Stitch+", "R-Stitch+ with its threshold moved,"), ("R2R", "R2R at")):
+        for r in of(runs, name):
+            x = gap_of([r], frontier)
+            out.append((f"{title} {100 * r['llm_share']:.1f} % LLM, gap against fixed rules, %", "not compared", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "better", "worse", "undecided")))
     alone = [small]
     for name in ("top-2 gap", "varentropy"):
-        for share in (0.05, 0.1, 0.2):
+        for share in (0.05, 0.1, 0.15, 0.2):
             x = difference(alone + of(runs, name), alone + of(runs, "R-Stitch"), share, len(small["outcomes"]))
             if not np.isnan(x).any():
                 out.append((f"{name} against the entropy, both as in Algorithm 1, at {100 * share:g} % LLM, pp", "not tried", signed(x), verdict(x, 0, "better", "worse", "no difference seen")))
     for r in of(runs, "speculative decoding"):
-        x, slower = gap_of([r], frontier), speed_up(r, large)
-        out.append((f"speculative decoding (n = {r['n']}): speed-up over the LLM", "0.65 to 1.25 x", with_interval(slower, " x", 2), verdict(slower, 1, "faster", "slower", "undecided")))
-        out.append(("... gap against fixed rules, %", "slower", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "better", "worse", "undecided")))
+        x = speed_up(r, large)
+        out.append((f"speculative decoding (n = {r['n']}): fitted speed-up over the LLM, passes only", "0.65 to 1.25 x", with_interval(x, " x", 2), verdict(x, 1, "faster", "slower", "undecided")))
     return out
 
 
@@ -408,17 +414,16 @@ def draw_frontier(ax, frontier: list[dict], runs: list[dict], against: str = "la
     small, large = of(runs, "SLM alone")[0], of(runs, "LLM alone")[0]
     line = np.array([mixed(small, large, q) for q in np.linspace(0, 1, 101)])
     ax.plot(scale * line[:, 1 if scale == 1 else 2], 100 * line[:, 0], "--", color=GREY, lw=1, label="random per problem")
-    once = [("SLM alone", "SLM alone", "*", SLM_COLOUR, (9, -4)), ("LLM alone", "LLM alone", "*", LLM_COLOUR, (-6, -14)), ("control", "control: a large model\nof short answers", "P", LLM_COLOUR, (9, -20)),
+    once = [("SLM alone", "SLM alone", "*", SLM_COLOUR, (-2, 12)), ("LLM alone", "LLM alone", "*", LLM_COLOUR, (-6, -14)), ("control", "control: a large model\nof short answers", "P", LLM_COLOUR, (9, -20)),
             ("speculative decoding", "speculative decoding", "X", "black", (-4, 7))] + [("live labels", "live labels", "P", THIRD, (8, -10))] * (scale == 100)
     for name, label, marker, colour, offset in once:
         for r in of(runs, name):
             if scale == 1 or name not in ("LLM alone", "control", "speculative decoding"):
                 ax.plot(*point(r), marker, color=colour, ms=12 if marker == "*" else 8)
-                ax.annotate(label, point(r), offset, textcoords="offset points", ha="left" if offset[0] > 0 else "right", color=colour, fontsize=8,
+                ax.annotate(label, point(r), offset, textcoords="offset points", ha="left" if offset[0] > -3 else "right", color=colour, fontsize=8,
                             bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})
     ax.set(xlabel="tokens written by the LLM (%), lower is better" if scale == 100 else "fitted latency at batch 1, nets included (ms per problem), lower is better",
            ylabel="right answers (%), higher is better", ylim=(0, 105))
-    ax.legend(fontsize=7, loc="lower right")
     return ax
 
 
@@ -454,7 +459,7 @@ def draw_chosen(ax, runs: list[dict], wanted: str):
     """What a tau chosen from the SLM's own answers was to cost and what it cost."""
     small, scale = of(runs, "SLM alone")[0], 100 if wanted == "share" else 1
     rows = [r for r in runs if r["kind"] == "chosen" and r["wanted"] == wanted]
-    for longer, colour, label in ((False, SLM_COLOUR, "answers as short as it was chosen from"), (True, LLM_COLOUR, "longer answers")):
+    for longer, colour, label in ((False, SLM_COLOUR, f"SLM answer of up to {rows[0]['median_tokens']:g} tokens, as tau was chosen on"), (True, LLM_COLOUR, "longer SLM answer")):
         points = scale * np.array([(r["predicted_share" if wanted == "share" else "predicted_ms"], *reached(r, small, longer)) for r in rows])
         ax.errorbar(points[:, 0], points[:, 1], [points[:, 1] - points[:, 2], points[:, 3] - points[:, 1]], fmt="o", color=colour, capsize=3, label=label)
     ends = [0, 1.1 * max(points[:, 0])]
@@ -478,19 +483,26 @@ def draw_budget(ax, runs: list[dict]):
     for name, r, colour in shown:
         label = name if "alone" in name else f"{name}, {100 * r['llm_share']:.0f} % LLM"
         ax.plot(budgets, [100 * at_budget(r["outcomes"], b) for b in budgets], color=colour, label=label)
-    ax.set(xlabel="token budget", ylabel="right answers (%), higher is better", title="Under a budget")
+    ax.set(xlabel="answers cut off after (tokens)", ylabel="right answers (%), higher is better", title="Under a budget")
     ax.legend(fontsize=7)
     return ax
 
 
+def draw_frontiers(frontier: list[dict], runs: list[dict]):
+    """Against latency and against LLM share, with one legend below."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2))
+    for ax, against in zip(axes, ("latency_ms", "llm_share")):
+        draw_frontier(ax, frontier, runs, against)
+    axes[1].set(xlim=(-1, 36))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=9, fontsize=8)
+    return figure
+
+
 def main() -> None:
     """The README's picture: python -m analysis.figures"""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     style()
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8))
-    for ax, against in zip(axes, ("latency_ms", "llm_share")):
-        draw_frontier(ax, *load_frontier(), against)
-    axes[1].set(xlim=(-1, 36))
-    figure.savefig(results("frontier.png"), dpi=110)
+    draw_frontiers(*load_frontier()).savefig(results("frontier.png"), dpi=110)
 
 
 if __name__ == "__main__":

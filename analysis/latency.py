@@ -201,6 +201,7 @@ def plot(row: dict, path: Path) -> None:
     ends = [min(min(b["measured_ms"]) for b in row["trajectories"].values()), max(max(b["measured_ms"]) for b in row["trajectories"].values())]
     right.plot(ends, ends, color="grey", lw=0.8)
     right.set(xscale="log", yscale="log", xlabel="measured wall-clock (ms)", ylabel="fitted latency (ms)", title="One trajectory (nearer to the line is better)")
+    right.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     for axis in (left, right):
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
