@@ -196,7 +196,7 @@ def draw_windows(ax, rows: list[dict]):
             ax.errorbar(np.array(WINDOWS) + (0.15 if around else -0.15), x, [x - low, high - x], fmt=f"{marker}-", color=colour, capsize=2, lw=1,
                         mfc=colour if around else "white", label=f"{which} harmful token, window {'around' if around else 'before'} it")
     ax.axhline(overall_mean(rows), color=GREY, lw=1)
-    ax.text(WINDOWS[-1], overall_mean(rows), "mean of the wrong answers' tokens", ha="right", va="bottom", color="#555555", bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})
+    ax.text(6.5, 0.97 * overall_mean(rows), "mean of the wrong answers' tokens", va="top", color="#555555", fontsize=8)
     ax.set(xlabel="window (tokens)", ylabel="mean entropy (nats)", title="Entropy at harmful tokens", xticks=WINDOWS)
     ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
     ax.legend(fontsize=7, loc="upper right")
