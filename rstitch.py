@@ -209,7 +209,7 @@ class StitchLayer(CacheLayerMixin):
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """`sdpa` that reads every cached key once: queries (n, H, S, D), keys and values (n, K, T, D), additive mask (n, 1, S, T) -> (n, S, H, D).
+    """`sdpa` that reads every cached key once: queries (n, H, S, D), keys and values (n, K, T, D) of K <= H heads, additive mask (n, 1, S, T) -> (n, S, H, D).
 
     The query heads that share a key become rows of one query. Given a mask, `sdpa` of transformers copies keys and values H / K times
     first (always before 5.23, since then for reads of two tokens or more), which takes several times as long as the attention itself.
@@ -330,7 +330,8 @@ class CachedLM:
 
     `cursor[b]` tokens of row b have been read: they, and nothing else, are what row b attends to. Pass one to `stitch` instead
     of a model to keep its allocation from call to call; `close()` detaches it from the model. `graphs` replays single tokens and
-    short reads as CUDA graphs, on a CUDA device: all rows take part in each, idle ones too.
+    short reads as CUDA graphs, all rows taking part in each, idle ones too. ValueError or TypeError for a model that cannot be served,
+    and for graphs of one that is not on a CUDA device.
     """
 
     @torch.inference_mode(False)

@@ -18,7 +18,6 @@ cache, over the bandwidth of a read-only stream measured in the same run. Shapes
 """
 import argparse
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,26 +29,18 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
-from analysis.common import RESULTS, append_row, load_pocket, provenance, read_rows
+from analysis.common import RESULTS, append_row, load_pocket, now, provenance, read_rows, rotated
 from analysis.problems import problems
 from analysis.task import encode_problems, same_width
 
 FILE = RESULTS / "bench.jsonl"
 
 
-def now(device: torch.device | str = "cpu") -> float:
-    """Seconds, once the device has done what it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device="cpu") -> dict[str, list[float]]:
     """Milliseconds of each in every round but a first one, beginning with another one each time."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
     for i in range(rounds + 1):
-        for name in names[i % len(names):] + names[:i % len(names)]:
+        for name in rotated(list(runs), i):
             start = now(device)
             runs[name]()
             if i:
@@ -73,23 +64,18 @@ def against_generate(pair, batch_size: int, new_tokens: int, rounds: int, seed: 
     """tokens/s of `generate()` and of `stitch(LLMOnly)`, which also records entropies and calls, and their ratio; the same prompts, as many
     tokens, greedy."""
     slm, llm, tokenizer = pair
-    todo = iter([encode_problems(tokenizer, problems("dev", batch_size, seed=1000 * seed + i)) for i in range(2 * rounds + 2)])
-    batch: list = []
-
-    def run(name: str) -> None:
-        if not batch or name in batch[2]:  # both answer a batch before the next one comes
-            batch[:] = [*next(todo), set()]
-        ids, mask, done = batch
-        done.add(name)
+    speed: dict[str, list[float]] = {"generate": [], "stitch": []}
+    for i in range(rounds + 1):
+        ids, mask = encode_problems(tokenizer, problems("dev", batch_size, seed=1000 * seed + i))
         options = dict(attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id)
-        if name == "generate":
-            llm.generate(ids, do_sample=False, min_new_tokens=new_tokens, **options)
-        else:
-            rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), eos_token_id=-1, **options)
-
-    times = interleaved({"generate": lambda: run("generate"), "stitch": lambda: run("stitch")}, rounds)
-    speed = {name: batch_size * new_tokens * 1e3 / np.array(ms) for name, ms in times.items()}
-    ratio = spread(speed["stitch"] / speed["generate"])
+        runs = {"generate": lambda: llm.generate(ids, do_sample=False, min_new_tokens=new_tokens, **options),  # noqa: B023
+                "stitch": lambda: rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), eos_token_id=-1, **options)}  # noqa: B023
+        for name in rotated(list(runs), i):
+            start = now()
+            runs[name]()
+            if i:
+                speed[name].append(batch_size * new_tokens / (now() - start))
+    ratio = spread(np.array(speed["stitch"]) / np.array(speed["generate"]))
     return {"what": "stitch(LLMOnly) against generate()", "batch_size": batch_size, "new_tokens": new_tokens,
             "generate_tokens_per_s": float(np.median(speed["generate"])), "stitch_tokens_per_s": float(np.median(speed["stitch"])),
             "ratio": ratio[0], "ratio_quartiles": ratio[1:], "threads": torch.get_num_threads(), **provenance(seed, rounds)}

@@ -21,7 +21,7 @@ from analysis.common import RESULTS, add_options, fingerprint, given, option, pa
 from analysis.label import decoder, run_stage
 from analysis.problems import Stated, problems, question, verify, verify_number
 from analysis.stats import read_problems
-from analysis.task import Pair
+from analysis.task import Pair, common_vocab
 
 
 N = 800
@@ -141,7 +141,7 @@ def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, s
     """Both files; the problems with what each stage found. ValueError where `out` holds those of other settings or problems."""
     pair = settings.load()
     kept = {name: value for name, value in asdict(settings).items() if name != "rows"} | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}
-    made = {"settings": kept, "vocab": min(model.get_output_embeddings().weight.shape[0] for model in pair[:2]), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
+    made = {"settings": kept, "vocab": common_vocab(pair), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
     path = out / "collect.json"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)

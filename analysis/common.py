@@ -7,7 +7,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Hashable, Iterator
+import time
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import field, fields
@@ -17,6 +18,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import rstitch
 from analysis.stats import auroc, bootstrap, ratio_of_means, read_rows, wilson  # noqa: F401  (one place to import from)
@@ -90,6 +92,22 @@ def completed(workers: int, jobs: dict[Hashable, tuple], *preload: str) -> Itera
         with make_pool(workers, *preload) as pool:
             running = {pool.submit(*job): key for key, job in jobs.items()}
             yield from ((running[job], job.result()) for job in as_completed(running))
+
+
+def now(device: torch.device | str = "cpu") -> float:
+    """Seconds, once the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def fill(path: Path, jobs: dict[Hashable, tuple], current: Callable[[], dict], made_with: Callable[[Hashable], str], workers: int, label: str) -> dict:
+    """Append to `path` the rows of those jobs whose keys current() lacks, each with what it was made with; current() afterwards."""
+    have = current()
+    missing = {key: job for key, job in jobs.items() if key not in have}
+    for key, row in tqdm(completed(workers, missing, "__main__"), total=len(missing), desc=label, disable=None):
+        append_row(path, row | {"made_with": made_with(key)})
+    return current()
 
 
 def rotated(items: list, i: int) -> list:

@@ -24,21 +24,20 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 import rstitch
 from analysis import label
-from analysis.common import add_options, append_row, completed, fingerprint, given, provenance, read_rows
+from analysis.common import add_options, fill, fingerprint, given, provenance, read_rows
 from analysis.problems import question, verify
-from analysis.stats import at_share, difference, net_time
-from analysis.task import SEED, Task, control_of, digest_of, encode_problems, ends_of, measure, room_for, same_width, solve, summarise, wall_clock
+from analysis.stats import at_share, difference, net_time, signed
+from analysis.task import SEED, Pair, Task, common_vocab, control_of, digest_of, encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock
 from analysis.train_policy import load_router
 from analysis.train_r2r import load_r2r
 
@@ -194,7 +193,7 @@ def row_of(task: Task, family: str, x: float | None, split: str, n: int, **more)
 def live_row(task: Task, judge: str, n: int) -> dict:
     """Live labels over the first n test problems."""
     pair, chosen, size = task.load(), task.split("test", n), min(100, task.rows)
-    settings = label.Settings(task.slm, task.llm, task.device, task.dtype, task.special_tokens_may_differ, task.max_new_tokens, task.rows, judge)
+    settings = label.Settings(**{f.name: getattr(task, f.name) for f in fields(Pair)}, judge=judge)
     solved = []
     for at in range(0, len(chosen), size):
         part = chosen[at:at + size]
@@ -275,18 +274,13 @@ def router_times(task: Task, repeats: int) -> dict:
 
 def timed_row(task: Task, rows: list[dict], n: int) -> dict:
     """Wall-clock at batch 1 of both models alone, of speculative decoding and generate(), and of the test runs of `TIMED`."""
-    slm, llm, *_ = pair = task.load()
-    lms, length = [rstitch.CachedLM(model, 1, room_for(task, n)) for model in (slm, llm)], task.max_new_tokens
+    _, llm, tokenizer, _ = pair = task.load()
     routers = {name: ALONE[name]() for name in ("SLM alone", "LLM alone")}
     for name, target in TIMED:
         routers |= {f"{name} at {100 * target:g} %": FAMILIES[name].build(task, r["knob"]) for r in rows if (r["kind"], r["family"], r.get("target")) == ("test", name, target)}
-    runs = {name: lambda ids, router=router: rstitch.stitch(*lms, ids, router, max_new_tokens=length, seed=SEED) for name, router in routers.items()}
-    runs |= {"speculative decoding": lambda ids: assisted(pair, ids, length), "LLM alone, generate()": lambda ids: llm.generate(
-        ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device), do_sample=False, max_new_tokens=length, pad_token_id=pair[2].pad_token_id or 0)}
-    row = wall_clock(task, runs, n, lms[1])
-    for lm in lms:
-        lm.close()
-    return {"kind": "wall-clock", "family": None, "knob": None, **row}
+    others = {"speculative decoding": lambda ids: assisted(pair, ids, task.max_new_tokens), "LLM alone, generate()": lambda ids: llm.generate(
+        ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device), do_sample=False, max_new_tokens=task.max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0)}
+    return {"kind": "wall-clock", "family": None, "knob": None, **wall_clock(task, routers, n, others)}
 
 
 # ---- tau from the SLM alone ----------------------------------------------------------------------------------------------
@@ -308,8 +302,8 @@ def one_token_visits(calls: Sequence[rstitch.Call], tau: float) -> list[rstitch.
 def choose_taus(task: Task, n: int) -> list[dict]:
     """For every wanted share, and latency as a multiple of the SLM's, the tau that the SLM's own answers to the calibration problems name,
     those up to the median length: {wanted, value, tau (normalised), predicted share, predicted ms, median length}."""
-    slm, llm, *_ = pair = task.load()
-    models, log_vocab = task.latencies(), math.log(min(m.get_output_embeddings().weight.shape[0] for m in (slm, llm)))
+    pair, models = task.load(), task.latencies()
+    log_vocab = math.log(common_vocab(pair))
     solved = solve(pair, task.split("calibration", n), rstitch.SLMOnly(), batch_size=task.rows, progress=False, max_new_tokens=task.max_new_tokens)
     half = float(np.median([s["tokens"] for s in solved]))
     answers = [s["calls"] for s in solved if s["tokens"] <= half]
@@ -355,11 +349,7 @@ def run(task: Task, n_calibration: int, n_test: int, n_live: int, n_timed: int, 
         return {key_of(r): r for r in read_rows(path) if r["made_with"] == marks.get(r["family"])}
 
     def complete(jobs: dict[tuple, tuple]) -> dict[tuple, dict]:
-        have = current()
-        missing = {key: job for key, job in jobs.items() if key not in have}
-        for key, row in tqdm(completed(workers, missing, __name__), total=len(missing), desc="routers", disable=None):
-            append_row(path, row | {"made_with": marks[key[1]]})
-        have = current()
+        have = fill(path, jobs, current, lambda key: marks[key[1]], workers, "routers")
         return {key: have[key] for key in jobs}
 
     jobs = {("live labels", "live labels", None, n_live): (live_row, task, judge, n_live)} if judge and n_live else {}
@@ -403,10 +393,6 @@ def by_family(rows: list[dict]) -> dict[str, list[dict]]:
     return {name: family for name in FAMILIES if len(family := [r for r in test if r["family"] in (name, "SLM alone")]) > 1}
 
 
-def in_brackets(x: tuple[float, float, float]) -> str:
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*x)
-
-
 def show(rows: list[dict], parameters: tuple[int, int], usage: Callable[[float], float]) -> str:
     """Every test run as it was, then what else was run, and the conditions. `usage`: R2R's share on the LLM's trajectories at a threshold."""
     ms, runs = next(r["ms"] for r in rows if r["kind"] == "router times"), by_family(rows)
@@ -422,7 +408,7 @@ def show(rows: list[dict], parameters: tuple[int, int], usage: Callable[[float],
     for live in (r for r in rows if r["kind"] == "live labels"):
         lines.append(f"live labels: {right(live)} % right at {100 * live['llm_share']:.1f} % LLM tokens, {live['tokens']:.1f} tokens, {activated(live, parameters) / 1e6:.3f} M "
                      f"activated (the labels' own work not counted), n = {live['n']}; a reference point, not a bound"
-                     + (f"; on these problems at this share R2R is right more often by {in_brackets(difference(runs['R2R'], [live], live['llm_share'], live['n']))} pp" if "R2R" in runs else ""))
+                     + (f"; on these problems at this share R2R is right more often by {signed(difference(runs['R2R'], [live], live['llm_share'], live['n']))} pp" if "R2R" in runs else ""))
     for r in (r for r in rows if r["kind"] == "chosen"):
         lines.append(f"tau {r['tau']:.3g}, from the SLM's answers of up to {r['median_tokens']:g} tokens for {r['wanted']} {r['value']:g}: predicted {100 * r['predicted_share']:.1f} % LLM tokens "
                      f"and {r['predicted_ms']:.0f} ms, reached {100 * r['llm_share']:.1f} % and {r['latency_ms']:.0f} ms, {right(r)} % right")
@@ -442,7 +428,7 @@ def table(rows: list[dict]) -> str:
     for target in SHARES:
         right = {name: float(at_share(family, target, once)[0]) for name, family in runs.items()}
         cells = [f"{100 * target:g}", *("" if math.isnan(x) else f"{100 * x:.1f}" for x in right.values())]
-        cells += ["" if math.isnan(right[name] + right["R2R"]) else in_brackets(difference(runs["R2R"], runs[name], target, n)) for name in led]
+        cells += ["" if math.isnan(right[name] + right["R2R"]) else signed(difference(runs["R2R"], runs[name], target, n)) for name in led]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

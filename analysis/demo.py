@@ -21,7 +21,7 @@ from tqdm import tqdm
 import rstitch
 from analysis.common import MAX_NEW_TOKENS, load_pocket, make_pool, provenance, rotated
 from analysis.problems import problems, question, verify
-from analysis.task import BASE, POCKET, describe, solve
+from analysis.task import Task, describe, solve
 from analysis.train_policy import load_router
 from analysis.train_r2r import ROUTER, load_r2r
 
@@ -70,7 +70,7 @@ def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, devi
     """The rows, one per method, LLM alone second."""
     chosen = problems("test", n, seed)
     here = pair("llm", device)
-    learned = (Method("R-Stitch+, kappa 0.35", load_router(POCKET["policies"] / BASE, here)), Method("R2R", load_r2r(ROUTER, here)))
+    learned = (Method("R-Stitch+, kappa 0.35", load_router(Task().policy(), here)), Method("R2R", load_r2r(ROUTER, here)))
     with tqdm(total=n * (len(ALONE) + 2 * len(STITCHED) + len(learned)) + n_latency, desc="answers", unit="problem", disable=None) as bar:
 
         def start(weight: int, function, *args) -> Future:

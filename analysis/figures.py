@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.stats import PAPER_LABELS, auroc, bootstrap, difference, gap_with_interval, net_time, outcomes_of, ratio_of_means, read_rows, wilson
+from analysis.stats import PAPER_LABELS, auroc, bootstrap, difference, gap_with_interval, net_time, outcomes_of, ratio_of_means, read_rows, signed, wilson
 
 SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # told apart by the colour-blind too
 WINDOWS = (1, 4, 8, 12, 16)
@@ -287,7 +287,7 @@ def load_frontier() -> tuple[list[dict], list[dict]]:
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
     runs = newest([r for r in rows if r["kind"] not in ("calibration", "router times", "wall-clock")], ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
     for r in (*methods, *runs):
-        net = net_time(r | {"family": "R-Stitch+"} if r["kind"] == "policy" else {"family": ""} | r, net_ms)
+        net = net_time(r | {"family": "R-Stitch+" if r["kind"] == "policy" else r.get("family")}, net_ms)
         r["latency_ms"] += net
         r["spent_ms"]["router"] = net
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
@@ -335,10 +335,6 @@ def gap_of(rows: list[dict], frontier: list[dict]) -> tuple[float, float, float]
     return gap_with_interval(outcomes_of(rows, n), outcomes_of(fixed, n))
 
 
-def signed(x: tuple[float, float, float], digits: int = 1) -> str:
-    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*x, d=digits)
-
-
 def more_right(row: dict, other: dict) -> tuple[float, float, float]:
     """How much more often a run is right than another on the problems that both have answered, in percentage points, with its interval."""
     n = min(len(r["outcomes"]) for r in (row, other))
@@ -367,6 +363,7 @@ def frontier_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, s
     """What notebook 4 ends with: (claim, paper, ours, verdict)."""
     small, large = of(runs, "SLM alone")[0], of(runs, "LLM alone")[0]
     named = {r["name"]: r for r in frontier if r["kind"] == "fixed"}
+    in_percent = lambda x: signed([100 * v for v in x], 0)  # noqa: E731
     out = []
     for name in ("tau 0.001", "tau 0.02"):
         r, lost = named[name], more_right(named[name], large)
@@ -374,14 +371,14 @@ def frontier_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, s
                     verdict(lost, 0, "more", "a loss", "no loss seen")))
         n = min(len(x["outcomes"]) for x in (r, small))
         gain = gap_with_interval(outcomes_of([r], n), outcomes_of([small, large], n), mixtures=True)
-        out.append(("... gap against random per problem, %", "not compared", signed(tuple(100 * x for x in gain), 0), verdict(gain, 0, "better", "worse", "undecided")))
+        out.append(("... gap against random per problem, %", "not compared", in_percent(gain), verdict(gain, 0, "better", "worse", "undecided")))
     for name, rows in seeds_of(frontier).items():
         x = gap_of(rows, frontier)
-        out.append((f"R-Stitch+, {name}, gap against fixed rules, %", "better", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "reproduces", "does not reproduce", "undecided")))
+        out.append((f"R-Stitch+, {name}, gap against fixed rules, %", "better", in_percent(x), verdict(x, 0, "reproduces", "does not reproduce", "undecided")))
     for name, title in (("R-Stitch+", "R-Stitch+ with its threshold moved,"), ("R2R", "R2R at")):
         for r in of(runs, name):
             x = gap_of([r], frontier)
-            out.append((f"{title} {100 * r['llm_share']:.1f} % LLM, gap against fixed rules, %", "not compared", signed(tuple(100 * v for v in x), 0), verdict(x, 0, "better", "worse", "undecided")))
+            out.append((f"{title} {100 * r['llm_share']:.1f} % LLM, gap against fixed rules, %", "not compared", in_percent(x), verdict(x, 0, "better", "worse", "undecided")))
     alone = [small]
     for name in ("top-2 gap", "varentropy"):
         for share in (0.05, 0.1, 0.15, 0.2):

@@ -7,16 +7,13 @@ interpolated between neighbours. The gap of a method is 1 - its latency / the fr
 better than every fixed rule. A second, stricter gap is against mixtures too: which of two fixed rules answers a problem is drawn
 at random, so that every chord between two points can be had, and the frontier is their lower convex hull.
 """
-from functools import partial
-
 import numpy as np
-from tqdm import tqdm
 
 import rstitch
-from analysis.common import append_row, bootstrap, completed, read_rows
+from analysis.common import bootstrap, fill, read_rows
 from analysis.report import TAUS
-from analysis.stats import frontier_gap, gap_with_interval, outcomes_of
-from analysis.task import BASE, SEED, Task, digest_of, measure, room_for, wall_clock
+from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, signed
+from analysis.task import BASE, SEED, Task, digest_of, measure, wall_clock
 from analysis.train_policy import RUNS, load_router
 
 FIXED = {
@@ -39,19 +36,13 @@ def made_with(task: Task, kind: str, name: str) -> str:
 def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> dict:
     """One method over the first n test problems, greedy."""
     router = load_router(task.path("policies") / name, task.load()) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
-    return {"kind": kind, "name": name, "p": p, "made_with": made_with(task, kind, name), **measure(task, router, "test", n)}
+    return {"kind": kind, "name": name, "p": p, **measure(task, router, "test", n)}
 
 
 def timed_row(task: Task, names: list[str], n: int) -> dict:
     """Wall-clock of methods over the first n test problems."""
-    slm, llm, *_ = task.load()
-    lms = [rstitch.CachedLM(model, 1, room_for(task, n)) for model in (slm, llm)]
-    routers = {name: FIXED.get(name) or load_router(task.path("policies") / name, (slm, llm)) for name in names}
-    runs = {name: partial(rstitch.stitch, *lms, router=router, max_new_tokens=task.max_new_tokens, seed=SEED) for name, router in routers.items()}
-    row = wall_clock(task, {name: lambda ids, run=run: run(ids) for name, run in runs.items()}, n, lms[1])
-    for lm in lms:
-        lm.close()
-    return {"kind": "wall-clock", "name": "wall-clock", **row}
+    routers = {name: FIXED.get(name) or load_router(task.path("policies") / name, task.load()) for name in names}
+    return {"kind": "wall-clock", "name": "wall-clock", **wall_clock(task, routers, n)}
 
 
 def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
@@ -61,7 +52,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     policies = sorted(made.parent.name for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
     for name in policies:
         load_router(task.path("policies") / name, task.load())  # one of another pair is told now
-    marks = {(kind, name): made_with(task, kind, name) for kind, names in (("fixed", FIXED), ("policy", policies), ("random", policies)) for name in names}
+    marks = dict.fromkeys((("fixed", name) for name in FIXED), made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name) for kind in ("policy", "random") for name in policies}
     marks["wall-clock", "wall-clock"] = digest_of(task, *(task.path("policies") / name / "policy.safetensors" for name in policies), also=str(n_wall))
     seeded = [name for name in policies if "-seed" in name] or policies
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
@@ -71,11 +62,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
         return {key: r for key, r in rows.items() if r.get("made_with") == marks.get(key) and (r["n"] == n or r["kind"] == "wall-clock")}
 
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
-        rows = current()
-        missing = {(kind, name): (row_of, task, kind, name, n, *p) for kind, name, *p in jobs if (kind, name) not in rows}
-        for _, row in tqdm(completed(workers, missing, "__main__"), total=len(missing), desc="methods", disable=None):
-            append_row(path, row)
-        return current()
+        return fill(path, {(kind, name): (row_of, task, kind, name, n, *p) for kind, name, *p in jobs}, current, lambda key: marks[key], workers, "methods")
 
     rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
     rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded])
@@ -83,8 +70,8 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
         on_hull = [r["name"] for r, point in zip(best, points) if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
-        append_row(path, timed_row(task, list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *timed])), n_wall) | {"made_with": marks["wall-clock", "wall-clock"]})
-        rows = current()
+        names = list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *timed]))
+        rows = fill(path, {("wall-clock", "wall-clock"): (timed_row, task, names, n_wall)}, current, lambda key: marks[key], 1, "wall-clock")
     return list(rows.values())
 
 
@@ -126,11 +113,11 @@ def recipes(rows: list[dict]) -> str:
         for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("random", "random at these shares")):
             seeds = [r for (k, name), r in sorted(by.items()) if k == kind and name.startswith(f"kappa{kappa}-seed")]
             outcomes = outcomes_of(seeds)
-            gaps = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in gap_with_interval(outcomes, fixed, mixtures))) for mixtures in (False, True)]
+            gaps = [signed([100 * x for x in gap_with_interval(outcomes, fixed, mixtures)]) for mixtures in (False, True)]
             ms = wall.get(seeds[0]["name"]) if kind == "policy" else None
             lead = [np.array(r["outcomes"], float)[:, 0] - np.array(by["random", r["name"]]["outcomes"], float)[:, 0] for r in seeds if kind == "policy"]
             cells = [", ".join(f"{100 * r['accuracy']:.1f}" for r in seeds), *(f"{np.mean([scale * r[k] for r in seeds]):.1f}" for k, scale in (("llm_share", 100), ("tokens", 1), ("latency_ms", 1))),
-                     f"{np.mean(ms) / np.mean(wall['LLM alone']):.2f}" if ms else "", "{:+.1f} [{:+.1f}, {:+.1f}]".format(np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))) if lead else "", *gaps]
+                     f"{np.mean(ms) / np.mean(wall['LLM alone']):.2f}" if ms else "", signed([np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))]) if lead else "", *gaps]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -146,7 +133,7 @@ def ablations(rows: list[dict]) -> str:
             kappa = RUNS[changed].kappa
             earned, earned_0 = (r * (1 - kappa * t / llm_ms) for r, t in ((right, ms), (right_0, ms_0)))
             cells = [f"{kappa:g}", f"{100 * right.mean():.1f}", f"{ms.mean():.1f}",
-                     *("{:+.1f} [{:+.1f}, {:+.1f}]".format(x.mean(), *bootstrap(np.mean, x)) for x in (100 * (right - right_0), ms - ms_0, 100 * (earned - earned_0)))]
+                     *(signed([x.mean(), *bootstrap(np.mean, x)]) for x in (100 * (right - right_0), ms - ms_0, 100 * (earned - earned_0)))]
             lines.append(f"| {changed} | {against} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

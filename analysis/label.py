@@ -34,7 +34,7 @@ from analysis.common import (RESULTS, add_options, append_row, bootstrap, finger
                              provenance, ratio_of_means, read_rows, write_rows)
 from analysis.problems import problems, question
 from analysis.stats import PAPER_LABELS, kind_of, read_problems
-from analysis.task import Pair, split_of
+from analysis.task import Pair, common_vocab, split_of
 
 FOLDER = Path(__file__).parent / "checkpoints" / "labels"
 SIZES = {"router-train": 1.0, "dev": 0.15, "calibration": 0.15, "test": 0.25}  # problems of the pocket domain, as shares of --n
@@ -218,8 +218,8 @@ def teacher_forced(model, prompt: list[int], answer: list[int], chunk: int = 512
 
 def readings(settings: Settings, rows: list[dict]) -> list[dict]:
     """The SLM's choice and its entropy (nats) at every token of the LLM's answers."""
-    slm, llm, *_ = settings.load()
-    vocab, out = min(m.get_output_embeddings().weight.shape[0] for m in (slm, llm)), []
+    slm, *_ = pair = settings.load()
+    vocab, out = common_vocab(pair), []
     for row in rows:
         pieces = [(logits[:, :vocab].argmax(-1), rstitch.entropy(logits[:, :vocab])) for _, logits in teacher_forced(slm, row["prompt"], row["answer"])]
         choice, H = (torch.cat(part).tolist() for part in zip(*pieces))

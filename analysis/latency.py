@@ -19,14 +19,13 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, fingerprint, provenance, rotated
+from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, fingerprint, now, provenance, rotated
 from analysis.problems import question
-from analysis.task import Task, encode_problems
+from analysis.task import REFERENCE, Task, encode_problems, reference_ms
 
 METHODS = {
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "random, p 0.1": rstitch.RandomRouter(0.1),
     **{f"R-Stitch, tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (0.001, 0.005, 0.02)}}
-REFERENCE = [(1, 64)]
 
 
 def profile_points(max_len: int) -> list[tuple[int, int]]:
@@ -69,15 +68,12 @@ def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_ne
     samples: dict[str, list[rstitch.Sample]] = {}
     trajectories, references = [], []
 
-    def reference() -> float:
-        return float(np.median([s.ms for s in rstitch.measure_latency(lms["llm"], REFERENCE, repeats=9)]))
-
     for i in tqdm(range(rounds), desc="rounds", disable=None):
         for name, lm in lms.items():
             samples.setdefault(name, []).extend(rstitch.measure_latency(lm, points, repeats=1))
             samples.setdefault(name + " held out", []).extend(rstitch.measure_latency(lm, held, repeats=1))
         for j, problem in list(enumerate(chosen))[i * len(chosen) // rounds:(i + 1) * len(chosen) // rounds]:
-            before = reference()
+            before = reference_ms(lms["llm"])
             ids, _ = rstitch.encode(tokenizer, question(problem))
             names, calls, times = list(METHODS), {}, {name: [] for name in METHODS}
             for name in 3 * rotated(names, j):
@@ -86,7 +82,7 @@ def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_ne
                                              max_new_tokens=min(max_new_tokens, max_len - ids.shape[1])).calls[0]
                 times[name].append(1e3 * (time.perf_counter() - begin))
             trajectories += [{"method": name, "problem": j, "ms": float(np.median(times[name])), "calls": calls[name]} for name in names]
-            references.append([before, reference()])
+            references.append([before, reference_ms(lms["llm"])])
     for lm in lms.values():
         lm.close()
     return {"samples": samples, "trajectories": trajectories, "references": references}
@@ -121,9 +117,7 @@ def overhead(pair, repeats: int, context: int = 100, tokens: int = 60) -> dict:
     marks: list[float] = []
 
     def mark(*_) -> None:
-        if slm.device.type == "cuda":
-            torch.cuda.synchronize(slm.device)
-        marks.append(time.perf_counter())
+        marks.append(now(slm.device))
 
     hooks = [slm.register_forward_pre_hook(mark), slm.register_forward_hook(mark)]
     policy = rstitch.Policy(slm.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).to(slm.device)
@@ -228,7 +222,7 @@ def main() -> None:
     torch.set_num_threads(1)
     task = Task(args.slm, args.llm, args.device, args.dtype, args.special_tokens_may_differ, problems=args.problems)
     try:
-        for name, least in (("max_len", REFERENCE[0][1] + 1), ("rounds", 1), ("per_round", 1), ("max_new_tokens", 1)):
+        for name, least in (("max_len", REFERENCE[1] + 1), ("rounds", 1), ("per_round", 1), ("max_new_tokens", 1)):
             rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
         if not args.out and not task.pocket:
             raise ValueError("--out is missing: expected a file for a pair or problems that are not the pocket's")

@@ -102,6 +102,11 @@ def difference(a: list[dict], b: list[dict], target: float, n: int, draws: int =
     return float(delta[0]), *map(float, np.nanpercentile(delta[1:], [2.5, 97.5]))
 
 
+def signed(x: Sequence[float], digits: int = 1) -> str:
+    """A difference and its interval."""
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*x, d=digits)
+
+
 def outcomes_of(rows: list[dict], n: int | None = None) -> np.ndarray:
     """(methods, problems, 2): right or wrong and milliseconds, of the first n problems."""
     return np.array([[(o[0], o[-1]) for o in r["outcomes"][:n]] for r in rows], float)

@@ -6,11 +6,10 @@ import hashlib
 import json
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, option, provenance, ratio_of_means, rotated, wilson
+from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, now, option, provenance, ratio_of_means, rotated, wilson
 from analysis.problems import Stated, problems, question, verify
 from analysis.stats import PARTS, read_problems
 
+REFERENCE = (1, 64)  # tokens read and in the cache
 SEED = 0  # of the pocket domain's problems and of random switching
 FILE_SPLITS = dict(zip(PARTS, (70, 80, 90, 100)))  # upper ends, in % of hash space
 
@@ -34,6 +34,11 @@ def load_models(slm: str, llm: str, device: str, dtype: str, special_may_differ:
     if sum(p.numel() for p in pair[1].parameters()) < 1e8:
         torch.set_num_threads(1)
     return *pair, ends_of(pair)
+
+
+def common_vocab(pair) -> int:
+    """Logit columns that both models have."""
+    return min(model.get_output_embeddings().weight.shape[0] for model in pair[:2])
 
 
 def ends_of(pair) -> list[int]:
@@ -213,7 +218,7 @@ def asked(router, calls: Sequence[rstitch.Call], vocab: int) -> int:
 def summarise(task: Task, solved: list[dict], router=None) -> dict:
     """Figures of answers: fitted latency at batch 1, where that goes, how often the router's net was asked (means), and what became of
     every problem, [right, tokens, LLM tokens, ms]."""
-    models, vocab = task.latencies(), min(model.get_output_embeddings().weight.shape[0] for model in task.load()[:2])
+    models, vocab = task.latencies(), common_vocab(task.load())
     ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
     spent = [where_time_goes(s["calls"], models) for s in solved]
     return {**describe(solved), "latency_ms": float(np.mean(ms)), "spent_ms": {part: float(np.mean([one[part] for one in spent])) for part in spent[0]},
@@ -228,27 +233,33 @@ def measure(task: Task, router, split: str, n: int, pair=None) -> dict:
     return summarise(task, solved, router)
 
 
-def wall_clock(task: Task, runs: dict[str, Callable[[torch.Tensor], object]], n: int, lm: rstitch.CachedLM) -> dict:
-    """Milliseconds of each way to answer a prompt (1, P), by test problem: problems in turn, ways interleaved, with reference calls of `lm` every ten
-    problems, which show how the machine drifts."""
-    prompts = [encode_problems(task.load()[2], [problem])[0] for problem in task.split("test", n)]
+def reference_ms(lm: rstitch.CachedLM) -> float:
+    """Milliseconds of a single step of the LLM: taken again and again, it shows how the machine drifts."""
+    return float(np.median([sample.ms for sample in rstitch.measure_latency(lm, [REFERENCE], repeats=9)]))
+
+
+def wall_clock(task: Task, routers: dict[str, object], n: int, others: dict[str, Callable[[torch.Tensor], object]] | None = None) -> dict:
+    """Milliseconds by test problem at batch 1, of `stitch` with each router and of other ways to answer a prompt (1, P): problems in turn, ways
+    interleaved, a reference step every ten problems."""
+    slm, llm, tokenizer, _ = task.load()
+    prompts = [encode_problems(tokenizer, [problem])[0] for problem in task.split("test", n)]
+    longest = max(REFERENCE[1] + 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens)
+    lms = [rstitch.CachedLM(model, 1, longest) for model in (slm, llm)]
+    runs = {name: partial(rstitch.stitch, *lms, router=router, max_new_tokens=task.max_new_tokens, seed=SEED) for name, router in routers.items()} | (others or {})
     times: dict[str, list[float]] = {name: [] for name in runs}
     reference = []
     for run in runs.values():  # warm-up
         run(prompts[0])
     for i, ids in enumerate(tqdm(prompts, desc="wall-clock", disable=None)):
         if i % 10 == 0:
-            reference.append(float(np.median([s.ms for s in rstitch.measure_latency(lm, [(1, 64)], repeats=10)])))
+            reference.append(reference_ms(lms[1]))
         for name in rotated(list(runs), i):
-            start = time.perf_counter()
+            start = now(llm.device)
             runs[name](ids)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (now(llm.device) - start))
+    for lm in lms:
+        lm.close()
     return {"ms": times, "reference_ms": reference, **provenance(SEED, len(prompts), task.device, task.dtype)}
-
-
-def room_for(task: Task, n: int) -> int:
-    """Tokens that a row of the first n test problems may take, answer included, and the reference calls."""
-    return max(65, encode_problems(task.load()[2], task.split("test", n))[0].shape[1] + task.max_new_tokens)
 
 
 def digest_of(task: Task, *files: Path, also: str = "") -> str:

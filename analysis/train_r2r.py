@@ -25,6 +25,7 @@ import rstitch
 from analysis import label
 from analysis.common import (MODELS, add_options, append_row, auroc, bootstrap, check_made_for, fingerprint, given, load_checkpoint, option, provenance,
                              ratio_of_means, read_rows, rewind, save_checkpoint, write_rows)
+from analysis.task import common_vocab
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints" / "r2r"
 ROUTER = MODELS / "r2r"
@@ -281,7 +282,7 @@ def load_r2r(folder: Path, pair, threshold: float | None = None) -> rstitch.R2RR
 def run(config: Config, settings: label.Settings, rows: list[dict], folder: Path, target: Path) -> dict:
     """Features, training, threshold, figures and export, from labelled rows."""
     pair = settings.load()
-    slm, vocab = pair[0], min(m.get_output_embeddings().weight.shape[0] for m in pair[:2])
+    slm, vocab = pair[0], common_vocab(pair)
     parts = {split: [row for row in rows if row["split"] == split] for split in label.SIZES}
     if config.top_k > vocab:
         raise ValueError(f"--top-k {config.top_k}: expected at most the {vocab} tokens that both models know")
