@@ -49,6 +49,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -138,18 +139,13 @@ BLOCK = 64  # attention reads the live part of the cache, cut to a multiple of t
 CHUNK = 2048  # tokens in one forward call at most
 FREE = 128  # pads that a call may hold: they cost less than a second call, since the weights are read once for all
 PATIENCE = 8  # calls of one model while a row waits for the other
-SHORT = 32  # shorter reads are padded to a power of two, so that few shapes occur
+SHORT = 32  # under graphs, reads up to this are padded to a power of two, so that few shapes occur
 
 
 def live_slots(end: int, coarse: bool) -> int:
     """How many slots attention reads where the longest row ends at `end`; coarse, so that few graphs serve all lengths."""
     unit = max(BLOCK, 1 << (end - 1).bit_length() >> 3) if coarse else BLOCK
     return -(-end // unit) * unit
-
-
-def padded(length: int) -> int:
-    """The width that a read of this many tokens gets."""
-    return 1 << (length - 1).bit_length() if length <= SHORT else length
 
 
 @dataclass
@@ -248,9 +244,15 @@ class Output(NamedTuple):
 MISPLACED = frozenset("""gpt_neo moshi roberta roberta-prelayernorm camembert data2vec-text xlm-roberta xlm-roberta-xl xmod""".split())
 
 
+@lru_cache(maxsize=None)
+def forward_arguments(kind: type) -> frozenset[str]:
+    """What a class of models takes; asking costs as much as a token of a small one."""
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
 def cache_keyword(model) -> str:
     """What the model's forward calls its cache: transformers renamed it in 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in forward_arguments(type(model)) else "past_key_values"
 
 
 def check_servable(model, max_len: int, name: str = "model") -> None:
@@ -258,7 +260,7 @@ def check_servable(model, max_len: int, name: str = "model") -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{name} is a {type(model).__name__}: expected a decoder-only model of transformers")
     name, config = f"{name} ({type(model).__name__})", model.config.get_text_config(decoder=True)
-    accepts = inspect.signature(model.forward).parameters
+    accepts = forward_arguments(type(model))
     missing = [a for a in ("position_ids", "attention_mask", cache_keyword(model), "logits_to_keep") if a not in accepts]
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     devices = {p.device for p in model.parameters()}
@@ -352,7 +354,7 @@ class CachedLM:
         self.config, self.attention = config, attention_of(config)
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
-        self.vocab = model.get_output_embeddings().weight.shape[0]
+        self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype  # asking for it takes as long as a matmul
         self.inputs = torch.zeros(2, max(CHUNK, batch_size) + FREE, dtype=torch.long, device=model.device)  # ids, positions
         self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
@@ -378,9 +380,13 @@ class CachedLM:
         for layer in self.layers:
             layer.reset()
 
+    def width(self, longest: int) -> int:
+        """Columns of a read whose longest row has this many tokens."""
+        return 1 << (longest - 1).bit_length() if self.graphs and longest <= SHORT else longest
+
     def mask(self, positions: torch.Tensor, live: int):
         """Additive attention mask (n, 1, S, live) for tokens at positions (n, S); a dict by layer type where models want one."""
-        slots, here, dtype = self.slots[:live], positions[:, None, :, None], self.model.dtype
+        slots, here, dtype = self.slots[:live], positions[:, None, :, None], self.dtype
 
         def additive(kind: str):
             masked = slots > here
@@ -412,8 +418,7 @@ class CachedLM:
         finally:
             self.config._attn_implementation = own
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @torch.inference_mode()  # a tenth to a third faster than no_grad where launches dominate
     def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], vocab: int | None = None,
              sampling: Sampling = GREEDY, uniform: Sequence[float] | None = None) -> Output:
         """Each row reads its tokens, one or more, and proposes the next one from the first `vocab` columns.
@@ -433,7 +438,7 @@ class CachedLM:
         return self._read(rows, tokens, vocab or self.vocab, sampling, uniform)
 
     def _read(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
-        S, reading = padded(max(map(len, tokens))), dict(zip(rows, tokens))
+        S, reading = self.width(max(map(len, tokens))), dict(zip(rows, tokens))
         graphed = self.graphs is not None and (S == 1 or S <= SHORT and self.batch_size * S <= FREE)
         span = range(self.batch_size) if graphed else range(min(rows), max(rows) + 1)
         idle = len(span) - len(rows)
@@ -453,9 +458,8 @@ class CachedLM:
             self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in called])
         where = slice(span.start, span.stop) if together else torch.tensor(called, device=self.inputs.device)
         live = min(live_slots(max(positions) + 1, graphed), len(self.slots))
-        with torch.inference_mode():  # a tenth to a third faster than no_grad where launches dominate
-            out = (self.graphs(self.attentive_step, where, n, S, live, vocab, sampling) if graphed else
-                   self.attentive_step(where, n, S, live, vocab, sampling))
+        step = partial(self.graphs, self.attentive_step) if graphed else self.attentive_step
+        out = step(where, n, S, live, vocab, sampling)
         for row, line in reading.items():
             self.cursor[row] += len(line)
         if called == list(rows):
@@ -507,7 +511,9 @@ class EntropyRouter:
 
     def uncertainty(self, step: Step) -> torch.Tensor:
         """(n,) the windowed entropy in the unit of tau."""
-        H = torch.cat([step.history, step.entropy[:, None]], 1).nanmean(1)  # NaN: no such token yet
+        H = step.entropy
+        if self.window > 1:
+            H = torch.cat([step.history, H[:, None]], 1).nanmean(1)  # NaN: no such token yet
         return H / math.log(step.logits.shape[-1]) if self.unit == "normalized" else H
 
     def leave_slm(self, step: Step) -> torch.Tensor:
@@ -653,7 +659,7 @@ def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
     tokens = 0  # in the last group, pads excluded
     for row in sorted(rows, key=unread):
         n = unread(row)
-        total = padded(n) * (len(groups[-1]) + 1) if groups else math.inf
+        total = lm.width(n) * (len(groups[-1]) + 1) if groups else math.inf
         if total <= CHUNK and (total - tokens - n <= FREE or n <= 1.25 * unread(groups[-1][0])):
             groups[-1].append(row)
             tokens += n

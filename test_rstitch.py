@@ -199,7 +199,7 @@ def test_the_attention_kept_equals_the_models_own(shared, window, device):
             assert model.config._attn_implementation == "sdpa"  # the model is as it was
     finally:
         rstitch.AttentionInterface.register(rstitch.GROUPED, grouped)
-    assert calls == ([] if shared == 4 else [16, 16, 1, 1, 4, 4, 40, 40, 8, 8])  # two layers each
+    assert calls == ([] if shared == 4 else [9, 9, 1, 1, 4, 4, 40, 40, 6, 6])  # two layers each
 
 
 def test_sinks_and_soft_caps_keep_the_models_own_attention():
@@ -568,15 +568,15 @@ def test_the_majority_runs_and_nobody_waits_long():
     assert run([SLM, SLM], SLM, 10 * rstitch.PATIENCE) == SLM
 
 
-@given(unread=st.lists(st.integers(1, 6) | st.integers(1, 3000), min_size=1, max_size=40))
+@given(unread=st.lists(st.integers(1, 6) | st.integers(1, 3000), min_size=1, max_size=40), graphs=st.booleans())
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-def test_reads_share_a_call_only_where_pads_are_few(unread):
-    lm = type("Unread", (), {"cursor": [0] * len(unread)})
+def test_reads_share_a_call_only_where_pads_are_few(unread, graphs):
+    lm = type("Unread", (), {"cursor": [0] * len(unread), "graphs": graphs, "width": rstitch.CachedLM.width})()
     groups = rstitch.similar_lengths(rows_of([SLM] * len(unread), unread), lm)
     assert sorted(row.index for group in groups for row in group) == list(range(len(unread)))
     for group in groups:
         tokens = [len(row.ids) for row in group]
-        total = len(group) * rstitch.padded(max(tokens))
+        total = len(group) * lm.width(max(tokens))
         assert len(group) == 1 or total <= rstitch.CHUNK
         assert total - sum(tokens) <= rstitch.FREE or max(tokens) <= 1.25 * min(tokens) or len(group) == 1
         assert [row.index for row in group] == sorted(row.index for row in group)
@@ -744,9 +744,7 @@ def untouchable(model):
     inner = model.model if isinstance(model, CachedLM) else model
     if not isinstance(inner, torch.nn.Module):
         return model
-    forward = type(inner).forward
     inner.forward = lambda *args, **kwargs: pytest.fail("computed before refusing")
-    inner.forward.__signature__ = inspect.signature(forward)
     return model
 
 

@@ -275,18 +275,22 @@ class Script:
         return out
 
 
-def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=rstitch.next_model) -> tuple[float, int, int]:
+class Cursors:
+    """Stands in for a CachedLM where reads are grouped and not made."""
+
+    width = rstitch.CachedLM.width
+
+    def __init__(self, batch: int, graphs: bool):
+        self.cursor, self.graphs = [0] * batch, graphs
+
+
+def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=rstitch.next_model, graphs: bool = False) -> tuple[float, int, int]:
     """(time, tokens written in it, longest wait in calls) of a script under a schedule: what the loop of `stitch` would take if its reads were all. cost(model, unread)
     is the time of one read, unread being the tokens of each row that takes part. Both models have read the prompt but for its last token; the clock
     starts when every row has its second token."""
     _, B, N = leaves.shape
     rows = [rstitch.Row(i, 0, [0], 1, rstitch.LLM, []) for i in range(B)]
-
-    class Cursors:
-        def __init__(self):
-            self.cursor = [0] * B
-
-    lms, waited = (Cursors(), Cursors()), [0] * B
+    lms, waited = (Cursors(B, graphs), Cursors(B, graphs)), [0] * B
     clock, start, longest, model, in_a_row = 0.0, (0.0, 0), 0, rstitch.LLM, 0
     while live := [row for row in rows if len(row.ids) <= N]:
         chosen = rule(live, model, in_a_row)
@@ -417,7 +421,7 @@ def read_cost(lms, context: int, rounds: int) -> Callable[[int, list[int]], floa
     table: dict[tuple[int, int, int], float] = {}
 
     def cost(model: int, unread: list[int]) -> float:
-        key = model, len(unread), rstitch.padded(max(unread))
+        key = model, len(unread), lms[model].width(max(unread))
         if key not in table:
             lm = lms[model]
 
@@ -478,7 +482,7 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
             figures = {name: x[:seen.get(name, 0)] for name, x in figures.items()}
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
     cost = read_cost(lms, context + tokens // 2, 5)
-    simulated, written, wait = simulate(leaves, cost)
+    simulated, written, wait = simulate(leaves, cost, graphs=cuda)
     timed = [TimedLM(model, batch, longest, cuda) for model in models]
     for _ in range(2):  # the first time graphs are captured
         whole, n, start = timed_stitch(timed, ids, ScriptRouter(leaves, device), tokens, 2)

@@ -22,7 +22,6 @@ read off there, from the shorter half of those answers, and run.
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -34,7 +33,7 @@ from transformers import GenerationConfig
 
 import rstitch
 from analysis import label
-from analysis.common import add_options, fill, fingerprint, given, provenance, read_rows
+from analysis.common import add_options, fill, fingerprint, given, now, provenance, read_rows
 from analysis.problems import question, verify
 from analysis.stats import at_share, difference, net_time, signed
 from analysis.task import SEED, Pair, Task, common_vocab, control_of, digest_of, encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock
@@ -251,25 +250,30 @@ def assisted_row(task: Task, n: int) -> dict:
     return {"kind": "assisted", "family": "speculative decoding", "knob": None, **summarise(task, solved)}
 
 
-@torch.no_grad()
-def router_times(task: Task, repeats: int) -> dict:
-    """Milliseconds that one decision of a trained router takes at batch 1, medians, interleaved."""
-    slm, device = task.load()[0], task.load()[0].device
-    lm = rstitch.CachedLM(slm, 1, 128)
-    lm.read([0], [[5] * 100])
-    out = lm.read([0], [[5]])
-    step = rstitch.Step([0], [0], out.logits, out.hidden, out.token, torch.full_like(out.entropy, 100.0), torch.tensor([60], device=device),
-                        torch.tensor([101], device=device), torch.zeros(1, 0, device=device))  # no threshold is as high
-    times: dict[str, list[float]] = {}
+def router_times(task: Task, n: int) -> dict:
+    """Milliseconds that one decision of a trained router takes at batch 1, where it is made: medians over the answers to calibration problems, routers in turn."""
+    slm, llm, tokenizer, _ = task.load()
     routers = {name: family.build(task, 0.0) for name, family in families_of(task).items() if family.needs}
-    for _ in range(repeats):
-        for name, router in routers.items():
-            start = time.perf_counter()
-            router.leave_slm(step).tolist()
-            times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
-    lm.close()
-    return {"kind": "router times", "family": None, "knob": None, "ms": {name: float(np.median(ms)) for name, ms in times.items()},
-            **provenance(SEED, repeats, task.device, task.dtype)}
+    times: dict[str, list[float]] = {name: [] for name in routers}
+
+    def timed(name: str, decide: Callable) -> Callable:
+        def decide_timed(*args):
+            start = now(slm.device)
+            out = decide(*args)
+            times[name].append(1e3 * (now(slm.device) - start))
+            return out
+        return decide_timed
+
+    for name, router in routers.items():
+        method = "decide" if isinstance(router, rstitch.PolicyRouter) else "leave_slm"
+        setattr(router, method, timed(name, getattr(router, method)))
+    chosen = task.split("calibration", n)
+    for problem in chosen:
+        ids, _ = encode_problems(tokenizer, [problem])
+        for router in routers.values():
+            rstitch.stitch(slm, llm, ids, router, max_new_tokens=task.max_new_tokens, seed=SEED)
+    return {"kind": "router times", "family": None, "knob": None, "ms": {name: float(np.median(ms or 0.0)) for name, ms in times.items()},
+            **provenance(SEED, len(chosen), task.device, task.dtype)}
 
 
 def timed_row(task: Task, rows: list[dict], n: int) -> dict:
@@ -370,7 +374,8 @@ def run(task: Task, n_calibration: int, n_test: int, n_live: int, n_timed: int, 
             x = math.log(max(one["tau"], 1e-9))
             chosen["chosen", "R-Stitch", (one["wanted"], one["value"]), n_test] = partial(row_of, kind="chosen", **one), task, "R-Stitch", x, "test", n_test
     rows |= complete(todo | chosen)
-    jobs = {("router times", None, None, 300): (router_times, task, 300)}
+    n_decisions = min(30, n_calibration)
+    jobs = {("router times", None, None, n_decisions): (router_times, task, n_decisions)}
     jobs |= {("wall-clock", None, None, n_timed): (timed_row, task, list(rows.values()), n_timed)} if n_timed else {}
     for key, job in jobs.items():  # one after the other, alone on the machine
         rows |= complete({key: job})

@@ -1,13 +1,16 @@
-"""The latency model of a pair: fitted to single steps, checked on other steps and on whole trajectories.
+"""The latency model of a pair: fitted to a grid of steps and to the steps of trajectories, checked on other trajectories.
 
     python -m analysis.latency                     (pocket pair; writes analysis/results/latency.json and latency.png)
     python -m analysis.latency --slm SMALL --llm LARGE --device cuda --dtype bfloat16 --max-len 8192 --out pair.json
     python -m analysis.latency --overhead          (what a token costs beside the forward pass; appends to analysis/results/overhead.jsonl)
 
-Everything runs at batch 1, in one process and on one thread. Every round times the profile once, then points that are held out,
-then the trajectories of a few problems by every method. Reference calls (single steps of the LLM) before and after each problem
-show how much the machine drifted; a problem is calm where both are within 5 % of the run's median. A trajectory's
-wall-clock is the median of three whole `stitch` calls, other methods in between; its fitted latency sums over its forward passes.
+Everything runs at batch 1, in one process and on one thread. Every round times the grid once, then points that are held out,
+then the trajectories of a few problems by every method. A step that follows one of the other model finds less in the processor's
+cache than one that is timed again and again, and one in a trajectory is decided by its own router: so every other problem's steps
+are part of what is fitted, the time from one result of the loop to the next, and the other problems are for checking. A
+trajectory's wall-clock is the median of three whole `stitch` calls, other methods in between; its fitted latency sums over its
+forward passes. Reference calls (single steps of the LLM) before and after each problem show how much the machine drifted; a
+problem is calm where both are within 5 % of the run's median.
 """
 import argparse
 import json
@@ -28,7 +31,7 @@ METHODS = {
     **{f"R-Stitch, tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (0.001, 0.005, 0.02)}}
 
 
-def profile_points(max_len: int) -> list[tuple[int, int]]:
+def grid_points(max_len: int) -> list[tuple[int, int]]:
     """(n_inf, n_kv) that span all calls of rows of up to max_len tokens."""
     sizes = [2**k for k in range(1, max_len.bit_length()) if 2**k <= max_len // 2]
     sizes += [3 * size // 2 for size in sizes[1:-1]]
@@ -37,7 +40,7 @@ def profile_points(max_len: int) -> list[tuple[int, int]]:
 
 
 def held_out_points(max_len: int, n: int = 30, seed: int = 0) -> list[tuple[int, int]]:
-    """Points between those of the profile, a third of them single tokens."""
+    """Points between those of the grid, a third of them single tokens."""
     rng = np.random.default_rng(seed)
     sizes = [1] * (n // 3) + [int(x) for x in np.exp(rng.uniform(np.log(2), np.log(max_len / 2), n - n // 3))]
     return [(size, int(rng.integers(0, max_len - size))) for size in sizes]
@@ -59,12 +62,20 @@ def trajectory_figures(fitted: np.ndarray, measured: np.ndarray) -> dict:
     return out
 
 
+def step_samples(calls: list[rstitch.Call], ends: list[list[float]]) -> dict[str, list[rstitch.Sample]]:
+    """{"slm", "llm"}: the steps of a trajectory but the first, which no result comes before; each the median over runs, `ends` being when (s) its results came in each."""
+    out: dict[str, list[rstitch.Sample]] = {"slm": [], "llm": []}
+    for call, ms in zip(calls[1:], 1e3 * np.median(np.diff(ends), 0)):
+        out[("slm", "llm")[call.model]].append(rstitch.Sample(call.n_inf, call.n_kv, float(ms)))
+    return out
+
+
 def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_new_tokens: int = MAX_NEW_TOKENS) -> dict:
-    """Interleaved samples, the problems spread over the rounds: {"slm", "llm"}: profile, {"slm held out", ...}, trajectories (method, problem, ms, calls), and the
-    reference calls' ms before and after each problem."""
+    """Interleaved samples, the problems spread over the rounds: {"slm", "llm"}: grid, {"slm held out", ...}, {"slm steps", ...} of every other problem's trajectories;
+    the other trajectories (method, problem, ms, calls); and the reference calls' ms before and after each of all problems."""
     slm, llm, tokenizer = pair
     lms = {"slm": rstitch.CachedLM(slm, 1, max_len), "llm": rstitch.CachedLM(llm, 1, max_len)}
-    points, held = profile_points(max_len), held_out_points(max_len)
+    points, held = grid_points(max_len), held_out_points(max_len)
     samples: dict[str, list[rstitch.Sample]] = {}
     trajectories, references = [], []
 
@@ -75,13 +86,19 @@ def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_ne
         for j, problem in list(enumerate(chosen))[i * len(chosen) // rounds:(i + 1) * len(chosen) // rounds]:
             before = reference_ms(lms["llm"])
             ids, _ = rstitch.encode(tokenizer, question(problem))
-            names, calls, times = list(METHODS), {}, {name: [] for name in METHODS}
+            names, calls, times, ends = list(METHODS), {}, {name: [] for name in METHODS}, {name: [] for name in METHODS}
             for name in 3 * rotated(names, j):
+                ends[name].append([])
                 begin = time.perf_counter()
-                calls[name] = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=[1000 * seed + j],
-                                             max_new_tokens=min(max_new_tokens, max_len - ids.shape[1])).calls[0]
+                calls[name] = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=[1000 * seed + j], max_new_tokens=min(max_new_tokens, max_len - ids.shape[1]),
+                                             on_token=lambda *_: ends[name][-1].append(time.perf_counter())).calls[0]  # noqa: B023  (called before name changes)
                 times[name].append(1e3 * (time.perf_counter() - begin))
-            trajectories += [{"method": name, "problem": j, "ms": float(np.median(times[name])), "calls": calls[name]} for name in names]
+            if j % 2:
+                trajectories += [{"method": name, "problem": j, "ms": float(np.median(times[name])), "calls": calls[name]} for name in names]
+            else:
+                for name in names:
+                    for model, steps in step_samples(calls[name], ends[name]).items():
+                        samples.setdefault(model + " steps", []).extend(steps)
             references.append([before, reference_ms(lms["llm"])])
     for lm in lms.values():
         lm.close()
@@ -91,11 +108,15 @@ def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_ne
 def evaluate(measured: dict) -> dict:
     """Both fits with their residuals, and how well they predict trajectories, per method, over all and over calm problems."""
     samples, out = measured["samples"], {}
-    models = {name: rstitch.LatencyModel.fit(samples[name]) for name in ("slm", "llm")}
+    models = {name: rstitch.LatencyModel.fit(samples[name] + samples[name + " steps"]) for name in ("slm", "llm")}
     for name, model in models.items():
         out[name] = model.coefficients
-        out[name + "_residuals"] = {"profile": residuals(model, samples[name]), "held out": residuals(model, samples[name + " held out"])}
+        out[name + "_residuals"] = {what: residuals(model, samples[name + suffix]) for what, suffix in (("grid", ""), ("steps of trajectories", " steps"), ("held out", " held out"))}
         out[name + "_profile"] = rstitch.medians(samples[name])
+        of_size: dict[int, list[float]] = {}
+        for s in samples[name + " steps"]:
+            of_size.setdefault(s.n_inf, []).append(model.call(s.n_inf, s.n_kv) / s.ms - 1)
+        out[name + "_steps"] = [[n_inf, float(np.median(errors)), len(errors)] for n_inf, errors in sorted(of_size.items())]
     calm = np.median(measured["references"])
     drift = [max(abs(np.array(pair) / calm - 1)) for pair in measured["references"]]
     out |= {"reference_ms": float(calm), "drift": drift, "trajectories": {}}
@@ -187,9 +208,11 @@ def plot(row: dict, path: Path) -> None:
     for name, marker in (("slm", "o"), ("llm", "s")):
         model = rstitch.LatencyModel(**row[name])
         n_inf, error = zip(*[(n, 100 * (model.call(n, kv) / ms - 1)) for n, kv, ms in row[name + "_profile"]])
-        left.plot(n_inf, error, marker, alpha=0.6, label=name.upper())
+        drawn, = left.plot(n_inf, error, marker, alpha=0.3, label=f"{name.upper()}, grid")
+        sizes, error, _ = zip(*row[name + "_steps"])
+        left.plot(sizes, 100 * np.array(error), "-" + marker, ms=4, lw=1, color=drawn.get_color(), label=f"{name.upper()}, trajectories (median)")
     left.axhline(0, color="grey", lw=0.8)
-    left.set(xscale="log", xlabel="tokens read by the call, n_inf", ylabel="fitted / measured - 1 (%)", title="One call (nearer to 0 is better)")
+    left.set(xscale="log", xlabel="tokens read by the call, n_inf", ylabel="fitted / measured - 1 (%)", title="One step (nearer to 0 is better)")
     for name, both in row["trajectories"].items():
         right.plot(both["measured_ms"], both["fitted_ms"], ".", alpha=0.6, label=name)
     ends = [min(min(b["measured_ms"]) for b in row["trajectories"].values()), max(max(b["measured_ms"]) for b in row["trajectories"].values())]
@@ -212,8 +235,8 @@ def main() -> None:
     add("--device", type=rstitch.usable_device, default="cpu", help="torch device (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of both models (default: %(default)s)")
     add("--max-len", type=int, default=384, help="longest row, prompt and answer, in tokens (default: %(default)s)")
-    add("--rounds", type=int, default=10, help="rounds of profile and trajectories (default: %(default)s)")
-    add("--per-round", type=int, default=10, help="problems a round, each answered by every method (default: %(default)s)")
+    add("--rounds", type=int, default=10, help="rounds of grid and trajectories (default: %(default)s)")
+    add("--per-round", type=int, default=20, help="problems a round, each answered by every method; every other one for the fit (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the problems and of random switching (default: %(default)s)")
     add("--overhead", action="store_true", help="measure what a token costs beside the forward pass instead")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer of a trajectory, in tokens (default: %(default)s)")

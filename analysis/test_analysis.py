@@ -337,7 +337,7 @@ def test_where_time_goes_by_hand():
 
 def test_latency_is_fitted_checked_and_read_back(tmp_path, pocket, capsys):
     measured = latency.measure(pocket, problems("dev", 3, 0), max_len=330, rounds=2)
-    assert {t["method"] for t in measured["trajectories"]} == set(latency.METHODS) and len(measured["trajectories"]) == 3 * len(latency.METHODS)
+    assert {t["method"] for t in measured["trajectories"]} == set(latency.METHODS) and len(measured["trajectories"]) == len(latency.METHODS)  # of three problems the second
     row = latency.evaluate(measured) | {"seed": 0, "device": "cpu", "dtype": "float32", "torch": "x"}
     (tmp_path / "latency.json").write_text(json.dumps(row))
     slm, llm = load_latency(tmp_path / "latency.json")
@@ -354,9 +354,17 @@ def test_overhead_names_its_parts(pocket):
 
 
 def test_held_out_points_are_not_those_of_the_profile_and_all_fit():
-    profile, held = latency.profile_points(384), latency.held_out_points(384)
+    profile, held = latency.grid_points(384), latency.held_out_points(384)
     assert all(n + kv <= 384 for n, kv in profile + held) and len(set(held) & set(profile)) <= 1
     assert {n == 1 for n, _ in held} == {True, False}
+
+
+def test_steps_of_a_trajectory_by_hand():
+    """Results at 1, 3 and 6 ms, then at 1, 2 and 9 ms: the second step took 2 and 1 ms, the third 3 and 7."""
+    calls = [rstitch.Call(rstitch.SLM, 0, 10, 0, 5, 0.1, True), rstitch.Call(rstitch.SLM, 1, 1, 10, 6, 0.9, False), rstitch.Call(rstitch.LLM, 1, 11, 0, 7, 0.1, True)]
+    steps = latency.step_samples(calls, [[0.001, 0.003, 0.006], [0.001, 0.002, 0.009]])
+    assert [s[:2] for s in steps["slm"] + steps["llm"]] == [(1, 10), (11, 0)]
+    assert [s.ms for s in steps["slm"] + steps["llm"]] == pytest.approx([1.5, 5.0])
 
 
 def test_trajectory_figures_by_hand():
