@@ -10,7 +10,7 @@ the sequence the model's KV cache has read. Prefill, catching up after a switch 
 
     model m reads the tokens between its cursor and the end, and proposes the next token.
 
-Switching models is running the other one. Discarding a token is not appending it: it was never read, so nothing is rolled back.
+Switching models is running the other one. To discard a token is not to append it: no model has read it yet, so nothing is rolled back.
 What a router decides is only who reads next (Algorithm 1 of R-Stitch; H is the entropy of the proposing model):
 
     active   router says            the proposed token is         next active
@@ -21,13 +21,14 @@ What a router decides is only who reads next (Algorithm 1 of R-Stitch; H is the 
 
 Glossary (code name, paper symbol, unit, default):
 
-    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache slots; logit columns; hidden size (in a cache: H heads of D)
+    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache slots; logit columns; hidden size (in a cache: of one head)
+    P, N, G            prompt columns; tokens of the longest answer; answers per prompt (training, where P counts prompts)
     entropy            H_t of R-Stitch Eq. 1, in nats. The paper divides by log V; here the unit is always named
     tau                threshold on the entropy, R-Stitch section 3; normalised to [0, 1] unless unit="nats"; 0.02
-    window             number of steps whose entropies are averaged before comparing with tau; 1 (the paper)
+    window             entropies averaged before comparing with tau: the proposal's and those of the last kept tokens; 1 (the paper)
     SLM, LLM = 0, 1    the two sources of tokens
-    kept               appended to the answer; an SLM proposal over the threshold is not
-    position           index of a token in the answer, 0 for the first
+    kept               appended to the answer; an SLM proposal at which the router leaves is not
+    position           index of a token in the answer, 0 for the first; in section 2, as in transformers, in the whole sequence
     cursor             L of R-Stitch Algorithm 1: tokens a model has read of a row, prompt included
     n_inf, n_kv        N_inf, N_kv of the R-Stitch latency model: tokens a call reads, tokens its cache held before
     lam                lambda of R-Stitch+'s reward: what a millisecond of latency costs, 5e-6
@@ -46,10 +47,10 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -109,8 +110,8 @@ class Sampling:
         probs = logits.softmax(-1)
         if self.top_p < 1:
             p, order = probs.sort(descending=True)
-            out = p.cumsum(-1) - p >= self.top_p  # the likelier tokens alone hold top_p
-            probs = probs.masked_fill(out.scatter(-1, order, out), 0.0)
+            dropped = p.cumsum(-1) - p >= self.top_p  # the likelier tokens alone hold top_p
+            probs = probs.masked_fill(dropped.scatter(-1, order, dropped), 0.0)
         return probs
 
     def draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -133,25 +134,27 @@ GREEDY = Sampling()
 
 # ---- 2. Cached models ----------------------------------------------------------------------------------------------------
 # Slot t of row b holds the token at position t of row b, so rows stand at different lengths and a mask is just "slot <= position".
+# All there is to do with it is CachedLM.read: some rows read some tokens each, and each proposes its next one. Before it come its
+# parts: the layer of the cache, attention over it, which models can be served, and CUDA graphs, which need few different shapes.
 
 
-BLOCK = 64  # attention reads the live part of the cache, cut to a multiple of this, or under graphs to an eighth of a power of two
+BLOCK = 64  # attention reads the slots up to the end of the longest row ("live"), rounded up to a multiple of this; see live_slots
 CHUNK = 2048  # tokens in one forward call at most
-FREE = 128  # pads that a call may hold: they cost less than a second call, since the weights are read once for all
-PATIENCE = 8  # calls of one model while a row waits for the other
-SHORT = 32  # under graphs, reads up to this are padded to a power of two, so that few shapes occur
+FREE = 128  # pads that a forward call may hold: they cost less than a second call, which reads all weights again
+SHORT = 32  # under graphs, reads up to this are padded to a power of two
 
 
 def live_slots(end: int, coarse: bool) -> int:
-    """How many slots attention reads where the longest row ends at `end`; coarse, so that few graphs serve all lengths."""
-    unit = max(BLOCK, 1 << (end - 1).bit_length() >> 3) if coarse else BLOCK
+    """How many slots attention reads where the longest row ends at `end`: rounded up to BLOCK, or if coarse to an eighth of the next power
+    of two, so that few graphs serve all lengths."""
+    unit = max(BLOCK, (1 << (end - 1).bit_length()) // 8) if coarse else BLOCK
     return -(-end // unit) * unit
 
 
 @dataclass
 class Place:
-    """Where the current read goes: its rows, a slice where they are neighbours (an index (n,) copies what it selects), its slots
-    (n, 1, S, 1) and the number of live slots."""
+    """What the layers of a cache need to know of the current read: its rows (a slice where they are neighbours: an index (n,) copies
+    what it selects), its slots (n, 1, S, 1), and how many slots are live."""
 
     rows: slice | torch.Tensor = None
     slots: torch.Tensor = None
@@ -168,7 +171,7 @@ class StitchLayer(CacheLayerMixin):
         super().__init__()
         self.place, self.shape, self.viewed = place, (batch_size, slots), None
 
-    @torch.inference_mode(False)  # or nobody could write it outside of inference mode
+    @torch.inference_mode(False)  # a tensor made in inference mode cannot be written outside of it
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, T = self.shape
         self.keys = key_states.new_zeros(B, key_states.shape[1], T, key_states.shape[3])
@@ -205,19 +208,21 @@ class StitchLayer(CacheLayerMixin):
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """`sdpa` that reads every cached key once: queries (n, H, S, D), keys and values (n, K, T, D) of K <= H heads, additive mask (n, 1, S, T) -> (n, S, H, D).
+    """Grouped-query attention by `sdpa` that reads every cached key once: queries (n, H, S, D), keys and values (n, K, T, D) of K <= H
+    heads, additive mask (n, 1, S, T) -> (n, S, H, D).
 
-    The query heads that share a key become rows of one query. Given a mask, `sdpa` of transformers copies keys and values H / K times
-    first (always before 5.23, since then for reads of two tokens or more), which takes several times as long as the attention itself.
-    ValueError for sinks and soft caps, which sdpa has not: such models use eager.
+    The query heads that share a key become rows of one query. transformers' own `sdpa`, given a mask, first copies keys and values
+    H / K times (since 5.23 only for reads of two tokens or more), which takes several times as long as the attention itself.
+    ValueError for soft caps and sinks: sdpa has neither, such models use eager.
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
         raise ValueError(f"{type(module).__name__} has a soft cap or sinks: expected attn_implementation='eager', not 'sdpa'")
     n, H, S, D = query.shape
     shared = H // key.shape[1]
-    mask = attention_mask if S == 1 else attention_mask.repeat(1, 1, shared, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(query.reshape(n, -1, shared * S, D), key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(n, H, S, -1).transpose(1, 2).contiguous(), None
+    query = query.reshape(n, -1, shared * S, D)  # (n, K, shared S, D)
+    mask = attention_mask if S == 1 else attention_mask.repeat(1, 1, shared, 1)  # (n, 1, shared S, T)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(n, H, S, -1).transpose(1, 2).contiguous(), None  # (n, S, H, D)
 
 
 GROUPED = "rstitch_grouped"
@@ -225,7 +230,7 @@ AttentionInterface.register(GROUPED, grouped_attention)
 
 
 def attention_of(config) -> str:
-    """What reads the cache: our own where query heads share keys and the model would use sdpa without a soft cap."""
+    """Which attention to use: ours where query heads share keys and the model would use sdpa without a soft cap, else the model's own."""
     shares = (getattr(config, "num_key_value_heads", None) or math.inf) < config.num_attention_heads
     plain = config._attn_implementation == "sdpa" and not getattr(config, "attn_logit_softcapping", None)
     return GROUPED if shares and plain else config._attn_implementation
@@ -240,13 +245,13 @@ class Output(NamedTuple):
     entropy: torch.Tensor
 
 
-# Of all causal models of transformers 5.23 that take position_ids, these alone differ from a recompute.
+# Of all causal models of transformers 5.23 that take position_ids, those that differ from a full recompute all the same.
 MISPLACED = frozenset("""gpt_neo moshi roberta roberta-prelayernorm camembert data2vec-text xlm-roberta xlm-roberta-xl xmod""".split())
 
 
 @lru_cache(maxsize=None)
 def forward_arguments(kind: type) -> frozenset[str]:
-    """What a class of models takes; asking costs as much as a token of a small one."""
+    """What the forward of a class of models takes; kept, because asking takes as long as a token of a small one."""
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
@@ -256,7 +261,7 @@ def cache_keyword(model) -> str:
 
 
 def check_servable(model, max_len: int, name: str = "model") -> None:
-    """ValueError or TypeError for what cannot stand at different positions in different rows, before any work."""
+    """ValueError or TypeError for a model whose rows cannot be at different lengths in one batch, before anything is computed."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{name} is a {type(model).__name__}: expected a decoder-only model of transformers")
     name, config = f"{name} ({type(model).__name__})", model.config.get_text_config(decoder=True)
@@ -299,7 +304,8 @@ class Graphs:
         self.device, self.pool, self.works = device, None, True
 
     def __call__(self, step: Callable[..., Output], rows: slice, *key) -> Output:
-        """step(rows, *key); what it returns holds until the next step."""
+        """step(rows, *key); the tensors that it returns are overwritten by the next step. rows, the whole batch, is no part of the key:
+        before Python 3.12 a slice cannot be one."""
         if self.works and key not in self.captured:
             try:
                 self.captured[key] = self.capture(step, rows, *key)
@@ -317,7 +323,7 @@ class Graphs:
         with torch.cuda.device(self.device):  # the model's, which need not be the current one
             stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # lazy set-up must not be captured; a step done again writes what it wrote
+            with torch.cuda.stream(stream):  # lazy set-up must not be captured; a step that is repeated writes the same again
                 for _ in range(2):
                     step(rows, *key)
             torch.cuda.current_stream().wait_stream(stream)
@@ -354,8 +360,8 @@ class CachedLM:
         self.config, self.attention = config, attention_of(config)
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
-        self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype  # asking for it takes as long as a matmul
-        self.inputs = torch.zeros(2, max(CHUNK, batch_size) + FREE, dtype=torch.long, device=model.device)  # ids, positions
+        self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype  # which walks the parameters: as long as a matmul
+        self.inputs = torch.zeros(2, max(CHUNK, batch_size) + FREE, dtype=torch.long, device=model.device)  # ids, positions; with pads
         self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
         # What the output embedding reads is the last hidden state, in every family tested. The hook holds a dict, not self, so
@@ -375,7 +381,7 @@ class CachedLM:
             self.hook.remove()
 
     def reset(self) -> None:
-        """Forget every row. Zeroed, because a masked slot still meets a weight of 0, and 0 x NaN is NaN."""
+        """Forget every row, and what the cache holds: a masked slot still meets a weight of 0, and 0 x NaN, left by a failed call, is NaN."""
         self.cursor = [0] * self.batch_size
         for layer in self.layers:
             layer.reset()
@@ -398,7 +404,7 @@ class CachedLM:
             return additive("sliding_attention" if self.sliding else "full_attention")
         return {kind: additive(kind) for kind in set(self.layer_types)}
 
-    def step(self, rows: slice | torch.Tensor, n: int, S: int, live: int, vocab: int, sampling: Sampling) -> Output:
+    def _forward(self, rows: slice | torch.Tensor, n: int, S: int, live: int, vocab: int, sampling: Sampling) -> Output:
         """One forward call on what lies in the static buffers; no host sync, no shape that depends on data."""
         ids, positions = self.inputs[:, :n * S].view(2, n, S)
         self.place.rows, self.place.slots, self.place.live = rows, positions[:, None, :, None], live
@@ -407,14 +413,14 @@ class CachedLM:
         logits = out.logits[:, -1, :vocab].float()  # (n, V)
         return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
-    def attentive_step(self, *args) -> Output:
-        """`step` with the attention that was chosen; the model's config is as it was afterwards."""
+    def forward(self, *args) -> Output:
+        """`_forward` with the attention that was chosen; the model's config is as it was afterwards."""
         own = self.config._attn_implementation
-        if own == self.attention:  # asking costs nothing, setting as much as a small layer
-            return self.step(*args)
+        if own == self.attention:  # to ask costs nothing, to set it as much as a small layer
+            return self._forward(*args)
         try:
             self.config._attn_implementation = self.attention
-            return self.step(*args)
+            return self._forward(*args)
         finally:
             self.config._attn_implementation = own
 
@@ -425,47 +431,45 @@ class CachedLM:
 
         Ragged reads are aligned on the right, so the last column is the last token of every row. A pad repeats the row's first
         token at that token's position: it computes and writes what the token itself does, so it needs no slot of its own.
-        All reads of a call together, pads included, are at most CHUNK tokens; a row alone may read any number, in chunks.
+        The caller sees to it that all rows together, pads included, read at most CHUNK tokens; a row alone may read any number, in chunks.
         """
         assert self.layers and len(set(rows)) == len(rows) == len(tokens) and all(tokens), (rows, tokens)
         ends = [self.cursor[row] + len(line) for row, line in zip(rows, tokens)]
         assert max(ends) <= self.max_len, f"a row would hold {max(ends)} tokens, the cache holds {self.max_len}"
-        for line in tokens if len(rows) == 1 else ():
-            whole = (len(line) - 1) // CHUNK * CHUNK
-            for start in range(0, whole, CHUNK):
-                self._read(rows, [line[start:start + CHUNK]], self.vocab, GREEDY, None)
-            tokens = [line[whole:]]
+        while len(rows) == 1 and len(tokens[0]) > CHUNK:
+            self._read(rows, [tokens[0][:CHUNK]], self.vocab, GREEDY, None)
+            tokens = [tokens[0][CHUNK:]]
         return self._read(rows, tokens, vocab or self.vocab, sampling, uniform)
 
     def _read(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
-        S, reading = self.width(max(map(len, tokens))), dict(zip(rows, tokens))
+        S, unread = self.width(max(map(len, tokens))), dict(zip(rows, tokens))
         graphed = self.graphs is not None and (S == 1 or S <= SHORT and self.batch_size * S <= FREE)
         span = range(self.batch_size) if graphed else range(min(rows), max(rows) + 1)
         idle = len(span) - len(rows)
-        # A few idle rows between those that read cost less than copying the caches of those that do. An idle row writes the slot
-        # at its cursor, which nobody sees before the row's next read writes it; a full row, its last slot: it has no next read.
-        together = graphed or idle <= len(rows) and idle * S <= FREE
-        called = list(span) if together else list(rows)
-        n, ids, positions = len(called), [], []
-        for row in called:
-            line, start = reading.get(row, [0]), min(self.cursor[row], self.max_len - 1)
+        # Idle rows in between take part where they are few: that costs less than copying the caches of those that read. An idle row
+        # writes the slot at its cursor, which its own next read overwrites before anybody sees it; a full row its last slot: it reads no more.
+        neighbours = graphed or idle <= len(rows) and idle * S <= FREE
+        taking_part = list(span) if neighbours else list(rows)
+        n, ids, positions = len(taking_part), [], []
+        for row in taking_part:
+            line, start = unread.get(row, [0]), min(self.cursor[row], self.max_len - 1)
             pads = S - len(line)
             ids += [line[0]] * pads + list(line)
             positions += [start] * pads + list(range(start, start + len(line)))
         self.inputs[:, :n * S] = torch.tensor([ids, positions])
         if uniform is not None:
             drawn = dict(zip(rows, uniform))
-            self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in called])
-        where = slice(span.start, span.stop) if together else torch.tensor(called, device=self.inputs.device)
+            self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in taking_part])
+        where = slice(span.start, span.stop) if neighbours else torch.tensor(taking_part, device=self.inputs.device)
         live = min(live_slots(max(positions) + 1, graphed), len(self.slots))
-        step = partial(self.graphs, self.attentive_step) if graphed else self.attentive_step
-        out = step(where, n, S, live, vocab, sampling)
-        for row, line in reading.items():
+        key = n, S, live, vocab, sampling
+        out = self.graphs(self.forward, where, *key) if graphed else self.forward(where, *key)
+        for row, line in unread.items():
             self.cursor[row] += len(line)
-        if called == list(rows):
+        if taking_part == list(rows):
             return out
         picked = torch.tensor([row - span.start for row in rows], device=self.inputs.device)
-        return Output(*(field[picked] for field in out))
+        return Output(*(x[picked] for x in out))
 
 
 # ---- 3. Routers ----------------------------------------------------------------------------------------------------------
@@ -492,7 +496,7 @@ class EntropyRouter:
 
     tau is normalised by log V (the paper) or in nats. `window` > 1 compares the mean over the row's last kept tokens and the
     current proposal; discarded proposals do not count, and a switch does not start the window anew. `tau_back` is the LLM's
-    threshold for handing back, tau unless given. Both are ours.
+    threshold for handing back, tau unless given. Neither is in the paper.
     """
 
     tau: float = 0.02
@@ -531,7 +535,7 @@ class SLMOnly:
     def leave_slm(self, step: Step) -> torch.Tensor:
         return torch.zeros_like(step.token, dtype=torch.bool)
 
-    leave_llm = leave_slm
+    leave_llm = leave_slm  # asked of LLMOnly only
 
 
 class LLMOnly(SLMOnly):
@@ -540,9 +544,9 @@ class LLMOnly(SLMOnly):
     first = LLM
 
 
-def coins(seed: int, row_seeds: list[int], positions: list[int], model: int) -> list[float]:
-    """One number in [0, 1) per row, for a random decision that depends on (seed, row seed, position) and not on the batch."""
-    return [random.Random(f"{seed} {row_seed} {t} {model}").random() for row_seed, t in zip(row_seeds, positions)]
+def uniforms(seed: int, seeds: list[int], positions: list[int], model: int) -> list[float]:
+    """One number in [0, 1) per row, from (seed, row seed, position, model) alone: a decision made with it does not depend on the batch."""
+    return [random.Random(f"{seed} {row_seed} {t} {model}").random() for row_seed, t in zip(seeds, positions)]
 
 
 @dataclass(frozen=True)
@@ -563,7 +567,7 @@ class RandomRouter:
                 raise ValueError(f"{name}={p!r}: expected a probability in [0, 1]")
 
     def flip(self, step: Step, model: int, p: float) -> torch.Tensor:
-        return torch.tensor([u < p for u in coins(self.seed, step.seeds, step.position.tolist(), model)], device=step.token.device)
+        return torch.tensor([u < p for u in uniforms(self.seed, step.seeds, step.position.tolist(), model)], device=step.token.device)
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         return self.flip(step, SLM, self.p)
@@ -583,7 +587,7 @@ def check_router(router) -> None:
 
 
 def check_decision(router, model: int, leave, token: torch.Tensor) -> None:
-    """TypeError unless a router returned one bool per row, on the device of its model."""
+    """TypeError unless a router returned one bool per row, on the device of the tokens."""
     got = (leave.dtype, tuple(leave.shape), leave.device) if isinstance(leave, torch.Tensor) else type(leave).__name__
     if got != (torch.bool, tuple(token.shape), token.device):
         raise TypeError(f"router {type(router).__name__}.leave_{NAMES[model].lower()} returned {got}: "
@@ -630,7 +634,7 @@ class Row:
     ids: list[int]
     n_prompt: int
     active: int
-    uniform: list[list[float]]  # per position, one draw for the SLM and one for the LLM
+    uniform: list[list[float]] = field(default_factory=list)  # per position, one draw for the SLM and one for the LLM
     calls: list[Call] = field(default_factory=list)
     kept: list[Call] = field(default_factory=list)  # those whose token was appended, one per answer token
     done: bool = False
@@ -648,7 +652,7 @@ def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
 
 
 def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
-    """Split rows into reads that share a call: of like length, or with so few pads that they cost less than a second call.
+    """Split rows into groups that share a forward call: reads of similar length, or so few pads that one call is cheaper than two.
 
     So one row's long read pads nobody else's, and a row that catches up does not widen a large batch of single tokens.
     """
@@ -669,22 +673,20 @@ def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
     return [sorted(group, key=lambda row: row.index) for group in groups]
 
 
-def next_model(rows: list[Row], last: int, in_a_row: int) -> int:
-    """Who runs next, `last` having run so often in a row: who most rows wait for, so that calls serve many, but nobody waits long.
+PATIENCE = 8  # calls that one model makes in a row at most, while a row waits for the other
 
-    Free to choose: no result depends on it.
-    """
+
+def next_model(rows: list[Row], last: int, in_a_row: int) -> int:
+    """Which model runs next: the one that more rows wait for, so that a call serves many, but after PATIENCE calls in a row the
+    other, if any row waits for it. No result depends on this choice."""
     other = 1 - last
     waiting = sum(row.active == other for row in rows)
     return other if waiting and (2 * waiting > len(rows) or in_a_row >= PATIENCE) else last
 
 
-def windows(rows: list[Row], width: int, device) -> torch.Tensor:
+def histories(rows: list[Row], width: int, device) -> torch.Tensor:
     """(n, width) entropies of each row's last kept tokens, NaN where there are fewer."""
-    lines = []
-    for row in rows:
-        recent = [call.entropy for call in row.kept[-width:]] if width else []
-        lines.append([math.nan] * (width - len(recent)) + recent)
+    lines = [[row.kept[t].entropy if t >= 0 else math.nan for t in range(len(row.kept) - width, len(row.kept))] for row in rows]
     return torch.tensor(lines, dtype=torch.float32, device=device)
 
 
@@ -695,29 +697,41 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     unread = [row.ids[start:] for row, start in zip(rows, n_kv)]
     position = [len(row.ids) - row.n_prompt for row in rows]
     uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
-    out = lm.read([row.index for row in rows], unread, vocab, sampling, uniform)
-    at = torch.tensor([position, [len(row.ids) for row in rows]], device=device)
-    step = Step([row.index for row in rows], [row.seed for row in rows], out.logits, out.hidden, out.token, out.entropy,
-                position=at[0], context=at[1], history=windows(rows, getattr(router, "window", 1) - 1, device))
+    index = [row.index for row in rows]
+    out = lm.read(index, unread, vocab, sampling, uniform)
+    at = torch.tensor([position, [len(row.ids) for row in rows]], device=device)  # one copy to the device
+    step = Step(index, [row.seed for row in rows], out.logits, out.hidden, out.token, out.entropy,
+                position=at[0], context=at[1], history=histories(rows, getattr(router, "window", 1) - 1, device))
     leave = (router.leave_slm if model == SLM else router.leave_llm)(step)
     check_decision(router, model, leave, step.token)
-    tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # the one host read
+    tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # one host read; float32 holds ids up to 2^24
     for row, t, H in zip(rows, position, entropies):
         if math.isnan(H):
             raise FloatingPointError(f"the {NAMES[model]}'s logits have a NaN in row {row.index} at position {t} of the answer")
     calls = []
     for row, tokens_read, start, t, token, H, left in zip(rows, unread, n_kv, position, tokens, entropies, leaves):
-        calls.append(Call(model, t, len(tokens_read), start, int(token), H, kept=not (model == SLM and left)))
-        row.calls.append(calls[-1])
-        if calls[-1].kept:
-            row.ids.append(int(token))
-            row.kept.append(calls[-1])
+        call = Call(model, t, len(tokens_read), start, int(token), H, kept=not (model == SLM and left))
+        calls.append(call)
+        row.calls.append(call)
+        if call.kept:
+            row.kept.append(call)
+            row.ids.append(call.token)
         if left:
             row.active = 1 - model
     return calls
 
 
-@torch.inference_mode(False)
+def write(rows: list[Row], lms: Sequence[CachedLM], router, vocab: int, sampling: Sampling) -> Iterator[tuple[Row, Call]]:
+    """Algorithm 1 for a batch: every call of every row, as it is made, until the caller has marked every row as done."""
+    model, in_a_row = getattr(router, "first", SLM), 0
+    while live := [row for row in rows if not row.done]:
+        chosen = next_model(live, model, in_a_row)
+        model, in_a_row = chosen, (in_a_row + 1 if chosen == model else 1)
+        for group in similar_lengths([row for row in live if row.active == model], lms[model]):
+            yield from zip(group, advance(model, lms[model], group, router, vocab, sampling))
+
+
+@torch.inference_mode(False)  # even where the caller is in it, or what a router clones could not be trained on
 @torch.no_grad()
 def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.Tensor | None = None, max_new_tokens: int,
            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
@@ -728,14 +742,15 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
 
     slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts; without attention_mask (B, P)
     every token counts (rows of a batch that begin with a known padding token are refused), with it the zeros on the left are
-    padding. eos_token_id: None takes every EOS of either model's generation
-    config, [] none; pad_token_id: None takes theirs, else the first token that ends an answer, else 0. on_token(row, call) sees every forward pass in
-    each row's order; stop(row, ids) ends a row after the token that makes it true, ids being the answer so far.
+    padding. max_new_tokens: of each row. temperature, top_k, top_p: see `Sampling`. seed: see `row_seeds`. eos_token_id: None takes every
+    EOS of either model's generation config, [] none; pad_token_id, which fills short answers: None takes theirs, else the first token that
+    ends an answer, else 0. on_token(row, call) sees every forward pass in each row's order; stop(row, ids) ends a row after the token that
+    makes it true, ids being the answer so far.
 
     Departs from the paper: any batch size (each row has its own active model and gets, up to float rounding, what it would get
     alone); entropies are taken in float32; where the models' logit widths differ the common columns are used. ValueError or
     TypeError for what cannot be run, before anything is computed (but what a router returns is seen only when it does);
-    FloatingPointError for NaN logits, whose `partial` is the `Stitched` of all that was written before.
+    FloatingPointError for NaN logits, whose attribute `partial` is the `Stitched` of all that was written before.
     """
     sampling = Sampling(temperature, top_k, top_p)
     check_count("max_new_tokens", max_new_tokens)
@@ -752,11 +767,8 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         lms = []
         for name, lm in (("slm", slm), ("llm", llm)):
             check_servable(lm.model if isinstance(lm, CachedLM) else lm, longest, name)
-            if not isinstance(lm, CachedLM):
-                lm = CachedLM(lm, B, longest)
-                opened.callback(lm.close)
-            check_fits(name, lm, prompts, longest)
-            lms.append(lm)
+            lms.append(lm if isinstance(lm, CachedLM) else opened.enter_context(closing(CachedLM(lm, B, longest))))
+            check_fits(name, lms[-1], prompts, longest)
         for lm in lms:
             lm.reset()
         vocab = min(lm.vocab for lm in lms)
@@ -765,30 +777,22 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         pads = [pad for pad in own if pad is not None and pad >= 0] if pad_token_id is None else [pad_token_id]
         pad_token_id = [*pads, *(token for token in eos if token >= 0), 0][0]
         check_count("pad_token_id", pad_token_id, least=0)
-        if attention_mask is None and B > 1 and any(ids[0] in set(pads) - set(eos) for ids in prompts):
+        if attention_mask is None and B > 1 and any(ids[0] in set(pads) - set(eos) for ids in prompts):  # a prompt may well begin with an EOS
             raise ValueError("input_ids has rows that begin with a padding token: expected an attention_mask with 0 where a row is padded")
-        first = getattr(router, "first", SLM)
-        rows = [Row(i, seeds[i], list(ids), len(ids), first, []) for i, ids in enumerate(prompts)]
-        for row in rows if temperature else []:
+        rows = [Row(i, seeds[i], list(ids), len(ids), getattr(router, "first", SLM)) for i, ids in enumerate(prompts)]
+        for row in rows if temperature > 0 else ():
             generator = torch.Generator().manual_seed(row.seed)
             row.uniform = torch.rand(max_new_tokens, 2, generator=generator).tolist()
-        live, model, in_a_row = rows, first, 0
-        while live:
-            chosen = next_model(live, model, in_a_row)
-            model, in_a_row = chosen, in_a_row + 1 if chosen == model else 1
-            for group in similar_lengths([row for row in live if row.active == model], lms[model]):
-                try:
-                    calls = advance(model, lms[model], group, router, vocab, sampling)
-                except FloatingPointError as error:
-                    error.partial = collect(rows, input_ids, pad_token_id)
-                    raise
-                for row, call in zip(group, calls):
-                    if call.kept:
-                        row.done = (call.token in eos or len(row.kept) == max_new_tokens
-                                    or stop is not None and bool(stop(row.index, row.ids[row.n_prompt:])))
-                    if on_token is not None:
-                        on_token(row.index, call)
-            live = [row for row in live if not row.done]
+        try:
+            for row, call in write(rows, lms, router, vocab, sampling):
+                if call.kept:
+                    row.done = (call.token in eos or len(row.kept) == max_new_tokens
+                                or stop is not None and bool(stop(row.index, row.ids[row.n_prompt:])))
+                if on_token is not None:
+                    on_token(row.index, call)
+        except FloatingPointError as error:
+            error.partial = collect(rows, input_ids, pad_token_id)
+            raise
     return collect(rows, input_ids, pad_token_id)
 
 
@@ -838,107 +842,13 @@ def end_tokens(eos_token_id, lms: list[CachedLM]) -> list[int]:
 
 def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int) -> Stitched:
     """Pad the rows into one `Stitched`; the prompts stay as they were given, their padding included."""
-    B, N = len(rows), max(len(row.kept) for row in rows)
-    answers = torch.full((B, N), pad_token_id, dtype=torch.long)
-    source = torch.full((B, N), -1, dtype=torch.int8)
-    H = torch.full((B, N), math.nan, dtype=torch.float32)
-    for row in rows:
-        n = len(row.kept)
-        answers[row.index, :n] = torch.tensor([call.token for call in row.kept])
-        source[row.index, :n] = torch.tensor([call.model for call in row.kept], dtype=torch.int8)
-        H[row.index, :n] = torch.tensor([call.entropy for call in row.kept])
-    device = input_ids.device
-    return Stitched(torch.cat([input_ids.long(), answers.to(device)], 1), source.to(device), H.to(device),
-                    [row.calls for row in rows], [row.seed for row in rows])
+    def padded(name: str, dtype: torch.dtype, padding: float) -> torch.Tensor:
+        """(B, N) one field of the kept calls"""
+        lines = [torch.tensor([getattr(call, name) for call in row.kept], dtype=dtype) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=padding).to(input_ids.device)
 
-
-# ---- 4b. Inside transformers ---------------------------------------------------------------------------------------------
-
-
-# What `custom_generate` does with every field of GenerationConfig and every keyword of generate().
-HONOURED = frozenset("""inputs generation_config custom_generate attention_mask stopping_criteria streamer tokenizer do_sample
-    temperature top_k top_p max_new_tokens max_length max_time eos_token_id pad_token_id stop_strings num_return_sequences
-    return_dict_in_generate""".split())
-NEUTRAL = frozenset("""bos_token_id decoder_start_token_id transformers_version trust_remote_code logits_to_keep is_assistant
-    length_penalty early_stopping diversity_penalty num_assistant_tokens num_assistant_tokens_schedule disable_compile
-    assistant_confidence_threshold assistant_lookbehind target_lookbehind max_matching_ngram_size""".split())
-REFUSED = {  # and the values that ask for nothing, None apart
-    **dict.fromkeys("""logits_processor prefix_allowed_tokens_fn assistant_model synced_gpus negative_prompt_ids use_mtp
-        negative_prompt_attention_mask min_length min_new_tokens min_p top_h epsilon_cutoff eta_cutoff no_repeat_ngram_size
-        encoder_no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
-        remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias token_healing
-        guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits low_memory
-        prompt_lookup_num_tokens assistant_early_exit assistant_ensemble_weight speculation_type penalty_alpha dola_layers
-        constraints force_words_ids prefill_chunk_size cache_config max_cache_len compile_config
-        continuous_batching_config""".split(), (False, 0, [])),
-    **dict.fromkeys("num_beams num_beam_groups typical_p repetition_penalty encoder_repetition_penalty".split(), (1,)),
-    "use_cache": (True,), "cache_implementation": ("dynamic", "dynamic_full")}
-
-
-def written_by_caller() -> dict:
-    """What generate() was called with, found on the stack: transformers 5.17 to 5.23 forgets streamer, tokenizer and
-    assistant_model where custom_generate is a function. Empty where custom_generate is called without generate()."""
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    if frame is None:
-        return {}
-    named = {name: frame.f_locals.get(name) for name in code.co_varnames[1:code.co_argcount]}  # without self
-    return named | frame.f_back.f_locals.get("kwargs", {})  # its no_grad wrapper still has every keyword
-
-
-def check_generation(config, keywords: dict) -> None:
-    """ValueError naming the first option of generate() that `stitch` would not follow, before any work."""
-    fields = {name: getattr(config, name, None) for name in vars(type(config)()) if not name.startswith("_")}
-    known = HONOURED | NEUTRAL | REFUSED.keys() | {"input_ids", "slm", "router", "seed"}
-    for name, value in (keywords | fields).items():  # what the caller wrote comes first
-        idle = REFUSED.get(name, ())
-        if value is None or name in known and name not in REFUSED or not isinstance(value, torch.Tensor) and value in idle:
-            continue
-        shown = repr(value) if isinstance(value, (bool, Real, str, list)) else type(value).__name__
-        raise ValueError(f"{name}={shown} cannot be followed by custom_generate: expected None" + "".join(f" or {v}" for v in idle[:1] if v))
-
-
-def custom_generate(model, input_ids: torch.Tensor, *, slm=None, router=None, seed=None, stop_strings=None, tokenizer=None,
-                    streamer=None, generation_config, stopping_criteria, **model_kwargs) -> torch.Tensor | Stitched:
-    """R-Stitch inside transformers: `llm.generate(**inputs, custom_generate=rstitch.custom_generate, slm=slm, router=router)`.
-
-    Follows the options under HONOURED as generate() does, refuses those under REFUSED by name (ValueError), and needs none of
-    those under NEUTRAL. Stopping criteria see one row at a time, without scores. Returns the sequences, or with
-    return_dict_in_generate=True the `Stitched`. A streamer gets the kept tokens, one row only. `seed` is that of `stitch`.
-    """
-    config, written = generation_config, written_by_caller()
-    check_generation(config, written)
-    streamer, tokenizer = streamer or written.get("streamer"), tokenizer or written.get("tokenizer")
-    if slm is None or router is None:
-        raise ValueError(f"{'slm' if slm is None else 'router'} is missing: pass slm=, a model, and router= to generate()")
-    if streamer is not None and len(input_ids) > 1:
-        raise ValueError(f"streamer={type(streamer).__name__} needs one row: got {len(input_ids)}")
-    if stop_strings and tokenizer is None:
-        raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer= to generate()")
-    own = written.get("stopping_criteria") or []  # of length and EOS only the caller's: stitch has those of the config
-    criteria = [c for c in stopping_criteria if any(c is o for o in own) or not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
-    criteria += [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
-
-    def stop(row: int, answer: list[int]) -> bool:
-        sequence = torch.cat([input_ids[row], torch.tensor(answer, device=input_ids.device)])[None]
-        return any(bool(criterion(sequence, None)) for criterion in criteria)
-
-    def stream(row: int, call: Call) -> None:
-        if call.kept:
-            streamer.put(torch.tensor([call.token]))
-
-    # The EOS that the LLM was saved with goes together with the SLM's own; one that the caller chose is taken as it is.
-    saved = written.get("eos_token_id") is None and config.eos_token_id == model.generation_config.eos_token_id
-    result = stitch(slm, model, input_ids, router, attention_mask=model_kwargs.get("attention_mask"),
-                    max_new_tokens=config.max_length - input_ids.shape[1], temperature=config.temperature if config.do_sample else 0.0,
-                    top_k=config.top_k or 0, top_p=1.0 if config.top_p is None else config.top_p,
-                    eos_token_id=None if saved else config.eos_token_id, pad_token_id=config.pad_token_id,
-                    seed=seed, on_token=stream if streamer is not None else None, stop=stop if criteria else None)
-    if streamer is not None:
-        streamer.end()
-    return result if config.return_dict_in_generate else result.sequences
+    return Stitched(torch.cat([input_ids.long(), padded("token", torch.long, pad_token_id)], 1), padded("model", torch.int8, -1),
+                    padded("entropy", torch.float32, math.nan), [row.calls for row in rows], [row.seed for row in rows])
 
 
 # ---- 5. Latency model ----------------------------------------------------------------------------------------------------
@@ -1022,15 +932,11 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
     for n_inf, n_kv in points:
         check_count("n_inf", n_inf)
         check_count("n_kv", n_kv, least=0)
-    with ExitStack() as opened:
-        lm = model
-        if not isinstance(lm, CachedLM):
-            lm = CachedLM(model, 1, max(map(sum, points)))
-            opened.callback(lm.close)
+    with nullcontext(model) if isinstance(model, CachedLM) else closing(CachedLM(model, 1, max(map(sum, points)))) as lm:
         router, samples = EntropyRouter(), []
         for n_inf, n_kv in list(points) * repeats:
             for _ in range(2):
-                row = Row(0, 0, [0] * (n_inf + n_kv), n_inf + n_kv, SLM, [])
+                row = Row(0, 0, [0] * (n_inf + n_kv), n_inf + n_kv, SLM)
                 lm.cursor[0] = n_kv
                 start = time.perf_counter()
                 advance(SLM, lm, [row], router, lm.vocab, GREEDY)
@@ -1126,9 +1032,9 @@ class R2RRouter:
 
 def calibrate_threshold(scores: Sequence[float], labels: Sequence[int] | None = None, *, min_recall: float | None = None,
                         target_usage: float | None = None) -> float:
-    """The threshold on scores that calls the LLM least at a recall of the divergent tokens of min_recall or more (R2R's rule), or
-    that calls it for a share target_usage of the tokens or more (equal scores stand together). ValueError unless exactly one of the
-    two is given, in (0, 1]."""
+    """min_recall: the highest threshold on the scores that still finds this share of the divergent tokens (R2R's rule). target_usage: the
+    highest at which the LLM writes this share of all tokens. Tokens of equal score are treated alike, so either may be exceeded.
+    ValueError unless exactly one of the two is given, in (0, 1]."""
     if (min_recall is None) == (target_usage is None):
         raise ValueError(f"min_recall={min_recall!r}, target_usage={target_usage!r}: expected exactly one of them")
     name, share = ("min_recall", min_recall) if target_usage is None else ("target_usage", target_usage)
@@ -1138,10 +1044,11 @@ def calibrate_threshold(scores: Sequence[float], labels: Sequence[int] | None = 
     if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
         raise ValueError(f"scores has shape {scores.shape}: expected one score per token, at least one, and all finite")
     if min_recall is not None:
-        if labels is None or len(labels) != len(scores) or not set(np.unique(labels)) <= {0, 1} or not np.asarray(labels, bool).any():
+        if labels is None or len(labels) != len(scores) or not set(np.unique(labels)) <= {0, 1} or not np.any(labels):
             raise ValueError("labels: expected one per score, 0 or 1, with at least one divergent (1)")
         scores = scores[np.asarray(labels, bool)]
-    return float(np.sort(scores)[len(scores) - max(1, math.ceil(share * len(scores) - 1e-9))])
+    count = max(1, math.ceil(share * len(scores) - 1e-9))  # how many must reach it; 0.07 x 100 is 7.000000000000001
+    return float(np.sort(scores)[-count])
 
 
 # ---- 7. R-Stitch+: a learned router --------------------------------------------------------------------------------------
@@ -1237,9 +1144,9 @@ class Policy(torch.nn.Module):
         return self.mlp(torch.cat(x, 1))[:, 0]
 
 
-def log_probability(logit: torch.Tensor, call: torch.Tensor) -> torch.Tensor:
-    """log p of the actions `call` (n,) bool under the policy's logits (n,)."""
-    return torch.nn.functional.logsigmoid(torch.where(call, logit, -logit))
+def log_probability(logit: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """log p of actions (n,) bool, True to call the LLM, under the policy's logits (n,)."""
+    return torch.nn.functional.logsigmoid(torch.where(action, logit, -logit))
 
 
 class Decisions(NamedTuple):
@@ -1247,7 +1154,7 @@ class Decisions(NamedTuple):
 
     rows: list[int]
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # what the policy saw: hidden (k, D), entropy (k,), context (k,)
-    call: torch.Tensor  # (k,) bool: the LLM was called
+    action: torch.Tensor  # (k,) bool: the LLM was called
     logp: torch.Tensor  # (k,) of that action
 
 
@@ -1279,13 +1186,102 @@ class PolicyRouter:
         if self.seed is None:
             return logit > 0
         rows = asked.tolist()
-        uniform = coins(self.seed, [step.seeds[i] for i in rows], step.position[asked].tolist(), SLM)
-        call = torch.tensor(uniform, device=logit.device) < logit.sigmoid()
-        self.decisions.append(Decisions([step.rows[i] for i in rows], state, call, log_probability(logit, call)))
-        return call
+        uniform = uniforms(self.seed, [step.seeds[i] for i in rows], step.position[asked].tolist(), SLM)
+        action = torch.tensor(uniform, device=logit.device) < logit.sigmoid()
+        self.decisions.append(Decisions([step.rows[i] for i in rows], state, action, log_probability(logit, action)))
+        return action
 
 
-# ---- 8. Command line -----------------------------------------------------------------------------------------------------
+# ---- 8. Inside transformers ----------------------------------------------------------------------------------------------
+
+
+# What `custom_generate` does with every field of GenerationConfig and every keyword of generate().
+HONOURED = frozenset("""inputs generation_config custom_generate attention_mask stopping_criteria streamer tokenizer do_sample
+    temperature top_k top_p max_new_tokens max_length max_time eos_token_id pad_token_id stop_strings num_return_sequences
+    return_dict_in_generate""".split())
+NEUTRAL = frozenset("""bos_token_id decoder_start_token_id transformers_version trust_remote_code logits_to_keep is_assistant
+    length_penalty early_stopping diversity_penalty num_assistant_tokens num_assistant_tokens_schedule disable_compile
+    assistant_confidence_threshold assistant_lookbehind target_lookbehind max_matching_ngram_size""".split())
+REFUSED = {  # each with the values that ask for nothing, None apart
+    **dict.fromkeys("""logits_processor prefix_allowed_tokens_fn assistant_model synced_gpus negative_prompt_ids use_mtp
+        negative_prompt_attention_mask min_length min_new_tokens min_p top_h epsilon_cutoff eta_cutoff no_repeat_ngram_size
+        encoder_no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
+        remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias token_healing
+        guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits low_memory
+        prompt_lookup_num_tokens assistant_early_exit assistant_ensemble_weight speculation_type penalty_alpha dola_layers
+        constraints force_words_ids prefill_chunk_size cache_config max_cache_len compile_config
+        continuous_batching_config""".split(), (False, 0, [])),
+    **dict.fromkeys("num_beams num_beam_groups typical_p repetition_penalty encoder_repetition_penalty".split(), (1,)),
+    "use_cache": (True,), "cache_implementation": ("dynamic", "dynamic_full")}
+
+
+def written_by_caller() -> dict:
+    """What generate() was called with, found on the stack: transformers 5.17 to 5.23 forgets streamer, tokenizer and
+    assistant_model where custom_generate is a function. Empty where custom_generate is called without generate()."""
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return {}
+    named = {name: frame.f_locals.get(name) for name in code.co_varnames[1:code.co_argcount]}  # without self
+    return named | frame.f_back.f_locals.get("kwargs", {})  # its no_grad wrapper still has every keyword
+
+
+def check_generation(config, keywords: dict) -> None:
+    """ValueError naming the first option of generate() that `stitch` would not follow, before any work."""
+    fields = {name: getattr(config, name, None) for name in vars(type(config)()) if not name.startswith("_")}
+    followed = HONOURED | NEUTRAL | {"input_ids", "slm", "router", "seed"}
+    for name, value in (keywords | fields).items():  # what the caller wrote comes first
+        idle = REFUSED.get(name, ())
+        if name in followed or value is None or not isinstance(value, torch.Tensor) and value in idle:
+            continue
+        shown = repr(value) if isinstance(value, (bool, Real, str, list)) else type(value).__name__
+        raise ValueError(f"{name}={shown} cannot be followed by custom_generate: expected None" + "".join(f" or {v}" for v in idle[:1] if v))
+
+
+def custom_generate(model, input_ids: torch.Tensor, *, slm=None, router=None, seed=None, stop_strings=None, tokenizer=None,
+                    streamer=None, generation_config, stopping_criteria, **model_kwargs) -> torch.Tensor | Stitched:
+    """R-Stitch inside transformers: `llm.generate(**inputs, custom_generate=rstitch.custom_generate, slm=slm, router=router)`.
+
+    Follows the options under HONOURED as generate() does and refuses those under REFUSED by name (ValueError); those under NEUTRAL
+    make no difference. Stopping criteria see one row at a time, without scores. Returns the sequences, or with
+    return_dict_in_generate=True the `Stitched`. A streamer gets the kept tokens, one row only. `seed` is that of `stitch`.
+    """
+    config, written = generation_config, written_by_caller()
+    check_generation(config, written)
+    streamer, tokenizer = streamer or written.get("streamer"), tokenizer or written.get("tokenizer")
+    if slm is None or router is None:
+        raise ValueError(f"{'slm' if slm is None else 'router'} is missing: pass slm=, a model, and router= to generate()")
+    if streamer is not None and len(input_ids) > 1:
+        raise ValueError(f"streamer={type(streamer).__name__} needs one row: got {len(input_ids)}")
+    if stop_strings and tokenizer is None:
+        raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer= to generate()")
+    own = written.get("stopping_criteria") or []  # those of length and EOS that generate() adds are stitch's own business
+    criteria = [c for c in stopping_criteria if any(c is o for o in own) or not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+    criteria += [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
+
+    def stop(row: int, answer: list[int]) -> bool:
+        sequence = torch.cat([input_ids[row], torch.tensor(answer, device=input_ids.device)])[None]
+        return any(bool(criterion(sequence, None)) for criterion in criteria)
+
+    def stream(row: int, call: Call) -> None:
+        if call.kept:
+            streamer.put(torch.tensor([call.token]))
+
+    # The EOS that the LLM was saved with goes together with the SLM's own; one that the caller chose is taken as it is.
+    saved = written.get("eos_token_id") is None and config.eos_token_id == model.generation_config.eos_token_id
+    result = stitch(slm, model, input_ids, router, attention_mask=model_kwargs.get("attention_mask"),
+                    max_new_tokens=config.max_length - input_ids.shape[1], temperature=config.temperature if config.do_sample else 0.0,
+                    top_k=config.top_k or 0, top_p=1.0 if config.top_p is None else config.top_p,
+                    eos_token_id=None if saved else config.eos_token_id, pad_token_id=config.pad_token_id,
+                    seed=seed, on_token=stream if streamer is not None else None, stop=stop if criteria else None)
+    if streamer is not None:
+        streamer.end()
+    return result if config.return_dict_in_generate else result.sequences
+
+
+# ---- 9. Loading and command line -----------------------------------------------------------------------------------------
 
 
 POCKET = Path(__file__).parent / "analysis" / "models"
@@ -1310,10 +1306,11 @@ def check_same_tokenizer(slm_tokenizer, llm_tokenizer, special_may_differ: bool 
 def load(auto, option: str, name: str, **options):
     """`auto.from_pretrained(name)`, no code from the checkpoint; ValueError naming the command line's option where there is no such model."""
     folder = Path(name)
-    for needed in ("config.json", "tokenizer*") if folder.is_dir() else ():
-        if not any(folder.glob(needed)):
-            raise ValueError(f"{option} {name}: this folder has no {needed}; expected model and tokenizer as save_pretrained writes them")
-    if not folder.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    if folder.is_dir():
+        for needed in ("config.json", "tokenizer*"):
+            if not any(folder.glob(needed)):
+                raise ValueError(f"{option} {name}: this folder has no {needed}; expected model and tokenizer as save_pretrained writes them")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{option} {name}: there is no such folder")
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **options)
@@ -1386,13 +1383,6 @@ class Printer:
             self.out.flush()
 
 
-def summary(calls: list[Call], seconds: float) -> str:
-    """One line about one row: "61 tokens (LLM 23.0 %), 7 switches, 0.42 s, 145 tokens/s"."""
-    kept = [call.model for call in calls if call.kept]
-    return (f"{len(kept)} tokens (LLM {100 * sum(kept) / len(kept):.1f} %), {count_switches(calls)} switches, {seconds:.2f} s, "
-            f"{len(kept) / seconds:.0f} tokens/s")
-
-
 def run_question(slm, llm, tokenizer, question: str, router, **options) -> list[Call]:
     """Answer one question, printing it as it is written, and a line of figures; the calls."""
     ids, _ = encode(tokenizer, question)
@@ -1402,8 +1392,10 @@ def run_question(slm, llm, tokenizer, question: str, router, **options) -> list[
         print(f"note: unknown to the tokenizer: {' '.join(unknown)}", file=sys.stderr)
     start = time.perf_counter()
     result = stitch(slm, llm, ids, router, on_token=Printer(tokenizer), **options)
-    print("\n" + summary(result.calls[0], time.perf_counter() - start))
-    return result.calls[0]
+    seconds, calls, written = time.perf_counter() - start, result.calls[0], result.source.numel()
+    print(f"\n{written} tokens (LLM {100 * (result.source == LLM).float().mean():.1f} %), {count_switches(calls)} switches, {seconds:.2f} s, "
+          f"{written / seconds:.0f} tokens/s")
+    return calls
 
 
 def usable_device(name: str) -> str:

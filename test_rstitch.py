@@ -268,7 +268,7 @@ def test_decode_step_compiles_whole_and_keeps_its_tensors(family):
     places = owned()
     eager = lm.read([0, 1], [[7], [8]])
     torch._dynamo.reset()
-    compiled = torch.compile(lm.step, fullgraph=True, dynamic=False, backend="eager")
+    compiled = torch.compile(lm._forward, fullgraph=True, dynamic=False, backend="eager")
     with torch.no_grad():
         again = compiled(slice(0, 2), 2, 1, 64, VOCAB, rstitch.GREEDY)  # the inputs still lie in the buffers: the same step once more
     torch.testing.assert_close(again.logits, eager.logits)
@@ -556,7 +556,7 @@ def test_a_row_gets_what_it_gets_alone_in_any_order(router, temperature, monkeyp
 
 
 def rows_of(active: list[int], unread: list[int] | None = None) -> list[rstitch.Row]:
-    return [rstitch.Row(i, 0, [5] * n, 1, model, []) for i, (model, n) in enumerate(zip(active, unread or [1] * len(active)))]
+    return [rstitch.Row(i, 0, [5] * n, 1, model) for i, (model, n) in enumerate(zip(active, unread or [1] * len(active)))]
 
 
 def test_the_majority_runs_and_nobody_waits_long():
@@ -1409,7 +1409,7 @@ def test_a_sampled_policy_records_what_training_needs_whatever_the_batch():
     together = stitch(*pair, ids, router, attention_mask=mask, max_new_tokens=40, eos_token_id=[], seed=1)
     rows = [row for d in router.decisions for row in d.rows]
     hidden, H, context = (torch.cat(part) for part in zip(*(d.state for d in router.decisions)))
-    call, logp = (torch.cat(part) for part in zip(*((d.call, d.logp) for d in router.decisions)))
+    call, logp = (torch.cat(part) for part in zip(*((d.action, d.logp) for d in router.decisions)))
     logit = policy(hidden, H, context)
     torch.testing.assert_close(logp, torch.where(call, logit.sigmoid(), 1 - logit.sigmoid()).log(), atol=1e-5, rtol=1e-4)
     assert call.any() and not call.all() and (call != (logit > 0)).any()  # sampled, not argmax

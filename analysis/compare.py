@@ -137,7 +137,7 @@ class LiveLabels:
         self.slm, self.llm, tokenizer, self.eos = settings.load()
         self.decode, self.judge = label.decoder(tokenizer), label.build_judge(settings.judge, settings.device, settings.dtype)
         prompts = rstitch.unpadded(*rstitch.encode(tokenizer, *self.questions))
-        self.rows = [rstitch.Row(i, 0, list(ids), len(ids), rstitch.SLM, []) for i, ids in enumerate(prompts)]
+        self.rows = [rstitch.Row(i, 0, list(ids), len(ids), rstitch.SLM) for i, ids in enumerate(prompts)]
         self.lm = rstitch.CachedLM(self.llm, len(prompts), max(map(len, prompts)) + settings.max_new_tokens)
 
     def llm_tokens(self, rows: list[rstitch.Row], vocab: int) -> dict[int, int]:

@@ -152,7 +152,7 @@ def overhead(pair, repeats: int, context: int = 100, tokens: int = 60) -> dict:
         return out
 
     def step(router):
-        row = rstitch.Row(0, 0, [5] * (context + 1), context + 1, rstitch.SLM, [])
+        row = rstitch.Row(0, 0, [5] * (context + 1), context + 1, rstitch.SLM)
         lm.cursor[0] = context
         return rstitch.advance(rstitch.SLM, lm, [row], router, lm.vocab, rstitch.GREEDY)
 

@@ -506,7 +506,7 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
         for d in decisions:
             for i, row in enumerate(d.rows):
                 if keep[row // 3]:
-                    single.append((name, [x[i:i + 1] for x in d.state], d.call[i:i + 1], d.logp[i], A[row // 3, row % 3]))
+                    single.append((name, [x[i:i + 1] for x in d.state], d.action[i:i + 1], d.logp[i], A[row // 3, row % 3]))
     naive, order = copy.deepcopy(policies), torch.randperm(len(single), generator=torch.Generator().manual_seed(7))
     optimizer = torch.optim.SGD(naive.parameters(), lr=0.5)
     for part in order.chunk(minibatches):

@@ -137,7 +137,7 @@ def update(policies, optimizer, router, advantages: torch.Tensor, keep: torch.Te
             rows = torch.tensor([row for d in decisions for row in d.rows])
             use = keep[rows // G]
             state = [torch.cat(part)[use] for part in zip(*(d.state for d in decisions))]
-            call, old = (torch.cat(part)[use] for part in zip(*((d.call, d.logp) for d in decisions)))
+            call, old = (torch.cat(part)[use] for part in zip(*((d.action, d.logp) for d in decisions)))
             parts.append((name, state, call, old.detach(), advantages.flatten()[rows][use].to(old)))
     total = sum(len(call) for _, _, call, *_ in parts)
     figures = {"decisions": total, "called": torch.cat([call for _, _, call, *_ in parts]).float().mean().item() if total else None, "clipped": None}
