@@ -301,7 +301,7 @@ class Graphs:
 
     def __init__(self, device: torch.device):
         self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Output]] = {}
-        self.device, self.pool, self.works = device, None, True
+        self.device, self.pool, self.stream, self.works = device, None, None, True
 
     def __call__(self, step: Callable[..., Output], rows: slice, *key) -> Output:
         """step(rows, *key); the tensors that it returns are overwritten by the next step. rows, the whole batch, is no part of the key:
@@ -321,14 +321,24 @@ class Graphs:
 
     def capture(self, step: Callable[..., Output], rows: slice, *key) -> tuple[torch.cuda.CUDAGraph, Output]:
         with torch.cuda.device(self.device):  # the model's, which need not be the current one
-            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # lazy set-up must not be captured; a step that is repeated writes the same again
-                for _ in range(2):
-                    step(rows, *key)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-                out = step(rows, *key)
+            self.stream = self.stream or torch.cuda.Stream()  # one for all: memory of the pool goes from capture to capture on one stream only
+            graph, current, mode = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+            self.stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self.stream):  # lazy set-up must not be captured; a step that is repeated writes the same again
+                    for strict in (mode, "error"):  # a host sync is told here, where it does no harm
+                        torch.cuda.set_sync_debug_mode(strict)
+                        step(rows, *key)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(self.stream)
+            torch._C._cuda_clearCublasWorkspaces()  # or the graph would keep the address of one that others may free
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    out = step(rows, *key)
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails leaves its own
+                torch._C._cuda_clearCublasWorkspaces()
         self.pool = self.pool or graph.pool()
         return graph, out
 
@@ -361,7 +371,7 @@ class CachedLM:
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
         self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype  # which walks the parameters: as long as a matmul
-        self.inputs = torch.zeros(2, max(CHUNK, batch_size) + FREE, dtype=torch.long, device=model.device)  # ids, positions; with pads
+        self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + FREE), dtype=torch.long, device=model.device)  # ids, positions; with pads
         self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
         # What the output embedding reads is the last hidden state, in every family tested. The hook holds a dict, not self, so
@@ -406,7 +416,7 @@ class CachedLM:
 
     def _forward(self, rows: slice | torch.Tensor, n: int, S: int, live: int, vocab: int, sampling: Sampling) -> Output:
         """One forward call on what lies in the static buffers; no host sync, no shape that depends on data."""
-        ids, positions = self.inputs[:, :n * S].view(2, n, S)
+        ids, positions = self.inputs[:2 * n * S].view(2, n, S)
         self.place.rows, self.place.slots, self.place.live = rows, positions[:, None, :, None], live
         out = self.model(input_ids=ids, position_ids=positions, attention_mask=self.mask(positions, live),
                          use_cache=True, logits_to_keep=1, **self.cache)
@@ -414,15 +424,19 @@ class CachedLM:
         return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
     def forward(self, *args) -> Output:
-        """`_forward` with the attention that was chosen; the model's config is as it was afterwards."""
-        own = self.config._attn_implementation
-        if own == self.attention:  # to ask costs nothing, to set it as much as a small layer
-            return self._forward(*args)
+        """`_forward` with the attention that was chosen, and without cuDNN's, which makes a plan for every new shape; model and torch are as
+        they were afterwards."""
+        own, cudnn = self.config._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()
+        changed = own != self.attention  # to ask costs nothing, to set it as much as a small layer
         try:
-            self.config._attn_implementation = self.attention
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            if changed:
+                self.config._attn_implementation = self.attention
             return self._forward(*args)
         finally:
-            self.config._attn_implementation = own
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            if changed:
+                self.config._attn_implementation = own
 
     @torch.inference_mode()  # a tenth to a third faster than no_grad where launches dominate
     def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], vocab: int | None = None,
@@ -456,20 +470,18 @@ class CachedLM:
             pads = S - len(line)
             ids += [line[0]] * pads + list(line)
             positions += [start] * pads + list(range(start, start + len(line)))
-        self.inputs[:, :n * S] = torch.tensor([ids, positions])
+        self.inputs[:2 * n * S] = torch.tensor(ids + positions)
         if uniform is not None:
             drawn = dict(zip(rows, uniform))
             self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in taking_part])
         where = slice(span.start, span.stop) if neighbours else torch.tensor(taking_part, device=self.inputs.device)
         live = min(live_slots(max(positions) + 1, graphed), len(self.slots))
         key = n, S, live, vocab, sampling
+        picked = None if taking_part == list(rows) else torch.tensor([row - span.start for row in rows], device=self.inputs.device)
         out = self.graphs(self.forward, where, *key) if graphed else self.forward(where, *key)
         for row, line in unread.items():
             self.cursor[row] += len(line)
-        if taking_part == list(rows):
-            return out
-        picked = torch.tensor([row - span.start for row in rows], device=self.inputs.device)
-        return Output(*(x[picked] for x in out))
+        return out if picked is None else Output(*(x[picked] for x in out))
 
 
 # ---- 3. Routers ----------------------------------------------------------------------------------------------------------
@@ -698,10 +710,11 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     position = [len(row.ids) - row.n_prompt for row in rows]
     uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
     index = [row.index for row in rows]
+    # Copied to the device before the read: a copy after it would wait for the read to end.
+    at = torch.tensor([position, [len(row.ids) for row in rows]], device=device)
+    history = histories(rows, getattr(router, "window", 1) - 1, device)
     out = lm.read(index, unread, vocab, sampling, uniform)
-    at = torch.tensor([position, [len(row.ids) for row in rows]], device=device)  # one copy to the device
-    step = Step(index, [row.seed for row in rows], out.logits, out.hidden, out.token, out.entropy,
-                position=at[0], context=at[1], history=histories(rows, getattr(router, "window", 1) - 1, device))
+    step = Step(index, [row.seed for row in rows], out.logits, out.hidden, out.token, out.entropy, at[0], at[1], history)
     leave = (router.leave_slm if model == SLM else router.leave_llm)(step)
     check_decision(router, model, leave, step.token)
     tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # one host read; float32 holds ids up to 2^24

@@ -178,13 +178,14 @@ def test_ragged_reads_equal_a_full_recompute(family):
 @pytest.mark.parametrize("shared", [1, 2, 4])  # key-value heads of four query heads: multi-query, grouped, multi-head
 @torch.no_grad()
 def test_the_attention_kept_equals_the_models_own(shared, window, device):
-    model, calls = tiny("Mistral", num_key_value_heads=shared, sliding_window=window).to(device), []
+    model, calls = tiny.__wrapped__("Mistral", num_key_value_heads=shared, sliding_window=window).to(device), []
     ours, own = CachedLM(model, 3, 80), CachedLM(model, 3, 80)
     assert (ours.attention, model.config._attn_implementation) == ("sdpa" if shared == 4 else rstitch.GROUPED, "sdpa")
     own.attention = "sdpa"
     sdpa, grouped = rstitch.AttentionInterface()["sdpa"], rstitch.grouped_attention
 
     def both(*args, **kwargs):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         out, _ = grouped(*args, **kwargs)
         torch.testing.assert_close(out, sdpa(*args, **kwargs)[0], atol=1e-6, rtol=1e-6)
         calls.append(args[1].shape[2])
@@ -196,7 +197,7 @@ def test_the_attention_kept_equals_the_models_own(shared, window, device):
         for lengths in ([9, 9, 9], [1, 1, 1], [2, 1, 4], [40, 40, 40], [1, 6, 3]):
             lines = [ids[b, s:s + k].tolist() for b, (s, k) in enumerate(zip(ours.cursor, lengths))]
             torch.testing.assert_close(ours.read([0, 1, 2], lines).logits, own.read([0, 1, 2], lines).logits, atol=1e-5, rtol=1e-4)
-            assert model.config._attn_implementation == "sdpa"  # the model is as it was
+            assert model.config._attn_implementation == "sdpa" and torch.backends.cuda.cudnn_sdp_enabled()  # model and torch are as they were
     finally:
         rstitch.AttentionInterface.register(rstitch.GROUPED, grouped)
     assert calls == ([] if shared == 4 else [9, 9, 1, 1, 4, 4, 40, 40, 6, 6])  # two layers each
@@ -334,7 +335,7 @@ def test_a_model_that_cannot_be_captured_runs_eagerly_and_says_why():
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("family", ["Qwen2", "Llama", "Mistral, sliding window", "GPT-2"])
 def test_cuda_graphs_write_the_same_answers(family, temperature):
-    slm, llm = tiny("Qwen2", 1).to("cuda"), tiny(family, 2).to("cuda")
+    slm, llm = tiny.__wrapped__("Qwen2", 1).to("cuda"), tiny.__wrapped__(family, 2).to("cuda")  # not those that other tests share
     ids, mask = (x.to("cuda") for x in prompts([70, 5, 1, 30], seed=3))
     options = dict(attention_mask=mask, max_new_tokens=90, temperature=temperature, seed=5)
     expected = stitch(slm, llm, ids, EntropyRouter(0.5), **options)
@@ -347,7 +348,7 @@ def test_cuda_graphs_write_the_same_answers(family, temperature):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_graphs_of_a_model_on_another_device():
-    slm, llm = tiny("Qwen2", 1).to("cuda:0"), tiny("Llama", 2).to("cuda:1")
+    slm, llm = tiny.__wrapped__("Qwen2", 1).to("cuda:0"), tiny.__wrapped__("Llama", 2).to("cuda:1")
     ids, _ = (x.to("cuda:0") for x in prompts([9], seed=3))
     expected = stitch(slm, llm, ids, EntropyRouter(0.5), max_new_tokens=40)
     lms = [CachedLM(model, 1, 80, graphs=True) for model in (slm, llm)]

@@ -133,19 +133,39 @@ def flex(mask_length: int):
     return lambda q, k, v, mask, scale: compiled(q, k, v, score_mod=live, scale=scale, enable_gqa=True)
 
 
+def replayed(runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """All runs as one CUDA graph: what the kernels take, without their launches."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        for run in runs:
+            run()
+    return graph.replay
+
+
 @torch.inference_mode()
 def attention_row(shape: str, batch: int, context: int, S: int, device: str, dtype: str, rounds: int) -> dict:
-    """One read of S tokens over caches of `context` tokens in one layer, by every kernel: milliseconds, and the largest difference from the first."""
-    (H, K, D), kind = HEADS[shape], getattr(torch, dtype)
+    """One read of S tokens over caches of `context` tokens in one layer, by every kernel: milliseconds, and the largest difference from the first. On a GPU
+    twenty layers replayed as one graph, each with keys of its own as long as they fit 256 MB, far more than its cache."""
+    (H, K, D), kind, cuda = HEADS[shape], getattr(torch, dtype), torch.device(device).type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(batch, heads, n, D, generator=generator, device=device, dtype=kind) for heads, n in ((H, S), (K, context), (K, context)))
+    layers = max(1, min(20, (256 << 20) // (2 * batch * K * context * D * kind.itemsize))) if cuda else 1
+    q, *caches = (torch.randn(batch, heads, n, D, generator=generator, device=device, dtype=kind) for heads, n in ((H, S), *[(K, context)] * (2 * layers)))
+    k, v = caches[:2]
     mask = torch.zeros(batch, 1, S, context, device=device, dtype=kind)
     mask[..., context - 3:] = torch.finfo(kind).min
-    kernels = KERNELS | ({"flex_attention": flex(context - 3)} if torch.device(device).type == "cuda" else {})
+    kernels = KERNELS | ({"flex_attention": flex(context - 3)} if cuda else {})
     runs = {name: (lambda kernel=kernel: kernel(q, k, v, mask, D**-0.5)) for name, kernel in kernels.items()}
     expected = runs["sdpa, keys copied"]()
     error = {name: float((run() - expected).abs().max()) for name, run in runs.items()}
-    times = interleaved(runs, rounds, device)
+    if cuda:
+        over = lambda kernel, i: lambda: kernel(q, *caches[2 * i:2 * i + 2], mask, D**-0.5)  # noqa: E731
+        runs = {name: replayed([over(kernel, i % layers) for i in range(20)]) for name, kernel in kernels.items()}
+    times = {name: [x / (20 if cuda else 1) for x in ms] for name, ms in interleaved(runs, rounds, device).items()}
     return {"what": "attention", "shape": shape, "batch": batch, "context": context, "tokens": S, "ms": {name: spread(ms) for name, ms in times.items()}, "error": error,
             "threads": torch.get_num_threads(), "device_name": device_name(device), **provenance(0, rounds, device, dtype)}
 
@@ -381,13 +401,20 @@ class ScriptRouter:
     first = rstitch.LLM
 
     def __init__(self, leaves: np.ndarray, device: str):
-        self.leaves = torch.from_numpy(leaves).to(device)
+        self.leaves, self.rows = torch.from_numpy(leaves).to(device), {}
+
+    def decide(self, model: int, step: rstitch.Step) -> torch.Tensor:
+        """What the script says. Which rows are there is kept on the device: a copy would wait for the read to end."""
+        key = tuple(step.rows)
+        if key not in self.rows:
+            self.rows[key] = torch.tensor(key, device=self.leaves.device)
+        return self.leaves[model, self.rows[key], step.position]
 
     def leave_slm(self, step: rstitch.Step) -> torch.Tensor:
-        return self.leaves[rstitch.SLM, torch.tensor(step.rows, device=self.leaves.device), step.position]
+        return self.decide(rstitch.SLM, step)
 
     def leave_llm(self, step: rstitch.Step) -> torch.Tensor:
-        return self.leaves[rstitch.LLM, torch.tensor(step.rows, device=self.leaves.device), step.position]
+        return self.decide(rstitch.LLM, step)
 
 
 class TimedLM(rstitch.CachedLM):
@@ -451,19 +478,22 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
     names, kind, cuda = pair.split("+"), getattr(torch, dtype), torch.device(device).type == "cuda"
     longest = context + tokens + rstitch.BLOCK
     sizes = [bytes_of(name, batch, longest, kind.itemsize) for name in names]
-    needed, key = sum(w + 2 * c for w, _, c in sizes), {"what": "shapes", "pair": pair, "batch": batch, "context": context, "share": script.share, "visit": script.visit, "new_tokens": tokens,
+    needed, key = sum(w + 2 * c for w, _, c in sizes) + 2e9, {"what": "shapes", "pair": pair, "batch": batch, "context": context, "share": script.share, "visit": script.visit, "new_tokens": tokens,
                                                          "device_name": device_name(device), "threads": torch.get_num_threads(), **provenance(0, rounds, device, dtype)}
     if cuda:
         gc.collect()
+        torch.compiler.reset()  # generate() compiles its static cache: what it holds of dead models, and its limit of eight shapes
         torch.cuda.empty_cache()
     if cuda and needed > 0.95 * torch.cuda.mem_get_info(device)[0]:
         return key | {"fits": False, "needed_gb": needed / 1e9}
     stream = bandwidth(device, kind)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
     models = [build(name, longest, device, kind, seed) for seed, name in enumerate(names)]
     ids = torch.randint(10, 1000, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
     lms, leaves = [rstitch.CachedLM(model, batch, longest, graphs=cuda) for model in models], script.leaves(batch, tokens)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    timed_stitch(lms, ids, ScriptRouter(leaves, device), tokens, 2)  # graphs are captured, and generate() holds nothing yet
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
     figures: dict[str, list[float]] = {}
 
     def note(name: str, ms: float, written: int, *_) -> None:
@@ -481,17 +511,19 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
                 note("assisted generation", generate_ms(models[1], ids, tokens, assistant_model=models[0]), tokens - 1)
         if not i:  # warm-up
             figures = {name: x[:seen.get(name, 0)] for name, x in figures.items()}
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
     cost = read_cost(lms, context + tokens // 2, 5)
     simulated, written, wait = simulate(leaves, cost, graphs=cuda)
+    steps = {name: cost(m, [1] * batch) for m, name in enumerate(names)}
+    for lm in lms:
+        lm.close()
+    del lms, cost  # and so their caches, before the next are made
     timed = [TimedLM(model, batch, longest, cuda) for model in models]
     for _ in range(2):  # the first time graphs are captured
         whole, n, start = timed_stitch(timed, ids, ScriptRouter(leaves, device), tokens, 2)
     parts = {f"{name}, {what}": sum(ms for at, width, ms in lm.times if at >= start and (width == 1) == (what == "single tokens"))
              for name, lm in zip(names, timed) for what in ("single tokens", "catching up")}
-    steps = {name: cost(m, [1] * batch) for m, name in enumerate(names)}
     floors = {name: 1e3 * (read + live) / stream for name, (_, read, live) in zip(names, (bytes_of(name, batch, context + tokens // 2, kind.itemsize) for name in names))}
-    for lm in (*lms, *timed):
+    for lm in timed:
         lm.close()
     return key | {"fits": True, "tokens_per_s": {name: spread(x) for name, x in figures.items()}, "step_ms": steps, "floor_ms": floors, "of_floor": {name: floors[name] / steps[name] for name in names},
                   "stream_gb_per_s": stream / 1e9, "simulated_tokens_per_s": 1e3 * written / simulated, "longest_wait_calls": wait,
