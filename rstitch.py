@@ -334,7 +334,7 @@ class Graphs:
             current.wait_stream(self.stream)
             torch._C._cuda_clearCublasWorkspaces()  # or the graph would keep the address of one that others may free
             try:
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     out = step(rows, *key)
             finally:
                 torch.cuda.set_stream(current)  # a capture that fails leaves its own

@@ -12,9 +12,10 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -329,6 +330,36 @@ def test_a_model_that_cannot_be_captured_runs_eagerly_and_says_why():
         graphs(lambda *args: steps.append(args), slice(0, 2), 2, 1)
     graphs(lambda *args: steps.append(args), slice(0, 2), 2, 1)
     assert steps == [(slice(0, 2), 2, 1)] * 2
+
+
+@pytest.mark.parametrize("synchronises", [False, True])
+def test_a_capture_finds_host_syncs_in_its_warm_up(synchronises, monkeypatch):
+    """What CUDA would be told, in order; that it does as it is told only a GPU can show."""
+    said, mode = [], []
+    fake = MagicMock()
+    fake.get_sync_debug_mode.return_value = "default"
+    fake.set_sync_debug_mode = lambda to: mode.append(to)
+    fake.graph.side_effect = lambda graph, pool, stream: said.append(("capture", pool, stream)) or nullcontext()
+    monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: said.append("clear"), raising=False)
+
+    def step(rows, n):
+        said.append(("step", n, mode[-1] if mode else None))
+        if synchronises and mode[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return n
+
+    graphs = rstitch.Graphs(torch.device("cuda"))
+    warm_up = [("step", 1, "default"), ("step", 1, "error")]
+    with pytest.warns(UserWarning, match="every step runs eagerly: called a synchronizing") if synchronises else nullcontext():
+        out = [graphs(step, slice(0, 1), 1), graphs(step, slice(0, 1), 1)]
+    assert out == [1, 1] and mode == ["default", "error", "default"] and graphs.works != synchronises
+    if synchronises:
+        assert said == warm_up + [("step", 1, "default")] * 2 and not fake.graph.called  # no capture, then both steps eagerly
+    else:
+        assert said == [*warm_up, "clear", ("capture", None, graphs.stream), ("step", 1, "default"), "clear"]
+        graphs(step, slice(0, 1), 2)
+        assert said[-3] == ("capture", graphs.pool, graphs.stream) and fake.Stream.call_count == 1  # one pool and one stream for all
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
