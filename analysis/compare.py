@@ -56,9 +56,7 @@ def r2r_router(task: Task, x: float):
 
 def policy_router(task: Task, x: float):
     """R-Stitch+ that calls the LLM where its policy's logit exceeds x; 0 is the policy as trained."""
-    router = load_router(task.policy(), task.load())
-    router.policy.mlp[-1].bias.data -= x
-    return router
+    return load_router(task.policy(), task.load(), above=x)
 
 
 def gap(logits: torch.Tensor) -> torch.Tensor:

@@ -282,12 +282,12 @@ PARTS = {"SLM": SLM_COLOUR, "discarded": "#9ECAE1", "LLM": LLM_COLOUR, "prompt":
 def load_frontier() -> tuple[list[dict], list[dict]]:
     """(rows of fixed rules and policies, every run of the comparison on test problems), the newest of each. `latency_ms` and the times of the
     outcomes get what a router's own net takes, on average; so does `spent_ms`, as "router"."""
-    methods = newest([r for r in read_rows(results("frontier.jsonl")) if r["kind"] != "wall-clock"], ("kind", "name"), lambda r: r["kind"] if r["kind"] == "fixed" else r["name"])
+    methods = newest([r for r in read_rows(results("frontier.jsonl")) if r["kind"] != "wall-clock"], ("kind", "name"), lambda r: "fixed" if r["kind"] == "fixed" else r["kind"] + r["name"])
     rows = read_rows(results("compare.jsonl"))
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
     runs = newest([r for r in rows if r["kind"] not in ("calibration", "router times", "wall-clock")], ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
     for r in (*methods, *runs):
-        net = net_time(r | {"family": "R-Stitch+" if r["kind"] == "policy" else r.get("family")}, net_ms)
+        net = net_time(r | {"family": "R-Stitch+" if r["kind"] in ("policy", "calibrated") else r.get("family")}, net_ms)
         r["latency_ms"] += net
         r["spent_ms"]["router"] = net
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
@@ -349,9 +349,9 @@ def speed_up(row: dict, large: dict) -> tuple[float, float, float]:
     return ratio_of_means(ms_large, ms), *bootstrap(ratio_of_means, ms_large, ms)
 
 
-def seeds_of(frontier: list[dict]) -> dict[str, list[dict]]:
+def seeds_of(frontier: list[dict], kind: str = "policy") -> dict[str, list[dict]]:
     """Policies that differ by their seed alone, by what they share; of policies without seeds in their names, each for itself."""
-    policies = [r for r in frontier if r["kind"] == "policy"]
+    policies = [r for r in frontier if r["kind"] == kind]
     seeded = [r for r in policies if "-seed" in r["name"]]
     groups: dict[str, list[dict]] = {}
     for r in seeded or policies:
@@ -375,6 +375,9 @@ def frontier_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, s
     for name, rows in seeds_of(frontier).items():
         x = gap_of(rows, frontier)
         out.append((f"R-Stitch+, {name}, gap against fixed rules, %", "better", in_percent(x), verdict(x, 0, "reproduces", "does not reproduce", "undecided")))
+    for name, rows in seeds_of(frontier, "calibrated").items():
+        x = gap_of(rows, frontier)
+        out.append((f"R-Stitch+, {name}, its threshold set on calibration, gap, %", "not compared", in_percent(x), verdict(x, 0, "better", "worse", "undecided")))
     for name, title in (("R-Stitch+", "R-Stitch+ with its threshold moved,"), ("R2R", "R2R at")):
         for r in of(runs, name):
             x = gap_of([r], frontier)

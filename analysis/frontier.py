@@ -6,15 +6,20 @@ The frontier is what fixed rules reach: one threshold, a threshold on a windowed
 interpolated between neighbours. The gap of a method is 1 - its latency / the frontier's latency at its accuracy; positive is
 better than every fixed rule. A second, stricter gap is against mixtures too: which of two fixed rules answers a problem is drawn
 at random, so that every chord between two points can be had, and the frontier is their lower convex hull.
+
+A policy calls the LLM where its logit is above 0. Every policy is also run with the logit that earns the highest mean reward, at
+the price it was trained with, on calibration problems, as R2R's threshold is set.
 """
+import json
+
 import numpy as np
 
 import rstitch
 from analysis.common import bootstrap, fill, read_rows
 from analysis.report import TAUS
 from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, signed
-from analysis.task import BASE, SEED, Task, digest_of, measure, wall_clock
-from analysis.train_policy import RUNS, load_router
+from analysis.task import BASE, SEED, Task, digest_of, measure, solve, wall_clock
+from analysis.train_policy import RUNS, load_router, rewards
 
 FIXED = {
     **{f"tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (*TAUS, 0.0035, 0.007)},
@@ -23,6 +28,8 @@ FIXED = {
     **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
+ABOVE, N_CALIBRATION = tuple(np.linspace(-6, 6, 13).tolist()), 300  # logits that are tried, calibration problems they are tried on
+ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"), ("hidden-only", "no-entropy"),
     *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none", "advantages-std", "dynamic-accuracy"))]
@@ -30,13 +37,24 @@ ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
 
 def made_with(task: Task, kind: str, name: str) -> str:
     """Changes where a row of this kind and name has to be computed anew: with the task, and with a policy's weights."""
-    return digest_of(task, *([task.path("policies") / name / "policy.safetensors"] if kind in ("policy", "random") else []))
+    return digest_of(task, *([task.path("policies") / name / "policy.safetensors"] if kind != "fixed" else []), also=f"{N_CALIBRATION} {ABOVE}" if kind == "calibrated" else "")
 
 
 def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> dict:
     """One method over the first n test problems, greedy."""
     router = load_router(task.path("policies") / name, task.load()) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
     return {"kind": kind, "name": name, "p": p, **measure(task, router, "test", n)}
+
+
+def calibrated_row(task: Task, name: str, n: int) -> dict:
+    """A policy over the first n test problems, calling the LLM above the logit that earns most on calibration problems."""
+    folder, pair, models, curve = task.path("policies") / name, task.load(), task.latencies(), []
+    lam, chosen = json.loads((folder / "made.json").read_text())["lam"], task.split("calibration", N_CALIBRATION)
+    for above in ABOVE:
+        solved = solve(pair, chosen, load_router(folder, pair, above=above), batch_size=task.rows, progress=False, max_new_tokens=task.max_new_tokens)
+        curve.append([above, float(rewards(solved, lam, models)[0].mean())])
+    above = max(curve, key=lambda point: (point[1], -abs(point[0])))[0]
+    return {"kind": "calibrated", "name": name, "above": above, "curve": curve, **measure(task, load_router(folder, pair, above=above), "test", n)}
 
 
 def timed_row(task: Task, names: list[str], n: int) -> dict:
@@ -46,13 +64,14 @@ def timed_row(task: Task, names: list[str], n: int) -> dict:
 
 
 def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
-    """Compute what frontier.jsonl lacks, a row at a time: fixed rules, policies, random switching at the share of the policies, wall-clock; the
-    last two for one seed of each recipe, or all seeds, where names end in seeds. Rows of other weights, problems or latencies are passed over."""
+    """Compute what frontier.jsonl lacks, a row at a time: fixed rules, policies, policies with their logits calibrated, random switching at the share of
+    the policies, wall-clock; the last three, where names end in seeds, for those (wall-clock for one of each recipe). Rows of other weights, problems or
+    latencies are passed over."""
     path, n = task.needed("out") / "frontier.jsonl", len(task.split("test", n))
     policies = sorted(made.parent.name for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
     for name in policies:
         load_router(task.path("policies") / name, task.load())  # one of another pair is told now
-    marks = dict.fromkeys((("fixed", name) for name in FIXED), made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name) for kind in ("policy", "random") for name in policies}
+    marks = dict.fromkeys((("fixed", name) for name in FIXED), made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name) for kind in ORDER[:3] for name in policies}
     marks["wall-clock", "wall-clock"] = digest_of(task, *(task.path("policies") / name / "policy.safetensors" for name in policies), also=str(n_wall))
     seeded = [name for name in policies if "-seed" in name] or policies
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
@@ -62,10 +81,11 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
         return {key: r for key, r in rows.items() if r.get("made_with") == marks.get(key) and (r["n"] == n or r["kind"] == "wall-clock")}
 
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
-        return fill(path, {(kind, name): (row_of, task, kind, name, n, *p) for kind, name, *p in jobs}, current, lambda key: marks[key], workers, "methods")
+        functions = {(kind, name): (calibrated_row, task, name, n) if kind == "calibrated" else (row_of, task, kind, name, n, *p) for kind, name, *p in jobs}
+        return fill(path, functions, current, lambda key: marks[key], workers, "methods")
 
     rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
-    rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded])
+    rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded] + [("calibrated", name) for name in seeded])
     if n_wall and ("wall-clock", "wall-clock") not in rows:
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
@@ -82,10 +102,10 @@ def show(rows: list[dict]) -> str:
     points = fixed.mean(1)
     wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
     lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'wall ms':>8} {'gap, % [95 %] (higher is better)':>33} {'against mixtures too':>22}"]
-    for r in sorted(methods, key=lambda r: (r["kind"] != "policy", r["kind"] == "fixed", -r["accuracy"])):
+    for r in sorted(methods, key=lambda r: (ORDER.index(r["kind"]), -r["accuracy"])):
         cells = [f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]", f"{100 * r['llm_share']:.1f}",
                  f"{r['tokens']:.1f}", f"{r['latency_ms']:.1f}"]
-        ms = wall["ms"].get(r["name"]) if wall and r["kind"] != "random" else None
+        ms = wall["ms"].get(r["name"]) if wall and r["kind"] in ("policy", "fixed") else None
         cells.append(f"{np.mean(ms):.1f}" if ms else "")
         if r["kind"] == "fixed":
             gaps = [frontier_gap((r["accuracy"], r["latency_ms"]), points, mixtures) for mixtures in (False, True)]
@@ -93,7 +113,7 @@ def show(rows: list[dict]) -> str:
         else:
             cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(outcomes_of([r]), fixed, mixtures)))
                       for mixtures in (False, True)]
-        name = {"random": "random at the share of "}.get(r["kind"], "") + r["name"]
+        name = {"random": "random at the share of ", "calibrated": "above its logit: "}.get(r["kind"], "") + r["name"] + (f", {r['above']:g}" if "above" in r else "")
         lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>8} {cells[5]:>33} {cells[6]:>22}")
     r = methods[0]
     lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}; latency fitted at batch 1; intervals 95 %, paired")
@@ -110,7 +130,7 @@ def recipes(rows: list[dict]) -> str:
     wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
     lines = ["| | right, % | LLM, % | tokens | fitted ms | wall-clock / LLM alone, seed 0 | more right than random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
     for kappa in ("0.1", "0.35", "0.8"):
-        for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("random", "random at these shares")):
+        for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("calibrated", "with its threshold set on calibration"), ("random", "random at the shares as trained")):
             seeds = [r for (k, name), r in sorted(by.items()) if k == kind and name.startswith(f"kappa{kappa}-seed")]
             outcomes = outcomes_of(seeds)
             gaps = [signed([100 * x for x in gap_with_interval(outcomes, fixed, mixtures)]) for mixtures in (False, True)]

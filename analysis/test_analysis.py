@@ -421,6 +421,18 @@ def test_rows_of_other_weights_or_times_are_computed_anew(tmp_path):
     assert frontier.made_with(dataclasses.replace(task, max_new_tokens=9), "fixed", "tau 0.02") != fixed
 
 
+def test_a_policy_is_calibrated_by_what_it_earns(tmp_path, pocket, monkeypatch):
+    """Above -30 the LLM is called wherever the policy is asked, as R-Stitch does; above 30 nowhere. Which earns more decides."""
+    monkeypatch.setattr(frontier, "ABOVE", (-30.0, 30.0))
+    monkeypatch.setattr(frontier, "N_CALIBRATION", 12)
+    task, todo = timed(tmp_path), problems("calibration", 12, 0)
+    lam = json.loads((task.path("policies") / frontier.BASE / "made.json").read_text())["lam"]
+    row = frontier.calibrated_row(task, frontier.BASE, 3)
+    earned = [train_policy.rewards(solve(pocket, todo, router), lam, MODELS_MS)[0].mean() for router in (rstitch.EntropyRouter(0.02), rstitch.SLMOnly())]
+    assert [point[1] for point in row["curve"]] == pytest.approx(earned) and earned[0] != earned[1]
+    assert row["above"] == (-30.0, 30.0)[int(np.argmax(earned))] and (row["kind"], row["n"]) == ("calibrated", 3)
+
+
 def test_ablations_compare_on_the_same_problems():
     llm = [[1, 400.0]] * 4
     base, changed = [[1, 100.0], [0, 50.0], [1, 100.0], [1, 110.0]], [[1, 80.0], [0, 50.0], [0, 40.0], [1, 90.0]]

@@ -253,13 +253,14 @@ def export(config: Config, task: Task, policies, folder: Path, target: Path) -> 
     (target / "made.json").write_text(json.dumps(made) + "\n")
 
 
-def load_router(folder: Path, pair, seed: int | None = None) -> rstitch.PolicyRouter:
-    """The router of an exported policy; ValueError where it was made for another pair."""
+def load_router(folder: Path, pair, seed: int | None = None, above: float = 0.0) -> rstitch.PolicyRouter:
+    """The router of an exported policy, which calls the LLM where its logit exceeds `above`; ValueError where it was made for another pair."""
     made = json.loads((folder / "made.json").read_text())
     check_made_for(f"the policy in {folder}", made, pair)
     config = Config(**made["config"])
     policies = build_policies(config, *pair[:2])
     policies.load_state_dict(load_file(folder / "policy.safetensors"))
+    policies["call"].mlp[-1].bias.data -= above
     return build_router(policies.eval().requires_grad_(False), config, seed)
 
 
