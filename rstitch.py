@@ -140,7 +140,7 @@ GREEDY = Sampling()
 
 BLOCK = 64  # attention reads the slots up to the end of the longest row ("live"), rounded up to a multiple of this; see live_slots
 CHUNK = 2048  # tokens in one forward call at most
-FREE = 128  # pads that a forward call may hold: they cost less than a second call, which reads all weights again
+FREE = {"cpu": 32, "cuda": 128}  # pads that a forward call may hold: they cost less than a second call, which reads all weights again
 SHORT = 32  # under graphs, reads up to this are padded to a power of two
 
 
@@ -371,7 +371,8 @@ class CachedLM:
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
         self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype  # which walks the parameters: as long as a matmul
-        self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + FREE), dtype=torch.long, device=model.device)  # ids, positions; with pads
+        self.free = FREE["cpu" if model.device.type == "cpu" else "cuda"]
+        self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long, device=model.device)  # ids, positions; with pads
         self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
         # What the output embedding reads is the last hidden state, in every family tested. The hook holds a dict, not self, so
@@ -457,12 +458,12 @@ class CachedLM:
 
     def _read(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
         S, unread = self.width(max(map(len, tokens))), dict(zip(rows, tokens))
-        graphed = self.graphs is not None and (S == 1 or S <= SHORT and self.batch_size * S <= FREE)
+        graphed = self.graphs is not None and (S == 1 or S <= SHORT and self.batch_size * S <= self.free)
         span = range(self.batch_size) if graphed else range(min(rows), max(rows) + 1)
         idle = len(span) - len(rows)
         # Idle rows in between take part where they are few: that costs less than copying the caches of those that read. An idle row
         # writes the slot at its cursor, which its own next read overwrites before anybody sees it; a full row its last slot: it reads no more.
-        neighbours = graphed or idle <= len(rows) and idle * S <= FREE
+        neighbours = graphed or idle <= len(rows) and idle * S <= self.free
         taking_part = list(span) if neighbours else list(rows)
         n, ids, positions = len(taking_part), [], []
         for row in taking_part:
@@ -676,7 +677,7 @@ def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
     for row in sorted(rows, key=unread):
         n = unread(row)
         total = lm.width(n) * (len(groups[-1]) + 1) if groups else math.inf
-        if total <= CHUNK and (total - tokens - n <= FREE or n <= 1.25 * unread(groups[-1][0])):
+        if total <= CHUNK and (total - tokens - n <= lm.free or n <= 1.25 * unread(groups[-1][0])):
             groups[-1].append(row)
             tokens += n
         else:

@@ -214,10 +214,10 @@ def test_sinks_and_soft_caps_keep_the_models_own_attention():
             rstitch.grouped_attention(torch.nn.Identity(), x, x, x, torch.zeros(1, 1, 1, 1), **{name: 1.0})
 
 
-@pytest.mark.parametrize("free", [rstitch.FREE, 0])  # idle rows in between join the call, or the cache of the others is copied
+@pytest.mark.parametrize("free", [128, 0])  # idle rows in between join the call, or the cache of the others is copied
 @torch.no_grad()
 def test_rows_may_read_in_any_subset(free, monkeypatch):
-    monkeypatch.setattr(rstitch, "FREE", free)
+    monkeypatch.setattr(rstitch, "FREE", {"cpu": free})
     model = tiny()
     ids = torch.randint(2, VOCAB, (4, 20), generator=torch.Generator().manual_seed(2))
     lm = CachedLM(model, 4, 20)
@@ -550,7 +550,7 @@ def test_stitch_equals_algorithm_1():
                         top_p=top_p, seed=seed, eos_token_id=1, pad_token_id=0)
         assert_equal_to_reference(result, ids, expected, pad=0)
 
-    with patch.multiple(rstitch, BLOCK=8, SHORT=4, CHUNK=16, FREE=6):
+    with patch.multiple(rstitch, BLOCK=8, SHORT=4, CHUNK=16, FREE={"cpu": 6}):
         small_pair.cache_clear()
         compare()
     assert count["run"] - count["too close"] >= 1000 and count["too close"] < 0.05 * count["run"]
@@ -603,14 +603,14 @@ def test_the_majority_runs_and_nobody_waits_long():
 @given(unread=st.lists(st.integers(1, 6) | st.integers(1, 3000), min_size=1, max_size=40), graphs=st.booleans())
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_reads_share_a_call_only_where_pads_are_few(unread, graphs):
-    lm = type("Unread", (), {"cursor": [0] * len(unread), "graphs": graphs, "width": rstitch.CachedLM.width})()
+    lm = type("Unread", (), {"cursor": [0] * len(unread), "graphs": graphs, "width": rstitch.CachedLM.width, "free": 32})()
     groups = rstitch.similar_lengths(rows_of([SLM] * len(unread), unread), lm)
     assert sorted(row.index for group in groups for row in group) == list(range(len(unread)))
     for group in groups:
         tokens = [len(row.ids) for row in group]
         total = len(group) * lm.width(max(tokens))
         assert len(group) == 1 or total <= rstitch.CHUNK
-        assert total - sum(tokens) <= rstitch.FREE or max(tokens) <= 1.25 * min(tokens) or len(group) == 1
+        assert total - sum(tokens) <= lm.free or max(tokens) <= 1.25 * min(tokens) or len(group) == 1
         assert [row.index for row in group] == sorted(row.index for row in group)
 
 

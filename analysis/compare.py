@@ -422,7 +422,7 @@ def show(rows: list[dict], parameters: tuple[int, int], usage: Callable[[float],
 
 
 def table(rows: list[dict]) -> str:
-    """Right answers at exactly the same share, and R2R's lead, as the README has it."""
+    """Right answers at exactly the same share, and R2R's lead, as the results page has it."""
     runs = by_family(rows)
     n = len(next(iter(runs.values()))[0]["outcomes"])
     once = np.full((1, n), 1 / n)

@@ -124,7 +124,7 @@ def show(rows: list[dict]) -> str:
 
 
 def recipes(rows: list[dict]) -> str:
-    """R-Stitch+ by kappa, mean over seeds, as the README has it."""
+    """R-Stitch+ by kappa, mean over seeds, as the results page has it."""
     by = {(r["kind"], r["name"]): r for r in rows}
     fixed = outcomes_of([r for r in rows if r["kind"] == "fixed"])
     wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
@@ -143,7 +143,7 @@ def recipes(rows: list[dict]) -> str:
 
 
 def ablations(rows: list[dict]) -> str:
-    """What each change did, in right answers, time and reward on the same problems, 95 % intervals over problems; as the README has it."""
+    """What each change did, in right answers, time and reward on the same problems, 95 % intervals over problems; as the results page has it."""
     outcomes = {r["name"]: outcomes_of([r])[0] for r in rows if r["kind"] in ("policy", "fixed")}
     llm_ms = outcomes["LLM alone"][:, 1].mean()
     lines = ["| changed | against | kappa | right, % | fitted ms | right, pp | fitted ms | reward x 100 |", "|---|---|---|---|---|---|---|---|"]

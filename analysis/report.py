@@ -152,7 +152,7 @@ def design(rows: list[dict]) -> list[tuple[str, str, bool]]:
 
 
 def sweep(rows: list[dict]) -> str:
-    """Accuracy against LLM share over tau, as the README has it."""
+    """Accuracy against LLM share over tau, as the results page has it."""
     methods = {(r["method"], r["tau"]): r for r in rows if r["what"] == "method"}
     lines = ["| tau | R-Stitch right, % | LLM tokens, % | tokens per answer | switches | random at that share right, % |", "|---|---|---|---|---|---|"]
     for tau in sorted(tau for method, tau in methods if method == "R-Stitch"):

@@ -591,8 +591,8 @@ def test_the_comparison_runs_resumes_and_shows(tmp_path, pocket, monkeypatch):
     assert len(read_rows(tmp_path / "compare.jsonl")) == len(rows) == len(again())
 
 
-def test_the_readme_shows_the_committed_comparison():
-    rows, readme = read_rows(RESULTS / "compare.jsonl"), (MODELS.parent.parent / "README.md").read_text()
+def test_the_results_page_shows_the_committed_comparison():
+    rows, readme = read_rows(RESULTS / "compare.jsonl"), (RESULTS / "README.md").read_text()
     assert compare.table(rows) in readme and {r["family"] for r in rows if r["kind"] == "test"} == {*compare.FAMILIES, *compare.ALONE}
     assert all(r["source"] == "measured" and r["n"] == 1000 for r in rows if r["kind"] == "test")
     made, labels = json.loads((MODELS / "r2r" / "made.json").read_text()), json.loads((RESULTS / "labels.json").read_text())
