@@ -133,39 +133,41 @@ def flex(mask_length: int):
     return lambda q, k, v, mask, scale: compiled(q, k, v, score_mod=live, scale=scale, enable_gqa=True)
 
 
+def in_turn(runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    def all_of_them():
+        for run in runs:
+            run()
+    return all_of_them
+
+
 def replayed(runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
     """All runs as one CUDA graph: what the kernels take, without their launches."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    once, stream, graph = in_turn(runs), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for run in runs:
-            run()
+        once()
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph, stream=stream):
-        for run in runs:
-            run()
+        once()
     return graph.replay
 
 
 @torch.inference_mode()
 def attention_row(shape: str, batch: int, context: int, S: int, device: str, dtype: str, rounds: int) -> dict:
-    """One read of S tokens over caches of `context` tokens in one layer, by every kernel: milliseconds, and the largest difference from the first. On a GPU
-    twenty layers replayed as one graph, each with keys of its own as long as they fit 256 MB, far more than its cache."""
+    """One read of S tokens over caches of `context` tokens in one layer, by every kernel: milliseconds, and the largest difference from the first. As in a
+    model, layer follows layer, twenty of them (on a GPU replayed as one graph), each with keys of its own as long as all fit 256 MB."""
     (H, K, D), kind, cuda = HEADS[shape], getattr(torch, dtype), torch.device(device).type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
-    layers = max(1, min(20, (256 << 20) // (2 * batch * K * context * D * kind.itemsize))) if cuda else 1
+    layers = max(1, min(20, (256 << 20) // (2 * batch * K * context * D * kind.itemsize)))
     q, *caches = (torch.randn(batch, heads, n, D, generator=generator, device=device, dtype=kind) for heads, n in ((H, S), *[(K, context)] * (2 * layers)))
-    k, v = caches[:2]
     mask = torch.zeros(batch, 1, S, context, device=device, dtype=kind)
     mask[..., context - 3:] = torch.finfo(kind).min
     kernels = KERNELS | ({"flex_attention": flex(context - 3)} if cuda else {})
-    runs = {name: (lambda kernel=kernel: kernel(q, k, v, mask, D**-0.5)) for name, kernel in kernels.items()}
-    expected = runs["sdpa, keys copied"]()
-    error = {name: float((run() - expected).abs().max()) for name, run in runs.items()}
-    if cuda:
-        over = lambda kernel, i: lambda: kernel(q, *caches[2 * i:2 * i + 2], mask, D**-0.5)  # noqa: E731
-        runs = {name: replayed([over(kernel, i % layers) for i in range(20)]) for name, kernel in kernels.items()}
-    times = {name: [x / (20 if cuda else 1) for x in ms] for name, ms in interleaved(runs, rounds, device).items()}
+    over = lambda kernel, i=0: lambda: kernel(q, *caches[2 * i:2 * i + 2], mask, D**-0.5)  # noqa: E731
+    expected = copied(q, *caches[:2], mask, D**-0.5)
+    error = {name: float((over(kernel)() - expected).abs().max()) for name, kernel in kernels.items()}
+    runs = {name: (replayed if cuda else in_turn)([over(kernel, i % layers) for i in range(20)]) for name, kernel in kernels.items()}
+    times = {name: [x / 20 for x in ms] for name, ms in interleaved(runs, rounds, device).items()}
     return {"what": "attention", "shape": shape, "batch": batch, "context": context, "tokens": S, "ms": {name: spread(ms) for name, ms in times.items()}, "error": error,
             "threads": torch.get_num_threads(), "device_name": device_name(device), **provenance(0, rounds, device, dtype)}
 
