@@ -198,12 +198,14 @@ def bench_attention(batches: list[int], contexts: list[int], device: str, dtype:
 # ---- the cost of a step --------------------------------------------------------------------------------------------------
 
 
-def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: int) -> tuple[dict[int, list[list[float]]], dict[int, list[list[float]]]]:
-    """Milliseconds of a decode step, and of a sum over the same keys and values, which reads them and does nothing else: batches x contexts x rounds each,
-    caches filled with random keys. Each follows an untimed one over the same keys, as a step follows another while an answer is written; every round
-    takes all cells in another order, so that whatever else the machine does is spread."""
+LONG = 2048  # tokens; steps over fewer are cheaper than the line of those over more, for what the processor's caches hold
+
+
+def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: int) -> dict[int, list[list[float]]]:
+    """Milliseconds of a decode step, batches x contexts x rounds, caches filled with random keys. Each follows an untimed one over the same keys, as a
+    step follows another while an answer is written; every round takes all cells in another order, so that whatever else the machine does is spread."""
     lms = {batch: rstitch.CachedLM(model, batch, max(contexts) + 1) for batch in batches}
-    times, streams = ({batch: [[] for _ in contexts] for batch in batches} for _ in range(2))
+    times: dict[int, list[list[float]]] = {batch: [[] for _ in contexts] for batch in batches}
     for batch, lm in lms.items():
         lm.read(range(batch), [[5]] * batch)
         for layer in lm.layers:
@@ -219,15 +221,9 @@ def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: i
                 lm.read(range(batch), [[7]] * batch).token.tolist()
             if i:
                 times[batch][k].append(1e3 * (now(model.device) - start))
-            for _ in range(2):
-                start = now(model.device)
-                for layer in lm.layers:
-                    layer.keys[:, :, :contexts[k]].sum(), layer.values[:, :, :contexts[k]].sum()
-            if i:
-                streams[batch][k].append(1e3 * (now(model.device) - start))
     for lm in lms.values():
         lm.close()
-    return times, streams
+    return times
 
 
 def fit_line(contexts: Sequence[int], times: list[list[float]], draws: int = 500, seed: int = 0) -> dict:
@@ -249,13 +245,13 @@ def fit_line(contexts: Sequence[int], times: list[list[float]], draws: int = 500
 
 
 def bench_steps(rounds: int) -> None:
-    model, batches, contexts = load_pocket()[1], (1, 4, 16), (64, 512, 1024, 2048, 3072, 4096, 6144, 8192)
+    model, contexts = load_pocket()[1], (64, 256, 512, 1024, *range(LONG, 8193, 1024))
     torch.set_num_threads(1)
-    times, streams = step_times(model, batches, contexts, rounds)
-    beside = {b: (np.array(times[b]) - np.array(streams[b])).tolist() for b in batches}
+    times = step_times(model, (1, 4, 16), contexts, rounds)
+    long = contexts.index(LONG)
     row = {"what": "steps", "contexts": contexts, "ms": {b: [spread(ms) for ms in rows] for b, rows in times.items()},
-           "stream_ms": {b: [spread(ms) for ms in rows] for b, rows in streams.items()},
-           "fit": {b: fit_line(contexts, rows) for b, rows in times.items()}, "fit_beside_stream": {b: fit_line(contexts, rows) for b, rows in beside.items()}, "threads": 1, **provenance(0, rounds)}
+           "fit": {b: fit_line(contexts, rows) for b, rows in times.items()}, "fit_long": {b: fit_line(contexts[long:], rows[long:]) for b, rows in times.items()},
+           "threads": 1, **provenance(0, rounds)}
     append_row(FILE, row)
     print(show_steps(row))
     plot_steps(row, RESULTS / "steps.png")
@@ -264,7 +260,7 @@ def bench_steps(rounds: int) -> None:
 def show_steps(row: dict) -> str:
     return "\n".join(f"batch {b:>2}: {f['c_ms']:.3g} n_kv + {f['d_ms']:.2f} ms; error of the line: median {100 * f['median_error']:.1f} %, largest {100 * f['largest_error']:.1f} %; "
                      f"a term in n_kv^2 would be {100 * f['square_share'][0]:+.1f} % [{100 * f['square_share'][1]:+.1f}, {100 * f['square_share'][2]:+.1f}] of the time at {row['contexts'][-1]}{what}"
-                     for fits, what in (("fit", ""), ("fit_beside_stream", ", the time of reading the keys taken off")) for b, f in row[fits].items())
+                     for fits, what in (("fit", ""), ("fit_long", f", fitted from {LONG:,} tokens on")) for b, f in row[fits].items())
 
 
 def plot_steps(row: dict, path: Path) -> None:
@@ -276,9 +272,10 @@ def plot_steps(row: dict, path: Path) -> None:
     for (b, points), colour in zip(row["ms"].items(), ("#0072B2", "#E69F00", "#009E73")):
         median, low, high = np.array(points).T
         ax.errorbar(n, median, [median - low, high - median], fmt="o", color=colour, capsize=3)
-        ax.plot(n, row["fit"][b]["c_ms"] * n + row["fit"][b]["d_ms"], color=colour)
+        for fits, style in (("fit", "-"), ("fit_long", ":")):
+            ax.plot(n, row[fits][b]["c_ms"] * n + row[fits][b]["d_ms"], style, color=colour)
         ax.annotate(f"batch {b}", (n[-1], median[-1]), (4, 0), textcoords="offset points", color=colour, va="center")
-    ax.set(xlabel="tokens in the cache, n_kv", ylabel="one decode step (ms), lower is better", title="Decode steps of the pocket LLM, and the line of the latency model", xlim=(0, 1.12 * n[-1]))
+    ax.set(xlabel="tokens in the cache, n_kv", ylabel="one decode step (ms), lower is better", title=f"Decode steps of the pocket LLM, and the line of the latency model\n(dotted: fitted from {LONG:,} tokens on)", xlim=(0, 1.12 * n[-1]))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
