@@ -18,6 +18,7 @@ cache, over the bandwidth of a read-only stream measured in the same run. Shapes
 """
 import argparse
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
-from analysis.common import RESULTS, append_row, load_pocket, now, provenance, read_rows, rotated
+from analysis.common import RESULTS, append_row, bootstrap, load_pocket, now, provenance, read_rows, rotated
 from analysis.problems import problems
 from analysis.task import encode_problems, same_width
 
@@ -226,22 +227,37 @@ def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: i
     return times
 
 
-def fit_line(contexts: Sequence[int], times: list[list[float]], draws: int = 500, seed: int = 0) -> dict:
+def fit_line(contexts: Sequence[int], times: list[list[float]]) -> dict:
     """Decode time as the latency model has it, c n + d, to the medians by relative least squares; and what a further term in n^2 would add at the
     largest context, as a share of the time there, with a 95 % interval over rounds."""
-    n, rng = np.array(contexts, float), np.random.default_rng(seed)
+    n = np.array(contexts, float)
 
     def fits(ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         line, bow = (np.linalg.lstsq(np.stack([n**p / ms for p in powers], 1), np.ones_like(ms), rcond=None)[0] for powers in ((0, 1), (0, 1, 2)))
         return line, bow
 
-    samples = np.array(times)  # (contexts, rounds)
-    (d, c), bow = fits(np.median(samples, 1))
-    error = np.abs((c * n + d) / np.median(samples, 1) - 1)
-    share = lambda bow: bow[2] * n[-1] ** 2 / (bow @ [1, n[-1], n[-1] ** 2])  # noqa: E731
-    drawn = [share(fits(np.median(samples[:, rng.integers(0, samples.shape[1], samples.shape[1])], 1))[1]) for _ in range(draws)]
+    def share(*times) -> float:
+        terms = fits(np.median(times, 1))[1] * [1, n[-1], n[-1] ** 2]
+        return float(terms[2] / terms.sum())
+
+    ms = np.median(times, 1)
+    d, c = fits(ms)[0]
+    error = np.abs((c * n + d) / ms - 1)
     return {"d_ms": float(d), "c_ms": float(c), "median_error": float(np.median(error)), "largest_error": float(error.max()),
-            "square_share": [float(share(bow)), *np.percentile(drawn, [2.5, 97.5]).tolist()]}
+            "square_share": [share(*times), *bootstrap(share, *times)]}
+
+
+def key_prices(contexts: Sequence[int], times: dict[int, list[list[float]]], totals: Sequence[int] = (1024, 4096, 8192, 32768)) -> dict[str, dict[int, list[float]]]:
+    """Microseconds that a key costs between one number of keys in all rows together and the next, with a 95 % interval over rounds, for each batch whose
+    contexts hold both. Where it is the same at every batch size, what bends the line is how memory is read and not the loop."""
+    out: dict[str, dict[int, list[float]]] = {f"{low:,} to {high:,}": {} for low, high in itertools.pairwise(totals)}
+    for (low, high), prices in zip(itertools.pairwise(totals), out.values()):
+        for b, rows in times.items():
+            if low // b in contexts and high // b in contexts:
+                price = lambda first, last: 1e3 * (np.median(last) - np.median(first)) / (high - low)  # noqa: B023, E731
+                ends = [rows[contexts.index(keys // b)] for keys in (low, high)]
+                prices[b] = [float(price(*ends)), *bootstrap(price, *ends)]
+    return out
 
 
 def bench_steps(rounds: int) -> None:
@@ -251,16 +267,18 @@ def bench_steps(rounds: int) -> None:
     long = contexts.index(LONG)
     row = {"what": "steps", "contexts": contexts, "ms": {b: [spread(ms) for ms in rows] for b, rows in times.items()},
            "fit": {b: fit_line(contexts, rows) for b, rows in times.items()}, "fit_long": {b: fit_line(contexts[long:], rows[long:]) for b, rows in times.items()},
-           "threads": 1, **provenance(0, rounds)}
+           "key_us": key_prices(contexts, times), "threads": 1, **provenance(0, rounds)}
     append_row(FILE, row)
     print(show_steps(row))
     plot_steps(row, RESULTS / "steps.png")
 
 
 def show_steps(row: dict) -> str:
-    return "\n".join(f"batch {b:>2}: {f['c_ms']:.3g} n_kv + {f['d_ms']:.2f} ms; error of the line: median {100 * f['median_error']:.1f} %, largest {100 * f['largest_error']:.1f} %; "
+    lines = [f"batch {b:>2}: {f['c_ms']:.3g} n_kv + {f['d_ms']:.2f} ms; error of the line: median {100 * f['median_error']:.1f} %, largest {100 * f['largest_error']:.1f} %; "
                      f"a term in n_kv^2 would be {100 * f['square_share'][0]:+.1f} % [{100 * f['square_share'][1]:+.1f}, {100 * f['square_share'][2]:+.1f}] of the time at {row['contexts'][-1]}{what}"
-                     for fits, what in (("fit", ""), ("fit_long", f", fitted from {LONG:,} tokens on")) for b, f in row[fits].items())
+                     for fits, what in (("fit", ""), ("fit_long", f", fitted from {LONG:,} tokens on")) for b, f in row[fits].items()]
+    return "\n".join(lines + [f"keys in all {keys}: a key costs, in us, " + ", ".join(f"{p:.3f} [{low:.3f}, {high:.3f}] (batch {b})" for b, (p, low, high) in prices.items())
+                              for keys, prices in row["key_us"].items()])
 
 
 def plot_steps(row: dict, path: Path) -> None:

@@ -30,6 +30,15 @@ def test_lines_and_bows_are_told_apart():
     assert bow["square_share"][0] == pytest.approx(0.46, abs=0.1) and bow["square_share"][1] > 0.2 and bow["largest_error"] > 0.05
 
 
+def test_the_price_of_a_key_is_told_from_that_of_a_row():
+    contexts = (64, 256, 512, 1024, 2048)
+    t = lambda n, b: 3 + 0.1 * b + 1e-3 * min(n * b, 4096) + 5e-4 * max(n * b - 4096, 0)  # ms: a key costs 1 us, beyond 4,096 half of it  # noqa: E731
+    prices = bench.key_prices(contexts, {b: [[t(n, b)] * 3 for n in contexts] for b in (1, 4, 16)})
+    assert {keys: list(of) for keys, of in prices.items()} == {"1,024 to 4,096": [4, 16], "4,096 to 8,192": [4, 16], "8,192 to 32,768": [16]}  # batch 1 ends at 2,048
+    assert all(x == pytest.approx(us) for keys, us in zip(prices, (1, 0.5, 0.5)) for of in prices[keys].values() for x in of)
+    assert bench.key_prices((1024, 4096), {1: [[3, 4, 5], [9, 7.072, 8]]})["1,024 to 4,096"][1][0] == pytest.approx(4 / 3.072)  # medians 4 and 8
+
+
 def test_a_timed_step_follows_one_over_the_same_keys():
     model, reads = bench.build("mini-S", 64, "cpu", torch.float32), []
     hook = model.register_forward_pre_hook(lambda module, args, kwargs: reads.append((kwargs["input_ids"].shape[0], kwargs["position_ids"][0, -1].item())), with_kwargs=True)
