@@ -1596,10 +1596,9 @@ def test_every_snippet_of_the_readme_runs(capsys, monkeypatch):
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(code, "README.md", "exec"), names)
     assert "The answer is" in capsys.readouterr().out
-    gap = stitch(names["slm"], names["llm"], names["ids"], names["GapRouter"](), attention_mask=names["mask"], max_new_tokens=320)
     sources = [[call.model for call in calls if call.kept] for calls in names["result"].calls]
     torch.testing.assert_close(names["share"], torch.tensor([np.mean(row) for row in sources], dtype=torch.float32))
-    assert torch.equal(names["out"], gap.sequences) and {SLM, LLM} <= set(gap.source.unique().tolist())
+    assert torch.equal(names["out"], names["by_gap"].sequences) and all({SLM, LLM} <= set(names[way].source.unique().tolist()) for way in ("by_gap", "by_r2r"))
 
 
 def test_every_command_of_the_readme_runs(saved_pair, capsys, monkeypatch):

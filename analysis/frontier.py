@@ -17,7 +17,7 @@ import numpy as np
 import rstitch
 from analysis.common import bootstrap, fill, read_rows
 from analysis.report import TAUS
-from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, signed
+from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, ratio_of_means, signed
 from analysis.task import BASE, SEED, Task, digest_of, measure, solve, wall_clock
 from analysis.train_policy import RUNS, load_router, rewards
 
@@ -101,12 +101,13 @@ def show(rows: list[dict]) -> str:
     fixed = outcomes_of([r for r in methods if r["kind"] == "fixed"])
     points = fixed.mean(1)
     wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
-    lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'wall ms':>8} {'gap, % [95 %] (higher is better)':>33} {'against mixtures too':>22}"]
+    clock = {name: np.array(ms) for name, ms in wall["ms"].items()} if wall else {}
+    lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'by the clock, LLM = 1':>22} {'gap, % [95 %] (higher is better)':>33} {'against mixtures too':>22}"]
     for r in sorted(methods, key=lambda r: (ORDER.index(r["kind"]), -r["accuracy"])):
         cells = [f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]", f"{100 * r['llm_share']:.1f}",
                  f"{r['tokens']:.1f}", f"{r['latency_ms']:.1f}"]
-        ms = wall["ms"].get(r["name"]) if wall and r["kind"] in ("policy", "fixed") else None
-        cells.append(f"{np.mean(ms):.1f}" if ms else "")
+        pair = (clock["LLM alone"], clock[r["name"]]) if r["kind"] in ("policy", "fixed") and r["name"] in clock else ()
+        cells.append("{:.2f} x [{:.2f}, {:.2f}]".format(ratio_of_means(*pair), *bootstrap(ratio_of_means, *pair)) if pair else "")
         if r["kind"] == "fixed":
             gaps = [frontier_gap((r["accuracy"], r["latency_ms"]), points, mixtures) for mixtures in (False, True)]
             cells += ["on the frontier" if abs(gap) < 1e-9 else f"{100 * gap:.1f}" for gap in gaps]
@@ -114,12 +115,12 @@ def show(rows: list[dict]) -> str:
             cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(outcomes_of([r]), fixed, mixtures)))
                       for mixtures in (False, True)]
         name = {"random": "random at the share of ", "calibrated": "above its logit: "}.get(r["kind"], "") + r["name"] + (f", {r['above']:g}" if "above" in r else "")
-        lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>8} {cells[5]:>33} {cells[6]:>22}")
+        lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>22} {cells[5]:>33} {cells[6]:>22}")
     r = methods[0]
     lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}; latency fitted at batch 1; intervals 95 %, paired")
     if wall:
         drift = np.array(wall["reference_ms"]) / np.median(wall["reference_ms"]) - 1
-        lines.append(f"wall-clock: mean of {wall['n']} problems at batch 1, methods interleaved; drift of the reference call: median {100 * np.median(abs(drift)):.1f} %, largest {100 * abs(drift).max():.1f} %")
+        lines.append(f"by the clock: speed-up over the LLM alone, {wall['n']} problems at batch 1, methods interleaved; drift of the reference call: median {100 * np.median(abs(drift)):.1f} %, largest {100 * abs(drift).max():.1f} %")
     return "\n".join(lines)
 
 
