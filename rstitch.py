@@ -87,7 +87,8 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn from logits; temperature 0 is greedy, whatever the rest. The filters mean what they mean in
-    `transformers`: temperature first, then the top_k largest, then the smallest set that holds top_p of what is left."""
+    `transformers`: temperature first, then the top_k largest, then the smallest set that holds top_p of what is left.
+    ValueError for numbers outside their ranges."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -140,7 +141,9 @@ GREEDY = Sampling()
 
 BLOCK = 64  # attention reads the slots up to the end of the longest row ("live"), rounded up to a multiple of this; see live_slots
 CHUNK = 2048  # tokens in one forward call at most
-FREE = {"cpu": 32, "cuda": 128}  # pads that a forward call may hold: they cost less than a second call, which reads all weights again
+# Pads that a forward call may hold: they cost less than a second call, which reads all weights again. A CPU computes them where a GPU
+# waits for memory, so there they are fewer.
+FREE = {"cpu": 32, "cuda": 128}
 SHORT = 32  # under graphs, reads up to this are padded to a power of two
 
 
@@ -509,7 +512,7 @@ class EntropyRouter:
 
     tau is normalised by log V (the paper) or in nats. `window` > 1 compares the mean over the row's last kept tokens and the
     current proposal; discarded proposals do not count, and a switch does not start the window anew. `tau_back` is the LLM's
-    threshold for handing back, tau unless given. Neither is in the paper.
+    threshold for handing back, tau unless given. Neither is in the paper. ValueError for thresholds outside the range of their unit.
     """
 
     tau: float = 0.02
@@ -567,6 +570,7 @@ class RandomRouter:
     """Leave the SLM with probability p, stay with the LLM with probability `stay`: the baseline at an equal LLM share.
 
     The LLM writes p / (1 - stay (1 - p)) of the tokens in the long run; with stay = 0, the default, that is p.
+    ValueError for what is no probability.
     """
 
     p: float
@@ -986,7 +990,8 @@ class R2RNet(torch.nn.Module):
     """R2R's router (arXiv 2505.21600): does this token of the SLM lead the reasoning astray? One logit per token.
 
     It sees the SLM's last hidden state, the values of its top_k largest logits (sorted, without their ids) and the embedding of
-    the token that it drew. `embedding` is the SLM's own input embedding: frozen, and no parameter of the router.
+    the token that it drew. `embedding` is the SLM's own input embedding: frozen, and no parameter of the router. ValueError for sizes
+    that do not fit the SLM, when it is made or when it is asked.
     """
 
     def __init__(self, hidden_size: int, embedding: torch.nn.Embedding, top_k: int = 100, width: int = 1024, blocks: int = 6,
@@ -1027,7 +1032,8 @@ class R2RRouter:
     """R2R: the SLM's token is discarded where the net's score, sigmoid of its logit, reaches the threshold; the LLM then writes
     exactly one token in its place. Threshold 0 is the LLM alone, above 1 the SLM alone.
 
-    Under sampling the net sees the token that was drawn (the paper does not say). ValueError for a threshold below 0 or NaN.
+    Under sampling the net sees the token that was drawn (the paper does not say). ValueError for a threshold below 0 or NaN, and for
+    a net in training mode.
     """
 
     def __init__(self, net: R2RNet, threshold: float):
@@ -1095,6 +1101,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: str = "std
 
     scale="none" leaves out the division. With it lam cancels in a group that is right throughout, where the spread is all
     latency; without it lam keeps its weight. A group of equal rewards has advantages of exactly 0.
+    ValueError for groups of one, rewards that are not finite, and another scale or eps.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected (prompts, rollouts), two rollouts or more")
@@ -1116,6 +1123,7 @@ def dapo_loss(logp: torch.Tensor, logp_old: torch.Tensor, advantages: torch.Tens
     -mean over the decisions of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - logp_old). Token-level: every
     decision of the batch counts alike, so a long trajectory counts by its decisions. Clip-higher: eps_high > eps_low leaves
     more room to raise an unlikely action. `advantages` is each decision's, mask False where there is none. No KL term.
+    ValueError for shapes that differ, a mask without a decision, and clips outside their ranges.
     """
     shapes = [tuple(x.shape) for x in (logp, logp_old, advantages, mask)]
     if len(set(shapes)) > 1 or mask.dtype != torch.bool or not mask.any():
@@ -1135,6 +1143,7 @@ class Policy(torch.nn.Module):
     small MLP on [normalised hidden state, log of the entropy in nats, log of context length / 1000]; the entropy follows from
     the hidden state, but a net this small would first have to find the output embedding. `start` is the probability of calling
     the LLM that an untrained policy gives everywhere; use_entropy=False and use_context=False leave either out.
+    ValueError for sizes that do not fit the SLM, when it is made or when it is asked, and for a start outside (0, 1).
     """
 
     def __init__(self, hidden_size: int, width: int = 64, start: float = 0.5, use_entropy: bool = True, use_context: bool = True):
@@ -1177,7 +1186,7 @@ class PolicyRouter:
 
     Elsewhere the SLM goes on, and the LLM hands back by the entropy rule (tau_back, tau unless given), as in R-Stitch. tau is
     normalised. Without `seed` the likelier action is taken; with one, actions are sampled and what training needs is appended
-    to `decisions`.
+    to `decisions`. ValueError for thresholds as in EntropyRouter.
     """
 
     def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None):
@@ -1333,7 +1342,8 @@ def load(auto, option: str, name: str, **options):
 
 
 def load_pair(slm: str, llm: str, device: str = "cpu", dtype: str = "auto", special_may_differ: bool = False):
-    """(SLM, LLM, the LLM's tokenizer) from Hugging Face names or paths, weights from safetensors only. dtype "auto" is the checkpoint's."""
+    """(SLM, LLM, the LLM's tokenizer) from Hugging Face names or paths, weights from safetensors only. dtype "auto" is the checkpoint's.
+    ValueError where there is no such model, or the tokenizers differ (`check_same_tokenizer`)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -1359,7 +1369,7 @@ def left_padded(rows: Sequence[list[int]], pad: int = 0) -> tuple[torch.Tensor, 
 
 def encode(tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, attention_mask) of the prompts, (B, P) each, padded on the left: each question as a user's message where the
-    tokenizer has a chat template, else as it stands."""
+    tokenizer has a chat template, else as it stands. ValueError for a question without text."""
     for question in questions:
         check_question(question)
     if tokenizer.chat_template:
