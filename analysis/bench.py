@@ -32,6 +32,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import rstitch
 from analysis.common import RESULTS, append_row, bootstrap, load_pocket, now, provenance, read_rows, rotated
 from analysis.problems import problems
+from analysis.stats import signed, with_interval
 from analysis.task import encode_problems, same_width
 
 FILE = RESULTS / "bench.jsonl"
@@ -232,16 +233,15 @@ def fit_line(contexts: Sequence[int], times: list[list[float]]) -> dict:
     largest context, as a share of the time there, with a 95 % interval over rounds."""
     n = np.array(contexts, float)
 
-    def fits(ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        line, bow = (np.linalg.lstsq(np.stack([n**p / ms for p in powers], 1), np.ones_like(ms), rcond=None)[0] for powers in ((0, 1), (0, 1, 2)))
-        return line, bow
+    def fit(ms: np.ndarray, *powers: int) -> np.ndarray:
+        return np.linalg.lstsq(np.stack([n**p / ms for p in powers], 1), np.ones_like(ms), rcond=None)[0]
 
     def share(*times) -> float:
-        terms = fits(np.median(times, 1))[1] * [1, n[-1], n[-1] ** 2]
+        terms = fit(np.median(times, 1), 0, 1, 2) * [1, n[-1], n[-1] ** 2]
         return float(terms[2] / terms.sum())
 
     ms = np.median(times, 1)
-    d, c = fits(ms)[0]
+    d, c = fit(ms, 0, 1)
     error = np.abs((c * n + d) / ms - 1)
     return {"d_ms": float(d), "c_ms": float(c), "median_error": float(np.median(error)), "largest_error": float(error.max()),
             "square_share": [share(*times), *bootstrap(share, *times)]}
@@ -250,8 +250,9 @@ def fit_line(contexts: Sequence[int], times: list[list[float]]) -> dict:
 def key_prices(contexts: Sequence[int], times: dict[int, list[list[float]]], totals: Sequence[int] = (1024, 4096, 8192, 32768)) -> dict[str, dict[int, list[float]]]:
     """Microseconds that a key costs between one number of keys in all rows together and the next, with a 95 % interval over rounds, for each batch whose
     contexts hold both. Where it is the same at every batch size, what bends the line is how memory is read and not the loop."""
-    out: dict[str, dict[int, list[float]]] = {f"{low:,} to {high:,}": {} for low, high in itertools.pairwise(totals)}
-    for (low, high), prices in zip(itertools.pairwise(totals), out.values()):
+    out: dict[str, dict[int, list[float]]] = {}
+    for low, high in itertools.pairwise(totals):
+        prices = out[f"{low:,} to {high:,}"] = {}
         for b, rows in times.items():
             if low // b in contexts and high // b in contexts:
                 price = lambda first, last: 1e3 * (np.median(last) - np.median(first)) / (high - low)  # noqa: B023, E731
@@ -275,9 +276,9 @@ def bench_steps(rounds: int) -> None:
 
 def show_steps(row: dict) -> str:
     lines = [f"batch {b:>2}: {f['c_ms']:.3g} n_kv + {f['d_ms']:.2f} ms; error of the line: median {100 * f['median_error']:.1f} %, largest {100 * f['largest_error']:.1f} %; "
-                     f"a term in n_kv^2 would be {100 * f['square_share'][0]:+.1f} % [{100 * f['square_share'][1]:+.1f}, {100 * f['square_share'][2]:+.1f}] of the time at {row['contexts'][-1]}{what}"
+                     f"a term in n_kv^2 would be {signed([100 * x for x in f['square_share']], unit=' %')} of the time at {row['contexts'][-1]}{what}"
                      for fits, what in (("fit", ""), ("fit_long", f", fitted from {LONG:,} tokens on")) for b, f in row[fits].items()]
-    return "\n".join(lines + [f"keys in all {keys}: a key costs, in us, " + ", ".join(f"{p:.3f} [{low:.3f}, {high:.3f}] (batch {b})" for b, (p, low, high) in prices.items())
+    return "\n".join(lines + [f"keys in all {keys}: a key costs, in us, " + ", ".join(f"{with_interval(price)} (batch {b})" for b, price in prices.items())
                               for keys, prices in row["key_us"].items()])
 
 

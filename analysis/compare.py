@@ -36,14 +36,14 @@ from analysis import label
 from analysis.common import add_options, fill, fingerprint, given, now, provenance, read_rows
 from analysis.problems import question, verify
 from analysis.stats import at_share, difference, net_time, signed
-from analysis.task import SEED, Pair, Task, common_vocab, control_of, digest_of, encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock
+from analysis.task import N_CALIBRATION, SEED, Pair, Task, common_vocab, control_of, digest_of, encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock
 from analysis.train_policy import load_router
 from analysis.train_r2r import load_r2r
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
 WANTED = {"share": (0.05, 0.1, 0.2), "latency": (1.5, 2.0, 4.0)}  # of the tokens; times what the SLM alone takes
 TIMED = (("R2R", 0.1), ("R2R", 0.2), ("R-Stitch", 0.15), ("R-Stitch", 0.3), ("R-Stitch+", 0.04))  # family, LLM share
-N_CALIBRATION, N_TEST, N_LIVE, N_TIMED = 300, 1000, 300, 100
+N_TEST, N_LIVE, N_TIMED = 1000, 300, 100
 
 
 def sigmoid(x: float) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.stats import PAPER_LABELS, auroc, bootstrap, difference, gap_with_interval, net_time, outcomes_of, ratio_of_means, read_rows, signed, wilson
+from analysis.stats import PAPER_LABELS, auroc, bootstrap, difference, gap_with_interval, net_time, outcomes_of, ratio_of_means, read_rows, signed, wilson, with_interval
 
 SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # told apart by the colour-blind too
 WINDOWS = (1, 4, 8, 12, 16)
@@ -38,10 +38,6 @@ def verdicts(rows: list[tuple[str, str, str, str]]) -> str:
     head = ("claim", "paper", "ours [95 %]", "verdict")
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (head, *rows))
-
-
-def with_interval(x: tuple[float, float, float], unit: str = "", digits: int = 3) -> str:
-    return f"{x[0]:.{digits}f}{unit} [{x[1]:.{digits}f}, {x[2]:.{digits}f}]"
 
 
 def percent(x: tuple[float, float, float], digits: int = 1) -> str:

@@ -17,8 +17,8 @@ import numpy as np
 import rstitch
 from analysis.common import bootstrap, fill, read_rows
 from analysis.report import TAUS
-from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, ratio_of_means, signed
-from analysis.task import BASE, SEED, Task, digest_of, measure, solve, wall_clock
+from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, ratio_of_means, signed, with_interval
+from analysis.task import BASE, N_CALIBRATION, SEED, Task, digest_of, measure, solve, wall_clock
 from analysis.train_policy import RUNS, load_router, rewards
 
 FIXED = {
@@ -28,7 +28,7 @@ FIXED = {
     **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
-ABOVE, N_CALIBRATION = tuple(np.linspace(-6, 6, 13).tolist()), 300  # logits that are tried, calibration problems they are tried on
+ABOVE = tuple(np.linspace(-6, 6, 13).tolist())  # logits that are tried on calibration problems
 ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"), ("hidden-only", "no-entropy"),
@@ -71,7 +71,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     policies = sorted(made.parent.name for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
     for name in policies:
         load_router(task.path("policies") / name, task.load())  # one of another pair is told now
-    marks = dict.fromkeys((("fixed", name) for name in FIXED), made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name) for kind in ORDER[:3] for name in policies}
+    marks = dict.fromkeys((("fixed", name) for name in FIXED), made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name) for kind in ORDER if kind != "fixed" for name in policies}
     marks["wall-clock", "wall-clock"] = digest_of(task, *(task.path("policies") / name / "policy.safetensors" for name in policies), also=str(n_wall))
     seeded = [name for name in policies if "-seed" in name] or policies
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
@@ -104,16 +104,15 @@ def show(rows: list[dict]) -> str:
     clock = {name: np.array(ms) for name, ms in wall["ms"].items()} if wall else {}
     lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'by the clock, LLM = 1':>22} {'gap, % [95 %] (higher is better)':>33} {'against mixtures too':>22}"]
     for r in sorted(methods, key=lambda r: (ORDER.index(r["kind"]), -r["accuracy"])):
-        cells = [f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]", f"{100 * r['llm_share']:.1f}",
+        cells = [with_interval([100 * x for x in (r["accuracy"], *r["accuracy_95"])], digits=1), f"{100 * r['llm_share']:.1f}",
                  f"{r['tokens']:.1f}", f"{r['latency_ms']:.1f}"]
         pair = (clock["LLM alone"], clock[r["name"]]) if r["kind"] in ("policy", "fixed") and r["name"] in clock else ()
-        cells.append("{:.2f} x [{:.2f}, {:.2f}]".format(ratio_of_means(*pair), *bootstrap(ratio_of_means, *pair)) if pair else "")
+        cells.append(with_interval([ratio_of_means(*pair), *bootstrap(ratio_of_means, *pair)], " x", 2) if pair else "")
         if r["kind"] == "fixed":
             gaps = [frontier_gap((r["accuracy"], r["latency_ms"]), points, mixtures) for mixtures in (False, True)]
             cells += ["on the frontier" if abs(gap) < 1e-9 else f"{100 * gap:.1f}" for gap in gaps]
         else:
-            cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in gap_with_interval(outcomes_of([r]), fixed, mixtures)))
-                      for mixtures in (False, True)]
+            cells += [with_interval([100 * x for x in gap_with_interval(outcomes_of([r]), fixed, mixtures)], digits=1) for mixtures in (False, True)]
         name = {"random": "random at the share of ", "calibrated": "above its logit: "}.get(r["kind"], "") + r["name"] + (f", {r['above']:g}" if "above" in r else "")
         lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>22} {cells[5]:>33} {cells[6]:>22}")
     r = methods[0]

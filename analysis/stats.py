@@ -102,9 +102,13 @@ def difference(a: list[dict], b: list[dict], target: float, n: int, draws: int =
     return float(delta[0]), *map(float, np.nanpercentile(delta[1:], [2.5, 97.5]))
 
 
-def signed(x: Sequence[float], digits: int = 1) -> str:
+def with_interval(x: Sequence[float], unit: str = "", digits: int = 3) -> str:
+    return f"{x[0]:.{digits}f}{unit} [{x[1]:.{digits}f}, {x[2]:.{digits}f}]"
+
+
+def signed(x: Sequence[float], digits: int = 1, unit: str = "") -> str:
     """A difference and its interval."""
-    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*x, d=digits)
+    return "{:+.{d}f}{u} [{:+.{d}f}, {:+.{d}f}]".format(*x, d=digits, u=unit)
 
 
 def outcomes_of(rows: list[dict], n: int | None = None) -> np.ndarray:

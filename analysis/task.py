@@ -24,6 +24,7 @@ from analysis.stats import PARTS, read_problems
 
 REFERENCE = (1, 64)  # tokens read and in the cache
 SEED = 0  # of the pocket domain's problems and of random switching
+N_CALIBRATION = 300  # problems on which thresholds are chosen
 FILE_SPLITS = dict(zip(PARTS, (70, 80, 90, 100)))  # upper ends, in % of hash space
 
 
