@@ -41,26 +41,31 @@ Glossary (code name, paper symbol, unit, default):
 import argparse
 import hashlib
 import inspect
+import json
 import math
 import os
 import random
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
 import scipy.optimize
 import torch
-from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, GgufConfig, PreTrainedModel)
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.utils import logging
 
 SLM, LLM = 0, 1
 NAMES = ("SLM", "LLM")
@@ -263,8 +268,19 @@ def cache_keyword(model) -> str:
     return "cache" if "cache" in forward_arguments(type(model)) else "past_key_values"
 
 
+def bare(model):
+    """The model of transformers inside of one that torch.compile or PEFT made. An adapter lives in its layers, so it counts; compiled code
+    does not run, since every new shape would compile anew."""
+    model = getattr(model, "_orig_mod", model)
+    wrapped = callable(getattr(model, "get_base_model", None)) and not isinstance(model, PreTrainedModel)
+    return model.get_base_model() if wrapped else model
+
+
 def check_servable(model, max_len: int, name: str = "model") -> None:
     """ValueError or TypeError for a model whose rows cannot be at different lengths in one batch, before anything is computed."""
+    if any(getattr(config, "is_prompt_learning", False) for config in getattr(getattr(model, "_orig_mod", model), "peft_config", {}).values()):
+        raise ValueError(f"{name} has an adapter of virtual tokens: expected one that lives in the layers, such as LoRA")
+    model = bare(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{name} is a {type(model).__name__}: expected a decoder-only model of transformers")
     name, config = f"{name} ({type(model).__name__})", model.config.get_text_config(decoder=True)
@@ -360,6 +376,7 @@ class CachedLM:
         for name, size in (("batch_size", batch_size), ("max_len", max_len)):
             check_count(name, size)
         check_servable(model, max_len)
+        model = bare(model)
         if graphs and model.device.type != "cuda":
             raise ValueError(f"graphs={graphs!r}: expected a model on a CUDA device, this one is on {model.device}")
         self.graphs = Graphs(model.device) if graphs else None
@@ -371,6 +388,7 @@ class CachedLM:
         self.layers = [StitchLayer(self.place, batch_size, slots) for _ in range(config.num_hidden_layers)]
         self.cache = {cache_keyword(model): Cache(layers=self.layers)}
         self.config, self.attention = config, attention_of(config)
+        self.compiled = model._compiled_call_impl is not None  # by model.compile()
         self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
         self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype  # which walks the parameters: as long as a matmul
@@ -436,7 +454,8 @@ class CachedLM:
             torch.backends.cuda.enable_cudnn_sdp(False)
             if changed:
                 self.config._attn_implementation = self.attention
-            return self._forward(*args)
+            with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+                return self._forward(*args)
         finally:
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
             if changed:
@@ -795,8 +814,11 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         pads = [pad for pad in own if pad is not None and pad >= 0] if pad_token_id is None else [pad_token_id]
         pad_token_id = [*pads, *(token for token in eos if token >= 0), 0][0]
         check_count("pad_token_id", pad_token_id, least=0)
-        if attention_mask is None and B > 1 and any(ids[0] in set(pads) - set(eos) for ids in prompts):  # a prompt may well begin with an EOS
-            raise ValueError("input_ids has rows that begin with a padding token: expected an attention_mask with 0 where a row is padded")
+        if attention_mask is None and B > 1:
+            if any(ids[0] in set(pads) - set(eos) for ids in prompts):  # a prompt may well begin with an EOS
+                raise ValueError("input_ids has rows that begin with a padding token: expected an attention_mask with 0 where a row is padded")
+            if 0 < sum(ids[-1] in pads for ids in prompts) < B:
+                raise ValueError("input_ids has rows that end with a padding token: expected padding on the left, and an attention_mask")
         rows = [Row(i, seeds[i], list(ids), len(ids), getattr(router, "first", SLM)) for i, ids in enumerate(prompts)]
         for row in rows if temperature > 0 else ():
             generator = torch.Generator().manual_seed(row.seed)
@@ -816,6 +838,9 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """The prompts without their left padding; ValueError or TypeError for what is no batch of prompts."""
+    if isinstance(input_ids, Mapping):
+        raise TypeError(f"input_ids is a {type(input_ids).__name__}: expected its fields, input_ids=x['input_ids'], "
+                        "attention_mask=x['attention_mask']")
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids is {getattr(input_ids, 'dtype', type(input_ids).__name__)}: expected a tensor of token ids, int64 or int32")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -942,7 +967,7 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
 
     model: as for `stitch`. Each time follows an untimed step of the same kind, as most steps of a trajectory do. What lies in the
     cache does not matter to the time; the points are visited in turn, so that whatever else the machine does is spread over them.
-    ValueError for no points, or points and repeats that are no counts.
+    ValueError for no points, points and repeats that are no counts, and a CachedLM that is too small, or whose graphs step several rows.
     """
     check_count("repeats", repeats)
     if not points:
@@ -950,7 +975,12 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
     for n_inf, n_kv in points:
         check_count("n_inf", n_inf)
         check_count("n_kv", n_kv, least=0)
-    with nullcontext(model) if isinstance(model, CachedLM) else closing(CachedLM(model, 1, max(map(sum, points)))) as lm:
+    longest = max(map(sum, points))
+    if isinstance(model, CachedLM) and model.max_len < longest:
+        raise ValueError(f"points reach {longest} tokens: the CachedLM given as model holds rows of {model.max_len}")
+    if isinstance(model, CachedLM) and model.graphs and model.batch_size > 1:
+        raise ValueError(f"the CachedLM given as model has graphs of {model.batch_size} rows, which all take part in a step: expected one row")
+    with nullcontext(model) if isinstance(model, CachedLM) else closing(CachedLM(model, 1, longest)) as lm:
         router, samples = EntropyRouter(), []
         for n_inf, n_kv in list(points) * repeats:
             for _ in range(2):
@@ -971,6 +1001,37 @@ def trajectory_latency(calls: Sequence[Call], slm: LatencyModel, llm: LatencyMod
 
 
 # ---- 6. R2R: a router trained on divergent tokens ------------------------------------------------------------------------
+
+
+def fingerprint(model) -> str:
+    """Tells one model from another, whatever dtype it was loaded in."""
+    head = model.get_output_embeddings().weight[:1000].detach().dequantize().to("cpu", torch.bfloat16)
+    return hashlib.sha256(head.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def made_of(folder: Path, slm=None, llm=None) -> dict:
+    """What made.json tells of the trained router in a folder; ValueError where there is none, or it was made for other models."""
+    path = Path(folder) / "made.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no trained router: expected a folder with made.json, as analysis.train_r2r or analysis.train_policy writes it")
+    made = json.loads(path.read_text())
+    for name, model in (("slm", slm), ("llm", llm)):
+        if model is not None and made[name] != fingerprint(model):
+            raise ValueError(f"the router in {folder} was made for another {name.upper()}: expected weights with fingerprint {made[name]}, "
+                             f"got {fingerprint(model)}")
+    return made
+
+
+def weights_of(folder: Path, file: str) -> dict[str, torch.Tensor]:
+    """The tensors of a trained router; ValueError where its folder is of another kind of router."""
+    path = Path(folder) / file
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {file}: expected the folder of another kind of router")
+    return load_file(path)
+
+
+def hidden_size_of(model) -> int:
+    return model.config.get_text_config(decoder=True).hidden_size
 
 
 class Residual(torch.nn.Module):
@@ -1043,6 +1104,18 @@ class R2RRouter:
             raise ValueError("net is in training mode: call .eval() first")
         self.net, self.threshold = net, threshold
 
+    @classmethod
+    def load(cls, folder: Path | str, slm, llm, threshold: float | None = None) -> "R2RRouter":
+        """The router that analysis.train_r2r wrote into a folder for this pair of models, at its calibrated threshold unless another is
+        given, which warns. ValueError where there is none, or it was made for another pair."""
+        made, weights = made_of(folder, slm, llm), weights_of(folder, "router.safetensors")
+        config, own = made["config"], made["threshold"]
+        if threshold not in (None, own):
+            warnings.warn(f"threshold {threshold:g} in place of the router's own {own:g} ({made['calibrated']})", stacklevel=2)
+        net = R2RNet(hidden_size_of(slm), slm.get_input_embeddings(), config["top_k"], config["width"], config["blocks"], config["dropout"])
+        net.load_state_dict(weights)
+        return cls(net.to(slm.device).eval().requires_grad_(False), own if threshold is None else threshold)
+
     def leave_slm(self, step: Step) -> torch.Tensor:
         return self.net(step.hidden, step.logits, step.token).float().sigmoid() >= self.threshold
 
@@ -1050,23 +1123,32 @@ class R2RRouter:
         return torch.ones_like(step.token, dtype=torch.bool)
 
 
+def as_array(x) -> np.ndarray:
+    """float64, of a sequence, an array or a tensor on any device."""
+    return np.asarray(x.detach().cpu().double() if isinstance(x, torch.Tensor) else x, float)
+
+
 def calibrate_threshold(scores: Sequence[float], labels: Sequence[int] | None = None, *, min_recall: float | None = None,
                         target_usage: float | None = None) -> float:
     """min_recall: the highest threshold on the scores that still finds this share of the divergent tokens (R2R's rule). target_usage: the
     highest at which the LLM writes this share of all tokens. Tokens of equal score are treated alike, so either may be exceeded.
-    ValueError unless exactly one of the two is given, in (0, 1]."""
+    Scores and labels, which only min_recall needs: sequences, arrays or tensors. ValueError unless exactly one of the two shares is given, in
+    (0, 1], and for labels that would not be used."""
     if (min_recall is None) == (target_usage is None):
         raise ValueError(f"min_recall={min_recall!r}, target_usage={target_usage!r}: expected exactly one of them")
+    if target_usage is not None and labels is not None:
+        raise ValueError(f"target_usage={target_usage!r} with labels: expected none, since it counts all tokens alike")
     name, share = ("min_recall", min_recall) if target_usage is None else ("target_usage", target_usage)
-    scores = np.asarray(scores, float)
+    scores = as_array(scores)
     if not (isinstance(share, Real) and 0 < share <= 1):
         raise ValueError(f"{name}={share!r}: expected a share in (0, 1]")
     if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
         raise ValueError(f"scores has shape {scores.shape}: expected one score per token, at least one, and all finite")
     if min_recall is not None:
-        if labels is None or len(labels) != len(scores) or not set(np.unique(labels)) <= {0, 1} or not np.any(labels):
+        labels = as_array([] if labels is None else labels)
+        if labels.shape != scores.shape or not set(np.unique(labels)) <= {0, 1} or not labels.any():
             raise ValueError("labels: expected one per score, 0 or 1, with at least one divergent (1)")
-        scores = scores[np.asarray(labels, bool)]
+        scores = scores[labels.astype(bool)]
     count = max(1, math.ceil(share * len(scores) - 1e-9))  # how many must reach it; 0.07 x 100 is 7.000000000000001
     return float(np.sort(scores)[-count])
 
@@ -1100,7 +1182,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: str = "std
     """Advantages of G rollouts of each of P prompts, (P, G) -> (P, G): (R - mean) / (std + eps) within the group (DAPO Eq. 9).
 
     scale="none" leaves out the division. With it lam cancels in a group that is right throughout, where the spread is all
-    latency; without it lam keeps its weight. A group of equal rewards has advantages of exactly 0.
+    latency; without it lam keeps its weight. A group of equal rewards has advantages of exactly 0. Integer rewards count as float32.
     ValueError for groups of one, rewards that are not finite, and another scale or eps.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
@@ -1109,6 +1191,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: str = "std
         raise ValueError(f"rewards holds {rewards[~rewards.isfinite()][0].item()}: expected finite numbers")
     if scale not in ("std", "none") or not eps >= 0:
         raise ValueError(f"scale={scale!r}, eps={eps!r}: expected 'std' or 'none', and 0 or more")
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     centred = rewards - rewards.mean(1, keepdim=True)
     equal = rewards.amin(1, keepdim=True) == rewards.amax(1, keepdim=True)  # their mean may be off by a rounding
     if scale == "std":
@@ -1185,15 +1268,37 @@ class PolicyRouter:
     """R-Stitch+: where the SLM's entropy exceeds tau a policy decides whether to discard its token and call the LLM.
 
     Elsewhere the SLM goes on, and the LLM hands back by the entropy rule (tau_back, tau unless given), as in R-Stitch. tau is
-    normalised. Without `seed` the likelier action is taken; with one, actions are sampled and what training needs is appended
-    to `decisions`. ValueError for thresholds as in EntropyRouter.
+    normalised. Without `seed` the LLM is called where the policy's probability exceeds `threshold`, in [0, 1]; at the paper's 0.5 that is the
+    likelier action. With a seed, actions are sampled and what training needs is appended to `decisions`. `back`, which the paper does not
+    have, is a second policy: asked at every token of the LLM, on the LLM's hidden state, whether to hand back.
+    ValueError for thresholds as in EntropyRouter.
     """
 
-    def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None):
+    def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None, threshold: float = 0.5,
+                 back: Policy | None = None):
+        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+            raise ValueError(f"threshold={threshold!r}: expected a probability in [0, 1]")
         self.policy, self.seed = policy, seed
         self.rule = EntropyRouter(tau, tau_back=tau_back)
-        self.leave_llm = self.rule.leave_llm
+        with np.errstate(divide="ignore"):
+            self.limit = float(np.log(threshold) - np.log1p(-threshold))  # the threshold as a logit, infinite at 0 and 1
+        # The same positions are asked about on either side, so the second policy draws with a seed of its own.
+        self.back = None if back is None else PolicyRouter(back, tau, seed=None if seed is None else -1 - seed)
         self.decisions: list[Decisions] = []
+
+    @classmethod
+    def load(cls, folder: Path | str, slm, llm, threshold: float = 0.5, seed: int | None = None) -> "PolicyRouter":
+        """The router that analysis.train_policy wrote into a folder for this pair of models. ValueError where there is none, or it was made
+        for another pair."""
+        config, weights = made_of(folder, slm, llm)["config"], weights_of(folder, "policy.safetensors")
+        nets = torch.nn.ModuleDict({name: Policy(hidden_size_of(model), config["width"], use_entropy=config["use_entropy"], use_context=config["use_context"])
+                                    .to(model.device) for name, model in (("call", slm), ("back", llm)) if name == "call" or config["hand_back"]})
+        nets.load_state_dict(weights)
+        nets.eval().requires_grad_(False)
+        return cls(nets["call"], config["tau"], config["tau_back"], seed, threshold, nets["back"] if config["hand_back"] else None)
+
+    def leave_llm(self, step: Step) -> torch.Tensor:
+        return self.rule.leave_llm(step) if self.back is None else self.back.decide(step, torch.arange(len(step.rows), device=step.token.device))
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         leave = self.rule.leave_slm(step)
@@ -1205,7 +1310,7 @@ class PolicyRouter:
     def decide(self, step: Step, asked: torch.Tensor) -> torch.Tensor:
         """(k,) bool: call the LLM?"""
         state = step.hidden[asked], step.entropy[asked], step.context[asked]
-        logit = self.policy(*state)
+        logit = self.policy(*state) - self.limit
         if self.seed is None:
             return logit > 0
         rows = asked.tolist()
@@ -1326,38 +1431,117 @@ def check_same_tokenizer(slm_tokenizer, llm_tokenizer, special_may_differ: bool 
                              f"{llm_ids.get(i)!r} for the LLM; expected one vocabulary{hint}")
 
 
-def load(auto, option: str, name: str, **options):
-    """`auto.from_pretrained(name)`, no code from the checkpoint; ValueError naming the command line's option where there is no such model."""
-    folder = Path(name)
-    if folder.is_dir():
-        for needed in ("config.json", "tokenizer*"):
-            if not any(folder.glob(needed)):
-                raise ValueError(f"{option} {name}: this folder has no {needed}; expected model and tokenizer as save_pretrained writes them")
+def check_columns(models, tokenizers) -> None:
+    """ValueError for a token that one of the two models has no logit of: columns that only one model has are cut, so they must be padding."""
+    widths = [model.get_output_embeddings().weight.shape[0] for model in models]
+    last, token = max((i, token) for tokenizer in tokenizers for token, i in tokenizer.get_vocab().items())
+    for option, width in zip(("--slm", "--llm"), widths):
+        if last >= width:
+            raise ValueError(f"{option} has {width} logit columns, but token {last} is {token!r} in the tokenizer: expected a pair that "
+                             "both know every token")
+
+
+def check_white_space(option: str, tokenizer) -> None:
+    """ValueError for a tokenizer that loses the spaces between words, as one saved under the name of another kind does."""
+    probe = "One more time,\nthen 1 + 2 is 3."
+    text = tokenizer.decode(tokenizer(probe, add_special_tokens=False).input_ids).lower()
+    if text.split() != probe.lower().split() and "".join(text.split()) == "".join(probe.lower().split()):
+        raise ValueError(f"{option}: its tokenizer ({type(tokenizer).__name__}) reads {probe!r} as {text!r}, without its white space; expected "
+                         "the tokenizer_class in tokenizer_config.json to name the right kind, such as PreTrainedTokenizerFast")
+
+
+def located(option: str, name: str) -> tuple[str, dict]:
+    """(what from_pretrained takes, its keywords): a folder, a name of Hugging Face, FILE.gguf or REPO:FILE.gguf. ValueError for a path that
+    leads nowhere."""
+    path = Path(name)
+    if name.endswith(".gguf") and not path.is_dir():
+        if path.is_file():
+            return str(path.parent), {"gguf_file": path.name}
+        repo, colon, file = name.partition(":")
+        if not colon:
+            raise ValueError(f"{option} {name}: there is no such file; expected FILE.gguf, or REPO:FILE.gguf of Hugging Face")
+        return repo, {"gguf_file": file}
+    if path.is_dir():
+        if not any((path / config).is_file() for config in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{option} {name}: this folder has no config.json; expected model and tokenizer as save_pretrained writes them")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{option} {name}: there is no such folder")
+    return name, {}
+
+
+def load(auto, option: str, name: str, **options):
+    """`auto.from_pretrained(name)`, no code from the checkpoint; ValueError naming the command line's option where there is no such model,
+    or a package that it needs is missing."""
+    source, where = located(option, name)
     try:
-        return auto.from_pretrained(name, trust_remote_code=False, **options)
+        return auto.from_pretrained(source, trust_remote_code=False, **where, **options)
+    except ImportError as error:
+        raise ValueError(f"{option} {name}: a package is missing ({' '.join(str(error).split())})") from error
     except OSError as error:
-        raise ValueError(f"{option} {name}: neither a folder here nor to be had from Hugging Face ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{option} {name}: neither here nor to be had from Hugging Face ({str(error).splitlines()[0]})") from error
+
+
+def load_tokenizer(option: str, name: str):
+    """The tokenizer of a model, of an adapter without one that of its base. ValueError where there is none, or it loses white space."""
+    located(option, name)
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        adapter = folder / "adapter_config.json"
+        if not adapter.is_file():
+            raise ValueError(f"{option} {name}: this folder has no tokenizer; expected model and tokenizer as save_pretrained writes them")
+        return load_tokenizer(option, json.loads(adapter.read_text())["base_model_name_or_path"])
+    tokenizer = load(AutoTokenizer, option, name)
+    check_white_space(option, tokenizer)
+    return tokenizer
+
+
+def load_model(option: str, name: str, device: str = "cpu", dtype: str = "auto"):
+    """A causal LM, ready to run: weights from safetensors, or from a GGUF file, whose packed weights are unpacked to dtype. An adapter's
+    folder loads its base and the adapter."""
+    packed = name.endswith(".gguf")
+    options = {"quantization_config": GgufConfig(dequantize=True)} if packed else {"use_safetensors": True}
+    model = load(AutoModelForCausalLM, option, name, dtype=dtype, **options)
+    return (model if str(model.device) == device else model.to(device)).eval()
+
+
+def turn_end(tokenizer) -> int | None:
+    """The special token with which the chat template ends a turn of the assistant, if it does."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}], tokenize=False)
+    except jinja2.TemplateError:
+        return None
+    _, said, after = text.rpartition("reply")
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer(after.strip(), add_special_tokens=False).input_ids if said else []
+    return ids[0] if ids and ids[0] in special else None
+
+
+def complete_ends(model, tokenizer) -> None:
+    """Add to a model's generation config what else ends an answer: the tokenizer's EOS, and what ends a turn in its chat template. Many
+    checkpoints list one of them only, and would write on past the other to the token limit."""
+    given = model.generation_config.eos_token_id
+    ends = [] if given is None else [given] if isinstance(given, int) else list(given)
+    missing = {tokenizer.eos_token_id, turn_end(tokenizer)} - {None, *ends}
+    if missing:
+        model.generation_config.eos_token_id = ends + sorted(missing)
 
 
 def load_pair(slm: str, llm: str, device: str = "cpu", dtype: str = "auto", special_may_differ: bool = False):
-    """(SLM, LLM, the LLM's tokenizer) from Hugging Face names or paths, weights from safetensors only. dtype "auto" is the checkpoint's.
+    """(SLM, LLM, the LLM's tokenizer), each model from a name of Hugging Face, a folder (an adapter's too), FILE.gguf or REPO:FILE.gguf.
+    dtype "auto" is the checkpoint's. Their generation configs are completed, see `complete_ends`.
     ValueError where there is no such model, or the tokenizers differ (`check_same_tokenizer`)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     names = {"--slm": slm, "--llm": llm}
-    tokenizers = [load(AutoTokenizer, option, name) for option, name in names.items()]
+    tokenizers = [load_tokenizer(option, name) for option, name in names.items()]
     check_same_tokenizer(*tokenizers, special_may_differ)
-    models = [load(AutoModelForCausalLM, option, name, dtype=dtype, use_safetensors=True).to(device).eval() for option, name in names.items()]
+    models = [load_model(option, name, device, dtype) for option, name in names.items()]
+    check_columns(models, tokenizers)
+    for model, tokenizer in zip(models, tokenizers):
+        complete_ends(model, tokenizer)
     return *models, tokenizers[1]
-
-
-def check_question(question) -> None:
-    """ValueError unless there is something to answer."""
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"question={question!r}: expected a text; give several as several arguments")
 
 
 def left_padded(rows: Sequence[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1367,15 +1551,62 @@ def left_padded(rows: Sequence[list[int]], pad: int = 0) -> tuple[torch.Tensor, 
             torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]))
 
 
-def encode(tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask) of the prompts, (B, P) each, padded on the left: each question as a user's message where the
-    tokenizer has a chat template, else as it stands. ValueError for a question without text."""
+Question = str | Sequence[dict]  # one message of the user, or the messages so far, {"role": ..., "content": ...} each
+
+
+def check_question(question: Question) -> None:
+    """ValueError unless there is something to answer: a text, or messages of which the last is not the assistant's."""
+    if isinstance(question, str) and question.strip():
+        return
+    if not isinstance(question, Sequence) or isinstance(question, str) or not question or not all(isinstance(m, dict) for m in question):
+        raise ValueError(f"question={question!r}: expected a text, or a list of messages; give several as several arguments")
+    if not all({"role", "content"} <= m.keys() for m in question) or question[-1]["role"] == "assistant":
+        raise ValueError(f"question={question!r}: expected messages with a role and a content, the last of which is to be answered")
+
+
+def check_prompting(tokenizer, questions: Sequence[Question], system: str | None, template: dict) -> None:
+    """ValueError for what the chat template, or a tokenizer without one, would ignore."""
     for question in questions:
         check_question(question)
+    if not tokenizer.chat_template:
+        if system is not None or template or not all(isinstance(question, str) for question in questions):
+            what = f"system={system!r}" if system is not None else f"{next(iter(template))}" if template else "a list of messages"
+            raise ValueError(f"{what}: this tokenizer has no chat template; expected plain questions")
+        return
+    known = tokenizer.get_chat_template()
+    for name in template:
+        if not re.search(rf"\b{re.escape(name)}\b", known):
+            raise ValueError(f"{name}={template[name]!r}: the chat template of this tokenizer has no such option")
+    if system is not None and any(not isinstance(q, str) and q[0]["role"] == "system" for q in questions):
+        raise ValueError(f"system={system!r}: the messages begin with a system message of their own; expected one of the two")
+
+
+def messages_of(question: Question, system: str | None, instruction: str | None) -> list[dict]:
+    """A conversation: the system's message, the question's, and the instruction on a line of its own behind the last."""
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else [dict(message) for message in question]
+    if instruction:
+        messages[-1]["content"] += f"\n{instruction}"
+    return ([{"role": "system", "content": system}] if system is not None else []) + messages
+
+
+def encode(tokenizer, *questions: Question, system: str | None = None, instruction: str | None = None,
+           **template) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of the prompts, (B, P) each, padded on the left.
+
+    A question is a user's message, or a list of messages for several turns, put into the tokenizer's chat template; where it has none, a text
+    as it stands. system: the system's message, None for the template's own. instruction: a line added behind the question. template: options
+    of the chat template, such as enable_thinking=False of Qwen3. ValueError for a question without text, and for what would be ignored.
+    """
+    check_prompting(tokenizer, questions, system, template)
+    chats = [messages_of(question, system, instruction) for question in questions]
     if tokenizer.chat_template:
-        questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
-                     for question in questions]
-    rows = [tokenizer(question, add_special_tokens=not tokenizer.chat_template).input_ids for question in questions]
+        try:
+            texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **template) for chat in chats]
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template of this tokenizer refuses the messages: {error}") from error
+    else:
+        texts = [chat[-1]["content"] for chat in chats]
+    rows = [tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids for text in texts]
     return left_padded(rows, tokenizer.pad_token_id or 0)  # many tokenizers have none; the mask hides it
 
 
@@ -1407,19 +1638,47 @@ class Printer:
             self.out.flush()
 
 
-def run_question(slm, llm, tokenizer, question: str, router, **options) -> list[Call]:
-    """Answer one question, printing it as it is written, and a line of figures; the calls."""
-    ids, _ = encode(tokenizer, question)
-    if tokenizer.is_fast and tokenizer.unk_token_id in ids:
-        words = tokenizer(question, return_offsets_mapping=True, add_special_tokens=False)
-        unknown = [question[a:b].strip() for i, (a, b) in zip(words.input_ids, words.offset_mapping) if i == tokenizer.unk_token_id]
-        print(f"note: unknown to the tokenizer: {' '.join(unknown)}", file=sys.stderr)
+class Timed:
+    """A router, and the seconds that its decisions took."""
+
+    def __init__(self, router, device: torch.device):
+        self.router, self.device, self.seconds, self.decisions = router, device, 0.0, 0
+        self.first, self.window = getattr(router, "first", SLM), getattr(router, "window", 1)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def leave_slm(self, step: Step) -> torch.Tensor:
+        start = self.now()
+        leave = self.router.leave_slm(step)
+        self.seconds, self.decisions = self.seconds + self.now() - start, self.decisions + 1
+        return leave
+
+    def leave_llm(self, step: Step) -> torch.Tensor:
+        return self.router.leave_llm(step)
+
+
+def run_question(slm, llm, tokenizer, ids: torch.Tensor, router, **options) -> Stitched:
+    """Answer one prompt (1, P), printing the answer as it is written, and a line of figures."""
+    timed = Timed(router, llm.device)
     start = time.perf_counter()
-    result = stitch(slm, llm, ids, router, on_token=Printer(tokenizer), **options)
+    result = stitch(slm, llm, ids, timed, on_token=Printer(tokenizer), **options)
     seconds, calls, written = time.perf_counter() - start, result.calls[0], result.source.numel()
+    net = (f", router's net {1e3 * timed.seconds / max(1, timed.decisions):.2f} ms a decision, {100 * timed.seconds / seconds:.1f} % of the time"
+           if isinstance(router, (R2RRouter, PolicyRouter)) else "")
     print(f"\n{written} tokens (LLM {100 * (result.source == LLM).float().mean():.1f} %), {count_switches(calls)} switches, {seconds:.2f} s, "
-          f"{written / seconds:.0f} tokens/s")
-    return calls
+          f"{written / seconds:.0f} tokens/s{net}")
+    return result
+
+
+def unknown_words(tokenizer, text: str) -> list[str]:
+    """The words of a text that its tokenizer has no token for; none where it knows every byte, as those without an unknown token do."""
+    if not tokenizer.is_fast or tokenizer.unk_token_id is None:
+        return []
+    words = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    return [text[a:b].strip() for i, (a, b) in zip(words.input_ids, words.offset_mapping) if i == tokenizer.unk_token_id]
 
 
 def usable_device(name: str) -> str:
@@ -1430,63 +1689,140 @@ def usable_device(name: str) -> str:
     return name
 
 
+def template_option(text: str) -> tuple[str, object]:
+    """("enable_thinking", False) of "enable_thinking=false": the value as JSON where it is JSON, else as a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+CHECKPOINTS = {"r2r": POCKET / "r2r", "plus": POCKET / "policies" / "kappa0.35-seed0"}  # of the pocket pair
+TRAINED_BY = {"r2r": "analysis.train_r2r", "plus": "analysis.train_policy"}
+BELONGS = {  # options to the routers that read them
+    "tau": ("entropy",), "tau_back": ("entropy",), "window": ("entropy",), "p": ("random",), "threshold": ("r2r", "plus"), "checkpoint": ("r2r", "plus")}
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Answer a question with a small and a large language model, stitched token by token.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(
+        "Answer a question with a small and a large language model, stitched token by token. Decoding is greedy unless --temperature "
+        "says otherwise, whatever sampling a checkpoint asks for by default."))
     add = parser.add_argument
     add("question", nargs="?", help="the problem to solve; without one, the pocket pair solves three and every method is compared in a table")
-    add("--slm", default=str(POCKET / "slm"), help="small model, a Hugging Face name or path (default: the pocket pair's)")
+    add("--slm", default=str(POCKET / "slm"), help="small model: a Hugging Face name, a folder (an adapter's too), FILE.gguf or REPO:FILE.gguf "
+                                                   "(default: the pocket pair's)")
     add("--llm", default=str(POCKET / "llm"), help="large model with the same tokenizer (default: the pocket pair's)")
-    add("--router", choices=["entropy", "slm", "llm", "random"], default="entropy", help="who decides which model writes (default: %(default)s)")
+    add("--router", choices=["entropy", "r2r", "plus", "slm", "llm", "random"], default="entropy",
+        help="who decides which model writes: R-Stitch, R2R, R-Stitch+, one model alone, chance (default: %(default)s)")
     add("--tau", type=float, help="entropy threshold of --router entropy, in [0, 1]: entropy in nats divided by log V (default: 0.02)")
+    add("--tau-back", type=float, help="its own threshold for the LLM to hand back (default: tau)")
+    add("--window", type=int, help="kept tokens over which --router entropy takes the mean (default: 1)")
     add("--p", type=float, help="probability per token, in [0, 1], that --router random calls the LLM (default: 0.1)")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="trained router of --router r2r or plus (default: the pocket pair's, for that pair)")
+    add("--threshold", type=float, help="score in [0, 1] from which --router r2r or plus calls the LLM (default: as trained)")
+    add("--system", help="the system's message (default: the chat template's own)")
+    add("--instruction", help="a line to add behind the question, such as how to mark the answer")
+    add("--template", metavar="KEY=VALUE", type=template_option, action="append", default=[],
+        help="option of the chat template, such as enable_thinking=false; may be repeated")
     add("--max-new-tokens", type=int, default=1024, help="longest answer, in tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default: %(default)s)")
+    add("--top-k", type=int, default=0, help="tokens to sample from, 0 for all; needs --temperature (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="probability mass to sample from, in (0, 1]; needs --temperature (default: %(default)s)")
     add("--seed", type=int, default=0, help="integer that decides every random draw (default: %(default)s)")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="torch device of both models (default: %(default)s)")
+    add("--graphs", action="store_true", help="replay steps as CUDA graphs; needs a CUDA device")
     add("--special-tokens-may-differ", action="store_true", help="run a pair whose tokenizers differ in special tokens only")
     add("--json", metavar="FILE", help="write the table's rows there; without a question only")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of both models; auto is the checkpoint's (default: float32 on a CPU, else auto)")
     return parser
 
 
-def build_router(router: str, tau: float | None, p: float | None, seed: int):
-    """The router that the command line names; ValueError for an option that it would ignore."""
-    if tau is not None and router != "entropy":
-        raise ValueError(f"--tau {tau} belongs to --router entropy, not to --router {router}")
-    if p is not None and router != "random":
-        raise ValueError(f"--p {p} belongs to --router random, not to --router {router}")
-    return {"entropy": lambda: EntropyRouter(0.02 if tau is None else tau), "slm": SLMOnly, "llm": LLMOnly,
-            "random": lambda: RandomRouter(0.1 if p is None else p, seed=seed)}[router]()
+def checkpoint_of(args: argparse.Namespace) -> Path:
+    """The folder of a trained router; ValueError where there is none, saying how to train one."""
+    pocket = (args.slm, args.llm) == (str(POCKET / "slm"), str(POCKET / "llm"))
+    if args.checkpoint is None and not pocket:
+        raise ValueError(f"--router {args.router} needs --checkpoint FOLDER for this pair: train one with python -m "
+                         f"{TRAINED_BY[args.router]} --slm {args.slm} --llm {args.llm} --problems FILE")
+    return args.checkpoint or CHECKPOINTS[args.router]
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError for what can be seen to be wrong, or would be ignored, before a model is loaded."""
+    for option, routers in BELONGS.items():
+        if getattr(args, option) is not None and args.router not in routers:
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)} belongs to --router {' or '.join(routers)}, not to --router {args.router}")
+    if args.json:
+        raise ValueError(f"--json {args.json} belongs to the table, which is printed where no question is given")
+    for option, default in (("top_k", 0), ("top_p", 1.0)):
+        if getattr(args, option) != default and not args.temperature:
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)} needs a --temperature above 0")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold}: expected a score in [0, 1]")
+    check_count("--max-new-tokens", args.max_new_tokens)
+    Sampling(args.temperature, args.top_k, args.top_p)
+    check_question(args.question)
+    if args.router in CHECKPOINTS:
+        made_of(checkpoint_of(args))
+    else:
+        build_router(args)
+
+
+def build_router(args: argparse.Namespace, slm=None, llm=None):
+    """The router that the command line names; a trained one needs the models. ValueError for a threshold or the like that is none."""
+    given = {option: getattr(args, option) for option, routers in BELONGS.items() if args.router in routers and getattr(args, option) is not None}
+    given.pop("checkpoint", None)
+    return {"entropy": lambda: EntropyRouter(**given), "slm": SLMOnly, "llm": LLMOnly, "random": lambda: RandomRouter(**{"p": 0.1} | given, seed=args.seed),
+            "r2r": lambda: R2RRouter.load(checkpoint_of(args), slm, llm, **given),
+            "plus": lambda: PolicyRouter.load(checkpoint_of(args), slm, llm, **given)}[args.router]()
+
+
+@contextmanager
+def threads_for(model) -> Iterator[None]:
+    """One CPU thread for a model that gains nothing by more and crawls where another process wants a core; as before afterwards."""
+    before = torch.get_num_threads()
+    try:
+        if sum(p.numel() for p in model.parameters()) < 1e8:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Load the pair, answer the question."""
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    *models, tokenizer = load_pair(args.slm, args.llm, args.device, dtype, args.special_tokens_may_differ)
+    router = build_router(args, *models)
+    ids, _ = encode(tokenizer, args.question, system=args.system, instruction=args.instruction, **dict(args.template))
+    if unknown := unknown_words(tokenizer, args.question):
+        print(f"note: unknown to the tokenizer: {' '.join(unknown)}", file=sys.stderr)
+    with threads_for(models[1]):
+        if args.graphs:
+            models = [CachedLM(model, 1, ids.shape[1] + args.max_new_tokens, graphs=True) for model in models]
+        run_question(*models, tokenizer, ids, router, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                     top_p=args.top_p, seed=args.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        if args.question is None:
-            others = sorted(vars(args).keys() - {"seed", "device", "json"})
-            given = [name for name in others if getattr(args, name) != parser.get_default(name)]
-            if given:
-                raise ValueError(f"--{given[0].replace('_', '-')} needs a question: the table without one is of the pocket pair as it is")
-            from analysis import demo
-            return demo.main(args.seed, args.device, args.json)
-        if args.json:
-            raise ValueError(f"--json {args.json} belongs to the table, which is printed where no question is given")
-        if args.top_p < 1 and not args.temperature:
-            raise ValueError(f"--top-p {args.top_p} needs a --temperature above 0")
-        router = build_router(args.router, args.tau, args.p, args.seed)
-        check_count("--max-new-tokens", args.max_new_tokens)
-        Sampling(args.temperature, 0, args.top_p)
-        check_question(args.question)
-        dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-        slm, llm, tokenizer = load_pair(args.slm, args.llm, args.device, dtype, args.special_tokens_may_differ)
-        if sum(p.numel() for p in llm.parameters()) < 1e8:
-            torch.set_num_threads(1)  # models this small gain nothing by more, and crawl where another process wants a core
-        run_question(slm, llm, tokenizer, args.question, router, max_new_tokens=args.max_new_tokens,
-                     temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+        if args.question is not None:
+            check_options(args)
+            return answer(args)
+        others = sorted(vars(args).keys() - {"seed", "device", "json"})
+        given = [name for name in others if getattr(args, name) != parser.get_default(name)]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} needs a question: the table without one is of the pocket pair as it is")
+        from analysis import demo
+        demo.main(args.seed, args.device, args.json)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports Ctrl-C; what was written stands on the screen
 
 
 if __name__ == "__main__":

@@ -807,6 +807,10 @@ BAD_INPUT = {
     "input_ids ranges from -1": dict(input_ids=torch.tensor([[-1]])),
     "input_ids has rows that begin with a padding token": dict(input_ids=torch.tensor([[0, 5], [5, 6]])),
     "input_ids has rows that begin with a padding": dict(input_ids=torch.tensor([[7, 5], [5, 6]]), pad_token_id=7),
+    "input_ids has rows that end with a padding token: expected padding on the left": dict(input_ids=torch.tensor([[5, 0], [5, 6]])),
+    "input_ids has rows that end with a padding token: .* an attention_mask": dict(input_ids=torch.tensor([[5, 1], [5, 6]]), pad_token_id=1),
+    r"input_ids is a BatchEncoding: expected its fields, input_ids=x\['input_ids'\]": dict(
+        input_ids=transformers.BatchEncoding({"input_ids": IDS, "attention_mask": IDS})),
     "attention_mask is a list": dict(attention_mask=[[1, 1]]), "attention_mask has shape": dict(attention_mask=torch.ones(1, 3)),
     "attention_mask has a 0 after a 1: .* left": dict(attention_mask=torch.tensor([[1, 0]])),
     "attention_mask has a 0 after a 1: .*padding": dict(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.tensor([[1, 0, 1]])),
@@ -1166,6 +1170,11 @@ def test_measured_latency_times_every_point_and_leaves_the_caches_as_new():
     for points, message in (([(0, 5)], "n_inf=0"), ([(1, -1)], "n_kv=-1")):
         with pytest.raises(ValueError, match=message):
             rstitch.measure_latency(tiny(), points)
+    with pytest.raises(ValueError, match="points reach 101 tokens: the CachedLM given as model holds rows of 100"):
+        rstitch.measure_latency(lm, [(1, 3), (1, 100)])
+    lm.graphs = Replayed()
+    with pytest.raises(ValueError, match="graphs of 2 rows, which all take part in a step: expected one row"):
+        rstitch.measure_latency(lm, [(1, 3)])
 
 
 # ---- 6. R2R --------------------------------------------------------------------------------------------------------------
@@ -1252,6 +1261,10 @@ def test_thresholds_by_hand():
     scores, labels = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05], [1, 0, 1, 0, 0, 1, 0, 0, 0, 1]
     assert rstitch.calibrate_threshold(scores, labels, min_recall=0.75) == 0.4  # 0.9, 0.7 and 0.4 of four
     assert rstitch.calibrate_threshold(scores, labels, min_recall=0.76) == 0.05
+    tensors = torch.tensor(scores, dtype=torch.float64, requires_grad=True), torch.tensor(labels)
+    assert rstitch.calibrate_threshold(*tensors, min_recall=0.75) == 0.4 == rstitch.calibrate_threshold(tensors[0], tensors[1].bool(), min_recall=0.75)
+    with pytest.raises(ValueError, match="target_usage=0.3 with labels: expected none"):
+        rstitch.calibrate_threshold(scores, labels, target_usage=0.3)
     assert rstitch.calibrate_threshold(scores, target_usage=0.3) == 0.7 and rstitch.calibrate_threshold(scores, target_usage=1.0) == 0.05
 
 
@@ -1305,6 +1318,8 @@ def test_group_advantages_by_hand():
     torch.testing.assert_close(rstitch.group_advantages(rewards), expected, atol=1e-5, rtol=0)
     plain = rstitch.group_advantages(rewards, scale="none")
     torch.testing.assert_close(plain, torch.tensor([[0.5, -0.5, 0.5, -0.5], [0, 0, 0, 0], [-0.1, 0.1, -0.1, 0.1]], dtype=torch.float64))
+    for kind in (torch.long, torch.bool):  # right or wrong, as a grader counts
+        torch.testing.assert_close(rstitch.group_advantages(rewards[:1].to(kind)), expected[:1].float(), atol=1e-5, rtol=0)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=1), st.integers(2, 9))
@@ -1526,7 +1541,7 @@ def test_main_refuses_what_is_no_question_and_names_the_words_it_does_not_know(s
         with pytest.raises(SystemExit):
             rstitch.main(argv)
         assert "expected a text" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="expected a text; give several"):
+    with pytest.raises(ValueError, match="expected a text, or a list of messages; give several"):
         rstitch.encode(words(9), ["w3", "w4"])
     rstitch.main(["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu", "--max-new-tokens", "2", "w7 who knows"])
     assert "note: unknown to the tokenizer: who knows" in capsys.readouterr().err

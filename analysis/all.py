@@ -16,7 +16,7 @@ COMMANDS = ["-m analysis.pair --report", "-m analysis.train_policy --report", "-
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for command in COMMANDS:
         print(f"\n$ python {command}", flush=True)
         words = [path for word in command.split() for path in (sorted(map(str, ROOT.glob(word))) if "*" in word else [word])]

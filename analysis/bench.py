@@ -585,7 +585,7 @@ def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], scri
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--attention", action="store_true", help="ways to attend to a cache")
     add("--steps", action="store_true", help="time per token against context and batch")

@@ -11,7 +11,7 @@ A file of problems holds rows {"question": ..., "answer": ...}, graded by math-v
 time and go on after a kill with the same bytes (see `analysis.label`). collect.json says how they were made.
 """
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,7 @@ def write_on(settings: Settings, router, prompts: list[list[int]], temperature: 
 
 def encoded(settings: Settings, rows: list[dict]) -> list[list[int]]:
     *_, tokenizer, _ = settings.load()
-    return rstitch.unpadded(*rstitch.encode(tokenizer, *(row["question"] for row in rows)))
+    return rstitch.unpadded(*settings.encode(tokenizer, *(row["question"] for row in rows)))
 
 
 def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
@@ -140,7 +140,7 @@ def file_rows(path: Path) -> list[dict]:
 def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, seed: int = 0) -> list[dict]:
     """Both files; the problems with what each stage found. ValueError where `out` holds those of other settings or problems."""
     pair = settings.load()
-    kept = {name: value for name, value in asdict(settings).items() if name != "rows"} | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}
+    kept = settings.record() | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}
     made = {"settings": kept, "vocab": common_vocab(pair), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
     path = out / "collect.json"
     if not path.exists():
@@ -160,7 +160,7 @@ def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Settings)
     add = parser.add_argument
     add("--problems", type=Path, help="JSONL file of problems (default: the pocket domain's test split)")

@@ -1,6 +1,5 @@
 """What the analyses share: the pocket pair, options, processes, checkpoints, and rows of results with provenance."""
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import rstitch
+from rstitch import fingerprint  # noqa: F401
 from analysis.stats import auroc, bootstrap, ratio_of_means, read_rows, wilson  # noqa: F401  (one place to import from)
 
 MODELS = Path(__file__).parent / "models"
@@ -33,19 +33,6 @@ def load_pocket(slm: str = "slm", llm: str = "llm", device: str = "cpu", dtype: 
     return rstitch.load_pair(str(MODELS / slm), str(MODELS / llm), device, dtype)
 
 
-def fingerprint(model) -> str:
-    """Tells one model from another, whatever dtype it was loaded in."""
-    head = model.get_output_embeddings().weight[:1000].detach().to("cpu", torch.bfloat16)
-    return hashlib.sha256(head.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-
-
-def check_made_for(what: str, made: dict, pair) -> None:
-    """ValueError where `made`, the record of what was trained, names other models than those of `pair`."""
-    for name, model in zip(("slm", "llm"), pair):
-        if made[name] != fingerprint(model):
-            raise ValueError(f"{what} was made for another {name.upper()}: expected weights with fingerprint {made[name]}, got {fingerprint(model)}")
-
-
 def option(default, text: str):
     """A field of a config, with its help on the command line."""
     return field(default=default, metadata={"help": text})
@@ -54,21 +41,25 @@ def option(default, text: str):
 def add_options(parser: argparse.ArgumentParser, config, what: str = "", **others) -> None:
     """An argument for each field of a config; left out it is None. `others`: defaults of another config, to tell of beside the first."""
     for f in fields(config):
-        default = f"{f.default}" * (f.default != "") + "".join(f", {name} {getattr(other, f.name)}" for name, other in others.items() if getattr(other, f.name) != f.default)
-        kind = {"device": dict(type=rstitch.usable_device), "dtype": dict(choices=["float32", "bfloat16", "float16"])}.get(
+        default = f"{f.default}" * (f.default not in ("", None, ())) + "".join(f", {name} {getattr(other, f.name)}" for name, other in others.items() if getattr(other, f.name) != f.default)
+        kind = {"device": dict(type=rstitch.usable_device), "dtype": dict(choices=["float32", "bfloat16", "float16"]), "template": dict(type=rstitch.template_option, action="append", metavar="KEY=VALUE"),
+                "system": dict(type=str), "instruction": dict(type=str)}.get(
             f.name, dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type))
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=None, help=f"{what}{f.metadata['help']}" + f" (default: {default})" * bool(default), **kind)
 
 
 def given(args: argparse.Namespace, config) -> dict:
     """The fields of a config that the command line names."""
-    return {f.name: getattr(args, f.name) for f in fields(config) if getattr(args, f.name) is not None}
+    named = {f.name: getattr(args, f.name) for f in fields(config) if getattr(args, f.name) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
 
 
 def make_pool(workers: int, *preload: str) -> Executor:
     """Processes, or for one worker a thread of this one. A server that has imported `preload` once forks them, where there is one."""
     if workers == 1:
         return ThreadPoolExecutor(1)
+    if COMMIT:
+        os.environ["RSTITCH_COMMIT"] = COMMIT
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     context.set_forkserver_preload(list(preload))
     return ProcessPoolExecutor(workers, mp_context=context)
@@ -116,7 +107,9 @@ def rotated(items: list, i: int) -> list:
 
 
 def commit() -> str | None:
-    """The commit of this code, "+dirty" where files differ from it; None outside of git."""
+    """The commit of this code, "+dirty" where files differ from it; None outside of git. A worker takes it over from `make_pool`."""
+    if multiprocessing.parent_process() is not None:
+        return os.environ.get("RSTITCH_COMMIT")
     git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()  # noqa: E731
     head = git("rev-parse", "--short", "HEAD")
     return head + ("+dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "") if head else None

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import expit
 from transformers import GenerationConfig
 
 import rstitch
@@ -37,8 +38,6 @@ from analysis.common import add_options, fill, fingerprint, given, now, provenan
 from analysis.problems import question, verify
 from analysis.stats import at_share, difference, net_time, signed
 from analysis.task import N_CALIBRATION, SEED, Pair, Task, common_vocab, control_of, digest_of, encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock
-from analysis.train_policy import load_router
-from analysis.train_r2r import load_r2r
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
 WANTED = {"share": (0.05, 0.1, 0.2), "latency": (1.5, 2.0, 4.0)}  # of the tokens; times what the SLM alone takes
@@ -46,17 +45,13 @@ TIMED = (("R2R", 0.1), ("R2R", 0.2), ("R-Stitch", 0.15), ("R-Stitch", 0.3), ("R-
 N_TEST, N_LIVE, N_TIMED = 1000, 300, 100
 
 
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
-
-
 def r2r_router(task: Task, x: float):
-    return rstitch.R2RRouter(load_r2r(task.path("router"), task.load()).net, sigmoid(x))
+    return rstitch.R2RRouter(rstitch.R2RRouter.load(task.path("router"), *task.load()[:2]).net, expit(x))
 
 
 def policy_router(task: Task, x: float):
     """R-Stitch+ that calls the LLM where its policy's logit exceeds x; 0 is the policy as trained."""
-    return load_router(task.policy(), task.load(), above=x)
+    return rstitch.PolicyRouter.load(task.policy(), *task.load()[:2], threshold=expit(x))
 
 
 def gap(logits: torch.Tensor) -> torch.Tensor:
@@ -134,7 +129,7 @@ class LiveLabels:
         self.settings, self.questions = settings, list(questions)
         self.slm, self.llm, tokenizer, self.eos = settings.load()
         self.decode, self.judge = label.decoder(tokenizer), label.build_judge(settings.judge, settings.device, settings.dtype)
-        prompts = rstitch.unpadded(*rstitch.encode(tokenizer, *self.questions))
+        prompts = rstitch.unpadded(*settings.encode(tokenizer, *self.questions))
         self.rows = [rstitch.Row(i, 0, list(ids), len(ids), rstitch.SLM) for i, ids in enumerate(prompts)]
         self.lm = rstitch.CachedLM(self.llm, len(prompts), max(map(len, prompts)) + settings.max_new_tokens)
 
@@ -195,7 +190,7 @@ def live_row(task: Task, judge: str, n: int) -> dict:
     for at in range(0, len(chosen), size):
         part = chosen[at:at + size]
         router = LiveLabels(settings, [question(p) for p in part])
-        solved += solve(pair, part, router, batch_size=len(part), seed=SEED, progress=False, max_new_tokens=task.max_new_tokens)
+        solved += solve(pair, part, router, batch_size=len(part), seed=SEED, progress=False, max_new_tokens=task.max_new_tokens, settings=task)
         router.lm.close()
     row = summarise(task, solved)
     return {"kind": "live labels", "family": "live labels", "knob": None, **row}
@@ -242,7 +237,7 @@ def assisted_row(task: Task, n: int) -> dict:
     """Speculative decoding over the first n test problems. LLM tokens are those that the SLM did not draft: one for each pass of the LLM."""
     pair, solved = task.load(), []
     for problem in task.split("test", n):
-        tokens, calls = assisted(pair, encode_problems(pair[2], [problem])[0], task.max_new_tokens)
+        tokens, calls = assisted(pair, encode_problems(pair[2], [problem], task)[0], task.max_new_tokens)
         solved.append({"correct": verify(problem, pair[2].decode(tokens, skip_special_tokens=True)), "finished": tokens[-1] in pair[3], "tokens": len(tokens),
                        "llm_tokens": sum(call.model == rstitch.LLM for call in calls), "calls": calls})
     return {"kind": "assisted", "family": "speculative decoding", "knob": None, **summarise(task, solved)}
@@ -267,7 +262,7 @@ def router_times(task: Task, n: int) -> dict:
         setattr(router, method, timed(name, getattr(router, method)))
     chosen = task.split("calibration", n)
     for problem in chosen:
-        ids, _ = encode_problems(tokenizer, [problem])
+        ids, _ = encode_problems(tokenizer, [problem], task)
         for router in routers.values():
             rstitch.stitch(slm, llm, ids, router, max_new_tokens=task.max_new_tokens, seed=SEED)
     return {"kind": "router times", "family": None, "knob": None, "ms": {name: float(np.median(ms or 0.0)) for name, ms in times.items()},
@@ -404,7 +399,7 @@ def show(rows: list[dict], parameters: tuple[int, int], usage: Callable[[float],
              f" {'activated, M':>13} {'catch-up':>9}"]
     for name, family in {**{name: [r for r in rows if r["family"] == name and r["kind"] != "calibration"] for name in ("LLM alone", "control", "speculative decoding")}, **runs}.items():
         for r in sorted(family, key=lambda r: r["llm_share"]):
-            offline = f"   offline {100 * usage(sigmoid(r['knob'])):.1f} %" if r["family"] == "R2R" else ""
+            offline = f"   offline {100 * usage(expit(r['knob'])):.1f} %" if r["family"] == "R2R" else ""
             wanted = f"{100 * r['target']:g}" if "target" in r else ""
             lines.append(f"{name:20} {wanted:>19} {100 * r['llm_share']:>9.1f} {right(r):>35} {r['tokens']:>7.1f} {r['latency_ms']:>10.1f} {with_router(r, ms):>12.1f}"
                          f" {activated(r, parameters) / 1e6:>13.3f} {r['llm_catch_up_tokens']:>9.1f}{offline}" + (f"   n = {r['n']}" if r["kind"] == "assisted" else ""))
@@ -445,7 +440,7 @@ def offline_usage(folder: Path | None) -> Callable[[float], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Task)
     add = parser.add_argument
     add("--n", type=int, default=N_TEST, help="test problems (default: %(default)s)")

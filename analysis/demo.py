@@ -22,8 +22,7 @@ import rstitch
 from analysis.common import MAX_NEW_TOKENS, load_pocket, make_pool, provenance, rotated
 from analysis.problems import problems, question, verify
 from analysis.task import Task, describe, solve
-from analysis.train_policy import load_router
-from analysis.train_r2r import ROUTER, load_r2r
+from analysis.train_r2r import ROUTER
 
 TAUS = (0.005, 0.02, 0.1)
 
@@ -70,7 +69,7 @@ def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, devi
     """The rows, one per method, LLM alone second."""
     chosen = problems("test", n, seed)
     here = pair("llm", device)
-    learned = (Method("R-Stitch+, kappa 0.35", load_router(Task().policy(), here)), Method("R2R", load_r2r(ROUTER, here)))
+    learned = (Method("R-Stitch+, kappa 0.35", rstitch.PolicyRouter.load(Task().policy(), *here[:2])), Method("R2R", rstitch.R2RRouter.load(ROUTER, *here[:2])))
     with tqdm(total=n * (len(ALONE) + 2 * len(STITCHED) + len(learned)) + n_latency, desc="answers", unit="problem", disable=None) as bar:
 
         def start(weight: int, function, *args) -> Future:
@@ -122,8 +121,9 @@ def stream(n: int = 3, seed: int = 0, device: str = "cpu") -> None:
     print(f"The first {n} test problems, R-Stitch at tau {TAUS[0]:g}:")
     for problem in problems("test", n, seed):
         print(f"\n{question(problem)}")
-        calls = rstitch.run_question(slm, llm, tokenizer, question(problem), STITCHED[0].router, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
-        text = tokenizer.decode([call.token for call in calls if call.kept], skip_special_tokens=True)
+        ids, _ = rstitch.encode(tokenizer, question(problem))
+        result = rstitch.run_question(slm, llm, tokenizer, ids, STITCHED[0].router, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+        text = tokenizer.decode(result.sequences[0, ids.shape[1]:], skip_special_tokens=True)
         print("right" if verify(problem, text) else f"wrong: it is {problem.answer}")
 
 

@@ -49,6 +49,12 @@ def verdict(x: tuple[float, float, float], reference: float, above: str = "raise
     return above if x[1] > reference else below if x[2] < reference else neither
 
 
+def sized(x: tuple[float, float, float], paper: float) -> str:
+    """How a share or a ratio compares with the paper's: within a quarter of it, within five times, or beyond."""
+    ratio = max(x[0] / paper, paper / x[0]) if x[0] else float("inf")
+    return "same size" if ratio <= 1.25 else ("far " if ratio > 5 else "") + ("more" if x[0] > paper else "less")
+
+
 # ---- 1. Entropy of wrong answers (R-Stitch Fig. 3a, 3b) ------------------------------------------------------------------
 
 
@@ -496,7 +502,7 @@ def draw_frontiers(frontier: list[dict], runs: list[dict]):
 
 def main() -> None:
     """The README's picture: python -m analysis.figures"""
-    argparse.ArgumentParser(description=main.__doc__).parse_args()
+    argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__).parse_args()
     style()
     draw_frontiers(*load_frontier()).savefig(results("frontier.png"), dpi=110)
 

@@ -13,13 +13,14 @@ the price it was trained with, on calibration problems, as R2R's threshold is se
 import json
 
 import numpy as np
+from scipy.special import expit
 
 import rstitch
 from analysis.common import bootstrap, fill, read_rows
 from analysis.report import TAUS
 from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, ratio_of_means, signed, with_interval
 from analysis.task import BASE, N_CALIBRATION, SEED, Task, digest_of, measure, solve, wall_clock
-from analysis.train_policy import RUNS, load_router, rewards
+from analysis.train_policy import RUNS, rewards
 
 FIXED = {
     **{f"tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (*TAUS, 0.0035, 0.007)},
@@ -40,9 +41,14 @@ def made_with(task: Task, kind: str, name: str) -> str:
     return digest_of(task, *([task.path("policies") / name / "policy.safetensors"] if kind != "fixed" else []), also=f"{N_CALIBRATION} {ABOVE}" if kind == "calibrated" else "")
 
 
+def policy_of(task: Task, name: str, above: float = 0.0) -> rstitch.PolicyRouter:
+    """A trained policy that calls the LLM where its logit exceeds `above`."""
+    return rstitch.PolicyRouter.load(task.path("policies") / name, *task.load()[:2], threshold=expit(above))
+
+
 def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> dict:
     """One method over the first n test problems, greedy."""
-    router = load_router(task.path("policies") / name, task.load()) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
+    router = policy_of(task, name) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
     return {"kind": kind, "name": name, "p": p, **measure(task, router, "test", n)}
 
 
@@ -51,15 +57,15 @@ def calibrated_row(task: Task, name: str, n: int) -> dict:
     folder, pair, models, curve = task.path("policies") / name, task.load(), task.latencies(), []
     lam, chosen = json.loads((folder / "made.json").read_text())["lam"], task.split("calibration", N_CALIBRATION)
     for above in ABOVE:
-        solved = solve(pair, chosen, load_router(folder, pair, above=above), batch_size=task.rows, progress=False, max_new_tokens=task.max_new_tokens)
+        solved = solve(pair, chosen, policy_of(task, name, above), batch_size=task.rows, progress=False, max_new_tokens=task.max_new_tokens, settings=task)
         curve.append([above, float(rewards(solved, lam, models)[0].mean())])
     above = max(curve, key=lambda point: (point[1], -abs(point[0])))[0]
-    return {"kind": "calibrated", "name": name, "above": above, "curve": curve, **measure(task, load_router(folder, pair, above=above), "test", n)}
+    return {"kind": "calibrated", "name": name, "above": above, "curve": curve, **measure(task, policy_of(task, name, above), "test", n)}
 
 
 def timed_row(task: Task, names: list[str], n: int) -> dict:
     """Wall-clock of methods over the first n test problems."""
-    routers = {name: FIXED.get(name) or load_router(task.path("policies") / name, task.load()) for name in names}
+    routers = {name: FIXED.get(name) or policy_of(task, name) for name in names}
     return {"kind": "wall-clock", "name": "wall-clock", **wall_clock(task, routers, n)}
 
 
@@ -70,7 +76,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     path, n = task.needed("out") / "frontier.jsonl", len(task.split("test", n))
     policies = sorted(made.parent.name for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
     for name in policies:
-        load_router(task.path("policies") / name, task.load())  # one of another pair is told now
+        policy_of(task, name)  # one of another pair is told now
     marks = dict.fromkeys((("fixed", name) for name in FIXED), made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name) for kind in ORDER if kind != "fixed" for name in policies}
     marks["wall-clock", "wall-clock"] = digest_of(task, *(task.path("policies") / name / "policy.safetensors" for name in policies), also=str(n_wall))
     seeded = [name for name in policies if "-seed" in name] or policies

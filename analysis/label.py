@@ -19,7 +19,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 import rstitch
 from analysis.common import (RESULTS, add_options, append_row, bootstrap, fingerprint, given, option, parallel_map,
@@ -157,8 +157,8 @@ Do A and B mean the same? They do if they state the same facts and results and t
 Answer with one word, same or different."""
 
     def __init__(self, name: str, device: str, dtype: str, tokens: int = 16):
-        self.tokenizer = rstitch.load(AutoTokenizer, "--judge", name)
-        self.model = rstitch.load(AutoModelForCausalLM, "--judge", name, dtype=dtype, use_safetensors=True).to(device).eval()
+        self.tokenizer = rstitch.load_tokenizer("--judge", name)
+        self.model = rstitch.load_model("--judge", name, device, dtype)
         self.tokens = tokens
 
     @staticmethod
@@ -194,7 +194,7 @@ def decoder(tokenizer) -> Callable[[list[int]], str]:
 def answers(settings: Settings, rows: list[dict]) -> list[dict]:
     """What the LLM says to each question."""
     slm, llm, tokenizer, _ = settings.load()
-    ids, mask = rstitch.encode(tokenizer, *(row["question"] for row in rows))
+    ids, mask = settings.encode(tokenizer, *(row["question"] for row in rows))
     out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, max_new_tokens=settings.max_new_tokens, seed=0)
     return [{**row, "prompt": prompt, "answer": [call.token for call in calls]}
             for row, prompt, calls in zip(rows, rstitch.unpadded(ids, mask), out.calls)]
@@ -333,8 +333,8 @@ def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:
     path = folder / "config.json"
     pair = settings.load()
     if settings.judge not in JUDGES:
-        rstitch.load(AutoTokenizer, "--judge", settings.judge)  # one that cannot be had is told now, not after hours
-    now = {"settings": {name: value for name, value in asdict(settings).items() if name not in ("rows", "slm", "llm")}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
+        rstitch.load_tokenizer("--judge", settings.judge)  # one that cannot be had is told now, not after hours
+    now = {"settings": {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(path, [now])
@@ -434,7 +434,7 @@ def sample(settings: Settings, rows: list[dict], n: int, seed: int) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Settings)
     add = parser.add_argument
     add("--problems", type=Path, help="JSONL file of questions (default: the pocket domain)")

@@ -22,9 +22,8 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, fingerprint, now, provenance, rotated
-from analysis.problems import question
-from analysis.task import REFERENCE, Task, encode_problems, reference_ms
+from analysis.common import MAX_NEW_TOKENS, RESULTS, add_options, append_row, fingerprint, given, now, provenance, rotated
+from analysis.task import REFERENCE, Prompting, Task, encode_problems, reference_ms
 
 METHODS = {
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "random, p 0.1": rstitch.RandomRouter(0.1),
@@ -70,7 +69,7 @@ def step_samples(calls: list[rstitch.Call], ends: list[list[float]]) -> dict[str
     return out
 
 
-def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_new_tokens: int = MAX_NEW_TOKENS) -> dict:
+def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_new_tokens: int = MAX_NEW_TOKENS, settings: Prompting = Prompting()) -> dict:
     """Interleaved samples, the problems spread over the rounds: {"slm", "llm"}: grid, {"slm held out", ...}, {"slm steps", ...} of every other problem's trajectories;
     the other trajectories (method, problem, ms, calls); and the reference calls' ms before and after each of all problems."""
     slm, llm, tokenizer = pair
@@ -85,7 +84,7 @@ def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_ne
             samples.setdefault(name + " held out", []).extend(rstitch.measure_latency(lm, held, repeats=1))
         for j, problem in list(enumerate(chosen))[i * len(chosen) // rounds:(i + 1) * len(chosen) // rounds]:
             before = reference_ms(lms["llm"])
-            ids, _ = rstitch.encode(tokenizer, question(problem))
+            ids, _ = encode_problems(tokenizer, [problem], settings)
             names, calls, times, ends = list(METHODS), {}, {name: [] for name in METHODS}, {name: [] for name in METHODS}
             for name in 3 * rotated(names, j):
                 ends[name].append([])
@@ -226,10 +225,11 @@ def plot(row: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--slm", default=Task.slm, help="small model, a Hugging Face name or path (default: the pocket pair's)")
     add("--llm", default=Task.llm, help="large model with the same tokenizer (default: the pocket pair's)")
+    add_options(parser, Prompting)
     add("--special-tokens-may-differ", action="store_true", help="take a pair whose tokenizers differ in special tokens only")
     add("--problems", default="", help="JSONL file of problems for the trajectories, its dev split (default: the pocket domain)")
     add("--device", type=rstitch.usable_device, default="cpu", help="torch device (default: %(default)s)")
@@ -243,14 +243,15 @@ def main() -> None:
     add("--out", type=Path, help=f"where the fit goes, with a plot beside it, or the rows of --overhead (default, pocket pair only: {RESULTS / 'latency.json'}, overhead.jsonl)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    task = Task(args.slm, args.llm, args.device, args.dtype, args.special_tokens_may_differ, problems=args.problems)
+    task = Task(slm=args.slm, llm=args.llm, device=args.device, dtype=args.dtype, special_tokens_may_differ=args.special_tokens_may_differ, problems=args.problems,
+                **given(args, Prompting))
     try:
         for name, least in (("max_len", REFERENCE[1] + 1), ("rounds", 1), ("per_round", 1), ("max_new_tokens", 1)):
             rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
         if not args.out and not task.pocket:
             raise ValueError("--out is missing: expected a file for a pair or problems that are not the pocket's")
         chosen, pair = task.split("dev", args.rounds * args.per_round, args.seed), task.load()[:3]
-        longest = encode_problems(pair[2], chosen)[0].shape[1]
+        longest = encode_problems(pair[2], chosen, task)[0].shape[1]
         if longest >= args.max_len:
             raise ValueError(f"--max-len {args.max_len}: expected more than the longest prompt of --problems, {longest} tokens")
     except (ValueError, OSError) as error:
@@ -263,7 +264,7 @@ def main() -> None:
             if isinstance(figures, dict):
                 print(f"{name:20} {figures['ms']:.3f} ms (quartiles {figures['quartiles'][0]:.3f}, {figures['quartiles'][1]:.3f}), {100 * figures['share']:5.1f} % of a token's time")
         return
-    row, out = evaluate(measure(pair, chosen, args.max_len, args.rounds, args.seed, args.max_new_tokens)), args.out or RESULTS / "latency.json"
+    row, out = evaluate(measure(pair, chosen, args.max_len, args.rounds, args.seed, args.max_new_tokens, task)), args.out or RESULTS / "latency.json"
     row |= provenance(args.seed, len(chosen), args.device, args.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(row) + "\n")

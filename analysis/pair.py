@@ -208,7 +208,7 @@ def export(role: str, recipe: Recipe, folder: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--train", choices=RECIPES, help="train one model from its recipe, or continue")
     what.add_argument("--export", choices=["slm", "llm", "llm-short"], help="write a trained model to analysis/models")

@@ -8,14 +8,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 import rstitch
 from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, now, option, provenance, ratio_of_means, rotated, wilson
@@ -67,7 +66,29 @@ def split_of(row: dict) -> str:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Prompting:
+    """How a question becomes a prompt; as `rstitch.encode` does it unless said otherwise."""
+
+    system: str | None = option(None, "the system's message (default: the chat template's own)")
+    instruction: str | None = option(None, "a line to add behind every question, such as how to mark the answer")
+    template: tuple[tuple[str, object], ...] = option((), "KEY=VALUE, an option of the chat template such as enable_thinking=false; may be repeated")
+
+    def encode(self, tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, attention_mask)"""
+        return rstitch.encode(tokenizer, *questions, system=self.system, instruction=self.instruction, **dict(self.template))
+
+    def record(self) -> dict:
+        """The settings that results depend on, as JSON keeps them: all but the size of a batch, of the prompts what is not as by default."""
+        unset = {f.name for f in fields(Prompting)} - self.prompting().keys()
+        return {name: value for name, value in asdict(self).items() if name not in {"rows"} | unset} | self.prompting()
+
+    def prompting(self) -> dict:
+        """What of the prompts is not as by default, as JSON keeps it."""
+        return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields(Prompting) if getattr(self, f.name) != f.default}))
+
+
+@dataclass(frozen=True)
+class Pair(Prompting):
     """Two models with one tokenizer, and how to run them."""
 
     slm: str = option(str(MODELS / "slm"), "small model, a Hugging Face name or path")
@@ -142,7 +163,7 @@ class Task(Pair):
 @lru_cache(maxsize=None)
 def control_of(task: Task):
     """The model that is shown beside the LLM, once per process."""
-    return rstitch.load(AutoModelForCausalLM, "--control", str(task.path("control")), dtype=getattr(torch, task.dtype), use_safetensors=True).to(task.device).eval()
+    return rstitch.load_model("--control", str(task.path("control")), task.device, task.dtype)
 
 
 def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
@@ -151,20 +172,20 @@ def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.Latency
     return rstitch.LatencyModel(**row["slm"]), rstitch.LatencyModel(**row["llm"])
 
 
-def encode_problems(tokenizer, chosen: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_problems(tokenizer, chosen: Sequence, settings: Prompting = Prompting()) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, attention_mask) of the questions as the command line would ask them."""
-    return rstitch.encode(tokenizer, *map(question, chosen))
+    return settings.encode(tokenizer, *map(question, chosen))
 
 
 def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = "", progress: bool = True,
-          seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, **options) -> list[dict]:
+          seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, settings: Prompting = Prompting(), **options) -> list[dict]:
     """Answer every problem in batches. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats), calls.
     Random draws of a problem depend on (seed, its index), not on the batches."""
     slm, llm, tokenizer, *_ = pair
     out, seeds, ends = [], rstitch.row_seeds(seed, len(chosen)), ends_of(pair)
     for start in tqdm(range(0, len(chosen), batch_size), desc=label, leave=False, disable=None if progress else True):
         batch = chosen[start:start + batch_size]
-        ids, mask = encode_problems(tokenizer, batch)
+        ids, mask = encode_problems(tokenizer, batch, settings)
         result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens,
                                 seed=seeds[start:start + batch_size], **options)
         for problem, calls in zip(batch, result.calls):
@@ -211,7 +232,7 @@ def asked(router, calls: Sequence[rstitch.Call], vocab: int) -> int:
     """How often a router's nets are asked about an answer: R2R's at every token of the SLM, R-Stitch+'s above its tau and, where it has a
     second one to hand back, at every token of the LLM."""
     if isinstance(router, rstitch.PolicyRouter):
-        back = sum(call.model == rstitch.LLM for call in calls) if hasattr(router, "back") else 0
+        back = sum(call.model == rstitch.LLM for call in calls) if router.back is not None else 0
         return back + sum(call.model == rstitch.SLM and call.entropy > router.rule.tau * math.log(vocab) for call in calls)
     return sum(call.model == rstitch.SLM for call in calls) if isinstance(router, rstitch.R2RRouter) else 0
 
@@ -230,7 +251,8 @@ def summarise(task: Task, solved: list[dict], router=None) -> dict:
 
 def measure(task: Task, router, split: str, n: int, pair=None) -> dict:
     """One router over the first n problems of a split, greedy. `pair` takes the place of the task's."""
-    solved = solve(pair or task.load(), task.split(split, n), router, batch_size=task.rows, seed=SEED, progress=False, max_new_tokens=task.max_new_tokens)
+    solved = solve(pair or task.load(), task.split(split, n), router, batch_size=task.rows, seed=SEED, progress=False, max_new_tokens=task.max_new_tokens,
+                   settings=task)
     return summarise(task, solved, router)
 
 
@@ -243,7 +265,7 @@ def wall_clock(task: Task, routers: dict[str, object], n: int, others: dict[str,
     """Milliseconds by test problem at batch 1, of `stitch` with each router and of other ways to answer a prompt (1, P): problems in turn, ways
     interleaved, a reference step every ten problems."""
     slm, llm, tokenizer, _ = task.load()
-    prompts = [encode_problems(tokenizer, [problem])[0] for problem in task.split("test", n)]
+    prompts = [encode_problems(tokenizer, [problem], task)[0] for problem in task.split("test", n)]
     longest = max(REFERENCE[1] + 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens)
     lms = [rstitch.CachedLM(model, 1, longest) for model in (slm, llm)]
     runs = {name: partial(rstitch.stitch, *lms, router=router, max_new_tokens=task.max_new_tokens, seed=SEED) for name, router in routers.items()} | (others or {})
@@ -268,5 +290,6 @@ def digest_of(task: Task, *files: Path, also: str = "") -> str:
     slm, llm, *_ = task.load()
     content = [also.encode(), *(file.read_bytes() for file in files)]
     content += [Path(task.problems).read_bytes()] if task.problems else []
-    content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm), fingerprint(llm), task.device, task.dtype, task.max_new_tokens]).encode()]
+    content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm), fingerprint(llm), task.device, task.dtype, task.max_new_tokens,
+                             *([task.prompting()] if task.prompting() else [])]).encode()]
     return hashlib.sha256(b"".join(content)).hexdigest()[:12]

@@ -6,6 +6,8 @@ import json
 import math
 import random
 import re
+import multiprocessing
+import subprocess
 import textwrap
 
 import numpy as np
@@ -14,11 +16,12 @@ import torch
 from hypothesis import given, strategies as st
 
 import rstitch
-from analysis import demo, frontier, latency, pair, report, stats, train_policy
-from analysis.common import MODELS, append_row, auroc, bootstrap, load_pocket, ratio_of_means, read_rows, wilson
+from analysis import bench, collect, compare, demo, figures, frontier, label, latency, pair, report, stats, train_policy, train_r2r
+from analysis.common import (COMMIT, MODELS, RESULTS, append_row, auroc, bootstrap, commit, load_pocket, make_pool, ratio_of_means, read_rows,
+                             wilson)
 from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, Stated, carries, columns, draw, problems, question, sentence, solution,
                                stream, verify)
-from analysis.task import Task, encode_problems, load_latency, solve, where_time_goes
+from analysis.task import Task, digest_of, encode_problems, load_latency, solve, where_time_goes
 from test_rstitch import DEVICES
 
 torch.set_num_threads(1)
@@ -305,6 +308,60 @@ def test_problems_of_a_file_are_split_and_graded(tmp_path):
         Task(problems=str(tmp_path / "one.jsonl")).split("test", 1)
 
 
+def test_a_task_prompts_as_it_is_told(pocket):
+    told = Task(instruction="Think.", system="Be brief. ")
+    chosen = problems("dev", 3, seed=1)
+    plain, changed = encode_problems(pocket[2], chosen), encode_problems(pocket[2], chosen, told)
+    assert torch.equal(changed[0], rstitch.encode(pocket[2], *map(question, chosen), system="Be brief. ", instruction="Think.")[0])
+    assert changed[0].shape[1] > plain[0].shape[1]
+    seen = []
+    spy = type("Spy", (rstitch.SLMOnly,), {"leave_slm": lambda self, step: seen.extend(step.context.tolist()) or torch.zeros_like(step.token, dtype=torch.bool)})()
+    solve(pocket, chosen, spy, max_new_tokens=1, settings=told)
+    assert sorted(seen) == sorted(changed[1].sum(1).tolist())
+
+
+def test_records_mention_prompts_only_where_they_are_not_as_by_default(pocket):
+    plain, told = Task(), Task(system="S", template=(("enable_thinking", False),))
+    assert plain.prompting() == {} and told.prompting() == {"system": "S", "template": [["enable_thinking", False]]} == json.loads(json.dumps(told.prompting()))
+    assert told.record() == plain.record() | told.prompting() and not {"system", "instruction", "template", "rows"} & plain.record().keys()
+    marks = {digest_of(task) for task in (plain, told, Task(instruction="I"), Task(system="S"))}
+    assert len(marks) == 4
+    committed = {row["made_with"] for row in read_rows(RESULTS / "frontier.jsonl") if row["kind"] == "fixed"}
+    assert frontier.made_with(plain, "fixed", "SLM alone") in committed  # the rows are not stale
+
+
+@pytest.mark.parametrize("module", [collect, compare, figures, label, latency, pair, train_policy, train_r2r, bench])
+def test_options_cannot_be_abbreviated(module, monkeypatch, capsys):
+    argv = ["--report", "--thread", "1"] if module is pair else ["--devic", "cpu"]
+    monkeypatch.setattr("sys.argv", ["module", *argv])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert f"unrecognized arguments: {argv[-2]}" in capsys.readouterr().err
+
+
+def test_a_worker_asks_git_for_nothing(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a worker ran git"))
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    monkeypatch.setenv("RSTITCH_COMMIT", "abc1234")
+    assert commit() == "abc1234"
+
+
+def test_workers_know_the_commit():
+    if COMMIT is None:
+        pytest.skip("not in git")
+    with make_pool(2) as pool:
+        assert pool.submit(commit).result() == COMMIT
+
+
+def test_the_command_leaves_the_threads_as_they_were(capsys):
+    torch.set_num_threads(2)
+    try:
+        rstitch.main(["--max-new-tokens", "2", "Ann has 5 coins."])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_files_of_the_pocket_pair_are_nobody_elses(tmp_path):
     assert Task().path("router") == MODELS / "r2r" and Task().policy() == MODELS / "policies" / "kappa0.35-seed0"
     other = Task(slm="other")
@@ -490,11 +547,11 @@ def test_an_exported_policy_routes_as_it_did_and_refuses_another_pair(tmp_path, 
     train_policy.export(config, timed(tmp_path), policies, tmp_path / "run", tmp_path / "out")
     todo = problems("dev", 4, seed=5)
     before = solve(pocket, todo, train_policy.build_router(policies, config))
-    assert [s["text"] for s in solve(pocket, todo, train_policy.load_router(tmp_path / "out", pocket))] == [s["text"] for s in before]
+    assert [s["text"] for s in solve(pocket, todo, rstitch.PolicyRouter.load(tmp_path / "out", *pocket[:2]))] == [s["text"] for s in before]
     with pytest.raises(ValueError, match="was made for another SLM"):
-        train_policy.load_router(tmp_path / "out", (pocket[1], pocket[1]))
+        rstitch.PolicyRouter.load(tmp_path / "out", pocket[1], pocket[1])
     with pytest.raises(ValueError, match="was made for another LLM"):
-        train_policy.load_router(tmp_path / "out", (pocket[0], pocket[0]))
+        rstitch.PolicyRouter.load(tmp_path / "out", pocket[0], pocket[0])
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])

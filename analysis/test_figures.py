@@ -37,6 +37,12 @@ def test_the_printed_table_is_whole():
     assert (one.accuracy, one.latency, one.speed_up, one.n) == (66.27, 51.29, 2.86, 83)  # 55 of 83; 146.51 / 51.29 = 2.857
 
 
+def test_sizes_against_the_papers_by_hand():
+    words = {x: figures.sized((x, x, x), 0.06) for x in (0.0, 0.011, 0.0119, 0.0121, 0.047, 0.049, 0.06, 0.074, 0.076, 0.29, 0.31)}
+    assert words == {0.0: "far less", 0.011: "far less", 0.0119: "far less", 0.0121: "less", 0.047: "less", 0.049: "same size", 0.06: "same size",  # 0.06 / 1.25 = 0.048
+                     0.074: "same size", 0.076: "more", 0.29: "more", 0.31: "far more"}  # 1.25 x 0.06 = 0.075, 5 x 0.06 = 0.3
+
+
 def test_changes_of_the_printed_table_by_hand():
     # 16k, 14B, tau 0.02 against the LLM: (43.33 - 50 + 66.27 - 86.75 + 31.99 - 39.34 + 87.80 - 88.60 + 54.22 - 60) / 5 = -8.216
     change, ratio = paper.mean_change(CELLS, "16k", "14B", "R-Stitch 0.02")

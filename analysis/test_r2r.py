@@ -19,6 +19,7 @@ from analysis import compare, label, train_r2r
 from analysis.common import MODELS, RESULTS, load_pocket, read_rows
 from analysis.label import Case, LMJudge, SameAnswer, SameStatement, Settings, closed, opening, sentence_end, sentences
 from analysis.problems import problems, question
+from safetensors.torch import load_file
 from analysis.task import Task, solve
 from test_rstitch import DEVICES, tiny, words
 
@@ -388,19 +389,19 @@ def test_an_exported_router_routes_as_it_did_and_refuses_another_pair(tmp_path, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text(json.dumps({"epoch": 0, "loss": 1.0, "dev_loss": 1.0, "seconds": 1.0}) + "\n")
     made = train_r2r.export(config, net, pocket, tmp_path / "run", tmp_path / "out", {}, 0.5, {"calibration": 4}, {"seed": 0})
-    assert "embed" not in " ".join(train_r2r.load_file(tmp_path / "out" / "router.safetensors")) and made["hidden_size"] == 96 and made["top_k"] == 100
+    assert "embed" not in " ".join(load_file(tmp_path / "out" / "router.safetensors")) and made["hidden_size"] == 96 and made["top_k"] == 100
     todo = problems("dev", 4, seed=5)
     before = solve(pocket, todo, rstitch.R2RRouter(net.requires_grad_(False), 0.5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        router = train_r2r.load_r2r(tmp_path / "out", pocket)
+        router = rstitch.R2RRouter.load(tmp_path / "out", *pocket[:2])
     assert router.threshold == 0.5 and [s["text"] for s in solve(pocket, todo, router)] == [s["text"] for s in before]
     with pytest.warns(UserWarning, match="threshold 0.7 in place of the router's own 0.5"):
-        assert train_r2r.load_r2r(tmp_path / "out", pocket, threshold=0.7).threshold == 0.7
+        assert rstitch.R2RRouter.load(tmp_path / "out", *pocket[:2], threshold=0.7).threshold == 0.7
     with pytest.raises(ValueError, match="was made for another SLM"):
-        train_r2r.load_r2r(tmp_path / "out", (pocket[1], pocket[1]))
+        rstitch.R2RRouter.load(tmp_path / "out", pocket[1], pocket[1])
     with pytest.raises(ValueError, match="was made for another LLM"):
-        train_r2r.load_r2r(tmp_path / "out", (pocket[0], pocket[0]))
+        rstitch.R2RRouter.load(tmp_path / "out", pocket[0], pocket[0])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -439,7 +440,7 @@ def test_any_pair_is_labelled_and_trained_on_from_the_command_line(saved, judge,
     rows = read_rows(saved / "labels" / "labels.jsonl")
     assert len(rows) == len(read_rows(saved / "problems.jsonl")) and set("".join(r["labels"] for r in rows)) <= set("INDU")
     pair = rstitch.load_pair(str(saved / "slm"), str(saved / "llm"))
-    assert train_r2r.load_r2r(saved / "out", pair).threshold == made["threshold"]
+    assert rstitch.R2RRouter.load(saved / "out", *pair[:2]).threshold == made["threshold"]
 
 
 @pytest.mark.parametrize("argv, message", [

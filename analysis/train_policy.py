@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import (add_options, append_row, check_made_for, fingerprint, given, load_checkpoint, option, provenance, read_rows, rewind, save_checkpoint,
+from analysis.common import (add_options, append_row, fingerprint, given, load_checkpoint, option, provenance, read_rows, rewind, save_checkpoint,
                              write_rows)
 from analysis.task import Task, solve
 
@@ -84,30 +84,19 @@ RUNS = {
 }
 
 
-class HandBackRouter(rstitch.PolicyRouter):
-    """R-Stitch+ with a second policy, asked at every token of the LLM, on the LLM's hidden state, whether to hand back."""
-
-    def __init__(self, policy: rstitch.Policy, back: rstitch.Policy, tau: float, seed: int | None = None):
-        super().__init__(policy, tau, seed=seed)
-        self.back = rstitch.PolicyRouter(back, tau, seed=None if seed is None else -1 - seed)  # its own coins at the same positions
-        self.leave_llm = lambda step: self.back.decide(step, torch.arange(len(step.rows), device=step.token.device))
-
-
 def build_policies(config: Config, slm, llm) -> torch.nn.ModuleDict:
     """{"call": policy on the SLM's hidden state} and, with hand_back, {"back": policy on the LLM's}; the same for the same config."""
     models = {"call": slm} | ({"back": llm} if config.hand_back else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return torch.nn.ModuleDict({name: rstitch.Policy(model.config.get_text_config(decoder=True).hidden_size, config.width, config.start,
+        return torch.nn.ModuleDict({name: rstitch.Policy(rstitch.hidden_size_of(model), config.width, config.start,
                                                          config.use_entropy, config.use_context)
                                     .to(model.device) for name, model in models.items()})
 
 
 def build_router(policies, config: Config, seed: int | None = None) -> rstitch.PolicyRouter:
     """Sampling with a seed, else the likelier action."""
-    if config.hand_back:
-        return HandBackRouter(policies["call"], policies["back"], config.tau, seed)
-    return rstitch.PolicyRouter(policies["call"], config.tau, config.tau_back, seed)
+    return rstitch.PolicyRouter(policies["call"], config.tau, config.tau_back, seed, back=policies["back"] if config.hand_back else None)
 
 
 def rewards(solved: list[dict], lam: float, models, gate: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -184,9 +173,10 @@ def settle(config: Config, task: Task, folder: Path) -> float:
     ValueError where the folder holds a run of another config."""
     path, pair, models = folder / "config.json", task.load(), task.latencies()
     world = {"slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]), "latency": [{k: list(v) for k, v in m.coefficients.items()} for m in models],
-             "problems": hashlib.sha256(Path(task.problems).read_bytes()).hexdigest()[:16] if task.problems else "pocket", "dtype": task.dtype, "max_new_tokens": task.max_new_tokens}
+             "problems": hashlib.sha256(Path(task.problems).read_bytes()).hexdigest()[:16] if task.problems else "pocket", "dtype": task.dtype, "max_new_tokens": task.max_new_tokens,
+             "prompting": task.prompting() or None}
     if not path.exists():
-        _, _, alone = answer(pair, task.split("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models, batch_size=task.rows, max_new_tokens=task.max_new_tokens)
+        _, _, alone = answer(pair, task.split("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models, batch_size=task.rows, max_new_tokens=task.max_new_tokens, settings=task)
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(path, [{"config": asdict(config), "llm_ms": alone["latency_ms"], **world}])
     settled = json.loads(path.read_text())
@@ -219,14 +209,14 @@ def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
             seed = int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
             batch = [todo[k % len(todo)] for k in range(i * config.prompts, (i + 1) * config.prompts) for _ in range(config.rollouts)]
             router = build_router(policies, config, seed)
-            solved, total, row = answer(pair, batch, router, lam, models, config.gate, batch_size=len(batch), seed=seed, max_new_tokens=length)
+            solved, total, row = answer(pair, batch, router, lam, models, config.gate, batch_size=len(batch), seed=seed, max_new_tokens=length, settings=task)
             R = torch.tensor(total).view(config.prompts, config.rollouts)
             keep = kept_groups(R, torch.tensor([s["correct"] for s in solved]).view_as(R), config.dynamic)
             row |= {"iteration": i, "groups": int(keep.sum())}
             row |= update(policies, optimizer, router, rstitch.group_advantages(R, config.eps, config.scale), keep, config,
                           torch.Generator().manual_seed(seed))
             if (i + 1) % config.dev_every == 0 or i + 1 == config.iterations:
-                _, _, row["dev"] = answer(pair, dev, build_router(policies, config), lam, models, config.gate, batch_size=task.rows, max_new_tokens=length)
+                _, _, row["dev"] = answer(pair, dev, build_router(policies, config), lam, models, config.gate, batch_size=task.rows, max_new_tokens=length, settings=task)
                 if row["dev"]["reward"] > best:
                     best = row["dev"]["reward"]
                     save_checkpoint(folder / "best.safetensors", policies, optimizer, i + 1)
@@ -253,19 +243,8 @@ def export(config: Config, task: Task, policies, folder: Path, target: Path) -> 
     (target / "made.json").write_text(json.dumps(made) + "\n")
 
 
-def load_router(folder: Path, pair, seed: int | None = None, above: float = 0.0) -> rstitch.PolicyRouter:
-    """The router of an exported policy, which calls the LLM where its logit exceeds `above`; ValueError where it was made for another pair."""
-    made = json.loads((folder / "made.json").read_text())
-    check_made_for(f"the policy in {folder}", made, pair)
-    config = Config(**made["config"])
-    policies = build_policies(config, *pair[:2])
-    policies.load_state_dict(load_file(folder / "policy.safetensors"))
-    policies["call"].mlp[-1].bias.data -= above
-    return build_router(policies.eval().requires_grad_(False), config, seed)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", help=f"names of RUNS: {', '.join(RUNS)}")
     parser.add_argument("--name", help="of a run with the options below")
     parser.add_argument("--report", action="store_true", help="compare every exported policy with fixed thresholds on the test split")

@@ -12,18 +12,17 @@ import argparse
 import hashlib
 import json
 import time
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import rstitch
 from analysis import label
-from analysis.common import (MODELS, add_options, append_row, auroc, bootstrap, check_made_for, fingerprint, given, load_checkpoint, option, provenance,
+from analysis.common import (MODELS, add_options, append_row, auroc, bootstrap, fingerprint, given, load_checkpoint, option, provenance,
                              ratio_of_means, read_rows, rewind, save_checkpoint, write_rows)
 from analysis.task import common_vocab
 
@@ -113,7 +112,7 @@ def build_net(config: Config, slm) -> rstitch.R2RNet:
     """Untrained; the same for the same config."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return rstitch.R2RNet(slm.config.get_text_config(decoder=True).hidden_size, slm.get_input_embeddings(), config.top_k, config.width,
+        return rstitch.R2RNet(rstitch.hidden_size_of(slm), slm.get_input_embeddings(), config.top_k, config.width,
                               config.blocks, config.dropout).to(slm.device)
 
 
@@ -267,18 +266,6 @@ def export(config: Config, net, pair, folder: Path, target: Path, test: dict, th
     return made
 
 
-def load_r2r(folder: Path, pair, threshold: float | None = None) -> rstitch.R2RRouter:
-    """The exported router, at its stored threshold. ValueError where it was made for another pair; a warning where another threshold
-    takes the place of the calibrated one."""
-    made = json.loads((folder / "made.json").read_text())
-    check_made_for(f"the router in {folder}", made, pair)
-    if threshold is not None and threshold != made["threshold"]:
-        warnings.warn(f"threshold {threshold:g} in place of the router's own {made['threshold']:g} ({made['calibrated']})", stacklevel=2)
-    net = build_net(Config(**made["config"]), pair[0])
-    net.load_state_dict(load_file(folder / "router.safetensors"))
-    return rstitch.R2RRouter(net.eval().requires_grad_(False), made["threshold"] if threshold is None else threshold)
-
-
 def run(config: Config, settings: label.Settings, rows: list[dict], folder: Path, target: Path) -> dict:
     """Features, training, threshold, figures and export, from labelled rows."""
     pair = settings.load()
@@ -305,7 +292,7 @@ def run(config: Config, settings: label.Settings, rows: list[dict], folder: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_options(parser, label.Settings, "labels: ")
     add_options(parser, Config, **{"for the pocket pair": POCKET})
