@@ -1,0 +1,102 @@
+"""How many answers does rounding turn? The same problems, one at a time and in one batch.
+
+    python -m analysis.rounding                                       (pocket pair, float32)
+    python -m analysis.rounding --dtype bfloat16
+    python -m analysis.rounding --slm SMALL --llm LARGE --problems file.jsonl --dtype bfloat16 --out rounding.jsonl
+
+A row of a batch gets what it would get alone up to the rounding of the matrix products, whose order of additions depends on their shape.
+Where two tokens are nearly as likely, or an entropy lies next to tau, that turns a token, and everything behind it may follow. Greedy
+answers to test problems; a row of the file is one answer, and a run that was killed goes on with the first that is missing.
+"""
+import argparse
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import rstitch
+from analysis.common import RESULTS, add_options, append_row, fingerprint, given, provenance, read_rows, wilson
+from analysis.stats import with_interval
+from analysis.task import SEED, Task, encode_problems
+
+FILE = RESULTS / "rounding.jsonl"
+METHODS = {"SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "R-Stitch, tau 0.02": rstitch.EntropyRouter(0.02)}
+
+
+def processor() -> str:
+    """The processor's name and what it can do with bfloat16: rounding depends on both."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    about = dict(line.split("\t: ", 1) for line in reversed(lines) if "\t: " in line)
+    name = about.get("model name\t", about.get("model name", platform.processor()))
+    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in about.get("flags\t", about.get("flags", "")).split()]
+    return f"{name} ({', '.join(found) or 'no bfloat16 instructions'})"
+
+
+def answer(task: Task, method: str, chosen: list) -> list[list[int]]:
+    """The tokens of each answer, all problems in one batch."""
+    slm, llm, tokenizer, _ = task.load()
+    ids, mask = encode_problems(tokenizer, chosen, task)
+    result = rstitch.stitch(slm, llm, ids, METHODS[method], attention_mask=mask, max_new_tokens=task.max_new_tokens, seed=SEED)
+    return [[call.token for call in calls if call.kept] for calls in result.calls]
+
+
+def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:
+    """The rows of both ways, what is missing computed and appended."""
+    chosen = task.split("test", n)
+    slm, llm, *_ = task.load()
+    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": processor() if task.device == "cpu" else torch.cuda.get_device_name(task.device),
+             "threads": torch.get_num_threads(), "limit": task.max_new_tokens, "of": len(chosen), **task.prompting()}
+    same = lambda row: all(row.get(name) == value for name, value in (world | {"dtype": task.dtype}).items())  # noqa: E731
+    have = {(r["method"], r["batch"], r["problem"]) for r in read_rows(path) if same(r)}
+    todo = [(method, batch, part) for method in methods for batch, parts in ((len(chosen), [range(len(chosen))]), (1, [[i] for i in range(len(chosen))]))
+            for part in parts if not {(method, batch, i) for i in part} <= have]
+    for method, batch, part in tqdm(todo, desc="answers", disable=None):
+        answers = answer(task, method, [chosen[i] for i in part])
+        append_row(path, *({"what": "rounding", "method": method, "batch": batch, "problem": i, "tokens": tokens, **world,
+                            **provenance(SEED, n, task.device, task.dtype)} for i, tokens in zip(part, answers)))
+    return [r for r in read_rows(path) if same(r) and r["method"] in methods]
+
+
+def compare(rows: list[dict]) -> list[dict]:
+    """By method: how many answers differ between batch 1 and the batch, and at which token they first do."""
+    out = []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        by = {(r["batch"], r["problem"]): r["tokens"] for r in rows if r["method"] == method}
+        batch = max(size for size, _ in by)
+        pairs = [(tokens, by[batch, i]) for (size, i), tokens in by.items() if size == 1 and (batch, i) in by]
+        first = [next((t for t, (a, b) in enumerate(zip(*pair)) if a != b), min(map(len, pair))) for pair in pairs if pair[0] != pair[1]]
+        out.append({"method": method, "batch": batch, "n": len(pairs), "differ": [len(first) / len(pairs), *wilson(len(first), len(pairs))],
+                    "first": float(np.median(first)) if first else None, "tokens": sum(len(a) for a, _ in pairs)})
+    return out
+
+
+def show(row: dict) -> str:
+    where = f", first at token {row['first']:.0f} (median)" if row["first"] is not None else ""
+    return (f"{row['method']:20} {with_interval([100 * x for x in row['differ']], digits=1)} % of {row['n']} answers differ between batch 1 and "
+            f"{row['batch']}{where}; {row['tokens']} tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, Task)
+    parser.add_argument("--n", type=int, default=32, help="problems, which are also the batch (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    args = parser.parse_args()
+    try:
+        task = Task(**given(args, Task))
+        rstitch.check_count("--n", args.n, least=2)
+        path = Path(task.out) if task.out else FILE
+        if not task.pocket and not task.out:
+            raise ValueError("--out is missing: expected a file for a pair or problems that are not the pocket's")
+        rows = run(task, args.methods, args.n, path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(*map(show, compare(rows)), sep="\n")
+    r = rows[-1]
+    print(f"{r['dtype']}, {r['machine']}, {r['threads']} threads, at most {r['limit']} tokens, torch {r['torch']}, transformers {r['transformers']}")
+
+
+if __name__ == "__main__":
+    main()
