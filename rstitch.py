@@ -41,6 +41,7 @@ Glossary (code name, paper symbol, unit, default):
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -62,8 +63,9 @@ import numpy as np
 import scipy.optimize
 import torch
 from safetensors.torch import load_file
-from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, GgufConfig, PreTrainedModel)
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, GgufConfig,
+                          PreTrainedModel)
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.utils import logging
 
@@ -139,9 +141,11 @@ GREEDY = Sampling()
 
 
 # ---- 2. Cached models ----------------------------------------------------------------------------------------------------
-# Slot t of row b holds the token at position t of row b, so rows stand at different lengths and a mask is just "slot <= position".
-# All there is to do with it is CachedLM.read: some rows read some tokens each, and each proposes its next one. Before it come its
-# parts: the layer of the cache, attention over it, which models can be served, and CUDA graphs, which need few different shapes.
+# Slot t of row b holds the token at position t of row b, so rows stand at different lengths and a mask is
+# just "slot <= position". All there is to do with it is CachedLM.read: some rows read some tokens each, and
+# each proposes its next one. Before it come its parts: the layers of the cache, attention over it, which
+# models can be served, and CUDA graphs, which need few different shapes. A recurrent layer has no slots but
+# one state per row, of all that the row has read: no pad is given to it, and no row that does not read.
 
 
 BLOCK = 64  # attention reads the slots up to the end of the longest row ("live"), rounded up to a multiple of this; see live_slots
@@ -161,12 +165,14 @@ def live_slots(end: int, coarse: bool) -> int:
 
 @dataclass
 class Place:
-    """What the layers of a cache need to know of the current read: its rows (a slice where they are neighbours: an index (n,) copies
-    what it selects), its slots (n, 1, S, 1), and how many slots are live."""
+    """What the layers of a cache need to know of the current read: its rows (a slice where they are
+    neighbours: an index (n,) copies what it selects), its slots (n, 1, S, 1), how many slots are live, and
+    whether any row had read before."""
 
     rows: slice | torch.Tensor = None
     slots: torch.Tensor = None
     live: int = 0
+    started: bool = False
 
 
 class StitchLayer(CacheLayerMixin):
@@ -203,6 +209,16 @@ class StitchLayer(CacheLayerMixin):
         self.values[here] = value_states.transpose(1, 2)
         return self.keys[:, :, :live].index_select(0, rows), self.values[:, :, :live].index_select(0, rows)  # faster than indexing
 
+    def reset(self, rows: slice | list[int] = slice(None)) -> None:
+        if self.is_initialized:
+            self.keys[rows], self.values[rows] = 0, 0
+
+    def fork(self, source: int, n: int, targets: Sequence[int]) -> None:
+        """Copy the first n slots of one row to others."""
+        if self.is_initialized:
+            for x, row in itertools.product((self.keys, self.values), targets):
+                x[row, :, :n] = x[source, :, :n]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.place.live, 0
 
@@ -213,6 +229,78 @@ class StitchLayer(CacheLayerMixin):
         return self.shape[1]
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+
+class RecurrentLayer(LinearAttentionCacheLayerMixin):
+    """Convolution and recurrent state of one layer, one each per row, (B, ...), allocated once; at first 0.
+
+    Models change them in place where they read one token, and through `update_*` where they read several. So
+    `begin` hands out those of the rows that read, a view where the rows are neighbours, else a copy, which
+    `end` writes back.
+    """
+
+    def __init__(self, place: Place, batch_size: int):
+        super().__init__()
+        self.place, self.batch_size = place, batch_size
+        self.states: dict[str, torch.Tensor] = {}  # some models have no recurrent state
+        self.lent = {"conv": self.conv_states, "recurrent": self.recurrent_states}  # where models look
+
+    def begin(self) -> None:
+        self.has_previous_state[0] = self.place.started and bool(self.states)
+        for kind, states in self.states.items():
+            self.lent[kind][0] = states[self.place.rows]
+
+    def end(self) -> None:
+        for kind, states in self.states.items():
+            if not isinstance(self.place.rows, slice):
+                states.index_copy_(0, self.place.rows, self.lent[kind][0])
+            self.lent[kind][0] = None
+
+    @torch.inference_mode(False)  # see StitchLayer
+    def allocate(self, kind: str, like: torch.Tensor, *shape: int) -> None:
+        self.states[kind] = like.new_zeros(self.batch_size, *shape)
+        self.lent[kind][0] = self.states[kind][self.place.rows]
+
+    lazy_initialization = allocate
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int, conv_kernel_size: int, **kwargs):
+        """Keep the last K of the columns that come in, (n, C, S); return the old and all these."""
+        if "conv" not in self.states:
+            self.allocate("conv", conv_states, conv_states.shape[1], conv_kernel_size)
+        kept = self.conv_states[0]
+        seen = torch.cat([kept, conv_states], dim=-1)
+        kept.copy_(seen[..., -kept.shape[-1]:])
+        return seen
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int, **kwargs):
+        if "recurrent" not in self.states:
+            self.allocate("recurrent", recurrent_states, *recurrent_states.shape[1:])
+        return self.recurrent_states[0].copy_(recurrent_states)
+
+    def reset(self, rows: slice | list[int] = slice(None)) -> None:
+        for states in self.states.values():
+            states[rows] = 0
+
+    def fork(self, source: int, n: int, targets: Sequence[int]) -> None:
+        """Copy the state of one row, which has read n tokens, to others."""
+        for states, row in itertools.product(self.states.values(), targets):
+            states[row] = states[source]
+
+
+class HybridLayer(StitchLayer, RecurrentLayer):
+    """What a layer that attends and has a state keeps. `lazy_initialization` is that of its slots."""
+
+    def __init__(self, place: Place, batch_size: int, slots: int):
+        RecurrentLayer.__init__(self, place, batch_size)
+        StitchLayer.__init__(self, place, batch_size, slots)
+
+    def reset(self, rows: slice | list[int] = slice(None)) -> None:
+        StitchLayer.reset(self, rows)
+        RecurrentLayer.reset(self, rows)
+
+    def fork(self, source: int, n: int, targets: Sequence[int]) -> None:
+        StitchLayer.fork(self, source, n, targets)
+        RecurrentLayer.fork(self, source, n, targets)
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -239,7 +327,8 @@ AttentionInterface.register(GROUPED, grouped_attention)
 
 def attention_of(config) -> str:
     """Which attention to use: ours where query heads share keys and the model would use sdpa without a soft cap, else the model's own."""
-    shares = (getattr(config, "num_key_value_heads", None) or math.inf) < config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)  # Mamba's has none
+    shares = (getattr(config, "num_key_value_heads", None) or math.inf) < heads
     plain = config._attn_implementation == "sdpa" and not getattr(config, "attn_logit_softcapping", None)
     return GROUPED if shares and plain else config._attn_implementation
 
@@ -263,9 +352,17 @@ def forward_arguments(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
+# The model_type of models with recurrent layers that were tested, by how they read several tokens from a
+# given state: in one call, or, because their scan starts from zero whatever the cache holds, token by token.
+CHUNKED = frozenset("""qwen3_5_text qwen3_5_moe_text qwen3_next olmo_hybrid lfm2 lfm2_moe granitemoehybrid
+                       falcon_h1 bamba nemotron_h mamba2 zamba2""".split())
+STEPWISE = frozenset("mamba falcon_mamba jamba zamba".split())
+
+
 def cache_keyword(model) -> str:
     """What the model's forward calls its cache: transformers renamed it in 5.24."""
-    return "cache" if "cache" in forward_arguments(type(model)) else "past_key_values"
+    accepts = forward_arguments(type(model))
+    return next((name for name in ("cache", "cache_params") if name in accepts), "past_key_values")
 
 
 def bare(model):
@@ -285,15 +382,18 @@ def check_servable(model, max_len: int, name: str = "model") -> None:
         raise TypeError(f"{name} is a {type(model).__name__}: expected a decoder-only model of transformers")
     name, config = f"{name} ({type(model).__name__})", model.config.get_text_config(decoder=True)
     accepts = forward_arguments(type(model))
-    missing = [a for a in ("position_ids", "attention_mask", cache_keyword(model), "logits_to_keep") if a not in accepts]
+    recurrent = config.model_type in CHUNKED | STEPWISE
+    needed = ["position_ids", "attention_mask", cache_keyword(model), "logits_to_keep"]
+    missing = [a for a in needed[recurrent:] if a not in accepts]  # Mamba takes no positions, nor needs any
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     devices = {p.device for p in model.parameters()}
     attention = config._attn_implementation
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only model")
-    if getattr(model, "_is_stateful", False) or kinds:
-        raise ValueError(f"{name} keeps a state that is not one key and value per token ({', '.join(sorted(kinds)) or 'state-space'}): "
-                         "expected full or sliding attention layers only")
+    if (getattr(model, "_is_stateful", False) or kinds) and not recurrent:
+        kept, tested = ", ".join(sorted(kinds)) or "state-space", ", ".join(sorted(CHUNKED | STEPWISE))
+        raise ValueError(f"{name} keeps a state that is not one key and value per token ({kept}) and was not "
+                         f"tested: expected full or sliding attention layers only, or one of {tested}")
     if missing or model.get_output_embeddings() is None:
         raise ValueError(f"{name} cannot be served: its forward takes no {', '.join(missing) or 'output embeddings'}")
     if attention not in ("sdpa", "eager"):
@@ -368,7 +468,7 @@ class CachedLM:
     `cursor[b]` tokens of row b have been read: they, and nothing else, are what row b attends to. Pass one to `stitch` instead
     of a model to keep its allocation from call to call; `close()` detaches it from the model. `graphs` replays single tokens and
     short reads as CUDA graphs, all rows taking part in each, idle ones too. ValueError or TypeError for a model that cannot be served,
-    and for graphs of one that is not on a CUDA device.
+    and for graphs of one that is not on a CUDA device or has recurrent layers.
     """
 
     @torch.inference_mode(False)
@@ -377,22 +477,29 @@ class CachedLM:
             check_count(name, size)
         check_servable(model, max_len)
         model = bare(model)
+        config = model.config.get_text_config(decoder=True)
+        if graphs and config.model_type in CHUNKED | STEPWISE:
+            raise ValueError(f"graphs={graphs!r}: expected attention layers only, "
+                             f"{config.model_type} has recurrent ones")
         if graphs and model.device.type != "cuda":
             raise ValueError(f"graphs={graphs!r}: expected a model on a CUDA device, this one is on {model.device}")
         self.graphs = Graphs(model.device) if graphs else None
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
-        config = model.config.get_text_config(decoder=True)
         slots = -(-max_len // BLOCK) * BLOCK
         self.cursor = [0] * batch_size
         self.place = Place()
-        self.layers = [StitchLayer(self.place, batch_size, slots) for _ in range(config.num_hidden_layers)]
+        self.layer_types = getattr(config, "layer_types", None)
+        self.layers = [RecurrentLayer(self.place, batch_size) if kind in ("linear_attention", "conv")
+                       else (HybridLayer if kind == "hybrid" else StitchLayer)(self.place, batch_size, slots)
+                       for kind in self.layer_types or ["full_attention"] * config.num_hidden_layers]
+        self.recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+        self.stepwise = config.model_type in STEPWISE
         self.cache = {cache_keyword(model): Cache(layers=self.layers)}
         self.config, self.attention = config, attention_of(config)
         self.compiled = model._compiled_call_impl is not None  # by model.compile()
-        self.layer_types = getattr(config, "layer_types", None)
         self.sliding = getattr(config, "sliding_window", None)
         self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype  # which walks the parameters: as long as a matmul
-        self.free = FREE["cpu" if model.device.type == "cpu" else "cuda"]
+        self.free = 0 if self.recurrent else FREE["cpu" if model.device.type == "cpu" else "cuda"]
         self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long, device=model.device)  # ids, positions; with pads
         self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
@@ -406,24 +513,62 @@ class CachedLM:
         """Detach from the model; it cannot be read with any more."""
         self.hook.remove()
         self.layers.clear()
+        self.recurrent.clear()
         self.graphs = None
 
     def __del__(self):
         if hasattr(self, "hook"):
             self.hook.remove()
 
-    def reset(self) -> None:
-        """Forget every row, and what the cache holds: a masked slot still meets a weight of 0, and 0 x NaN, left by a failed call, is NaN."""
-        self.cursor = [0] * self.batch_size
+    def check_rows(self, name: str, rows: Sequence[int]) -> None:
+        """ValueError for what is no list of different rows of this cache."""
+        known = isinstance(rows, Sequence) and all(type(r) is int and 0 <= r < self.batch_size for r in rows)
+        if not known or len(set(rows)) < len(rows):
+            raise ValueError(f"{name}={rows!r}: expected different rows of 0 to {self.batch_size - 1}")
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forget these rows, every row unless given, and what the cache holds of them: from a recurrent state
+        the next read would go on, and a masked slot still meets a weight of 0, and 0 x NaN, left by a failed
+        call, is NaN. ValueError for what is no row."""
+        if rows is not None:
+            self.check_rows("rows", rows)
         for layer in self.layers:
-            layer.reset()
+            layer.reset(slice(None) if rows is None else list(rows))
+        for row in range(self.batch_size) if rows is None else rows:
+            self.cursor[row] = 0
+
+    def fork(self, source: int, n: int, targets: Sequence[int]) -> None:
+        """Give rows `targets` the first n tokens that row `source` has read, as if they had read them: their
+        cursors become n.
+
+        Copies n tokens of the cache in place and leaves the slots after them, masked, as they were: after a
+        failed call reset first. Recurrent layers know their state after the last token only: with them n must
+        be the source's cursor. ValueError for another n, for what is no row, and for a closed cache.
+        """
+        if not self.layers:
+            raise ValueError("this CachedLM is closed: there is nothing to fork")
+        if type(source) is not int or not 0 <= source < self.batch_size:
+            raise ValueError(f"source={source!r}: expected a row of 0 to {self.batch_size - 1}")
+        self.check_rows("targets", targets)
+        check_count("n", n, least=0)
+        read = self.cursor[source]
+        if source in targets:
+            raise ValueError(f"targets={targets!r}: expected other rows than the source, {source}")
+        if n > read or self.recurrent and n < read:
+            bound = "as many, for the model has recurrent layers" if self.recurrent else "no more"
+            raise ValueError(f"n={n!r}: row {source} has read {read} tokens, expected {bound}")
+        for layer in self.layers:
+            layer.fork(source, n, targets)
+        for row in targets:
+            self.cursor[row] = n
 
     def width(self, longest: int) -> int:
         """Columns of a read whose longest row has this many tokens."""
         return 1 << (longest - 1).bit_length() if self.graphs and longest <= SHORT else longest
 
     def mask(self, positions: torch.Tensor, live: int):
-        """Additive attention mask (n, 1, S, live) for tokens at positions (n, S); a dict by layer type where models want one."""
+        """Additive attention mask (n, 1, S, live) for tokens at positions (n, S); a dict by layer type where
+        models want one. Recurrent layers, to which no pad is given, take none."""
         slots, here, dtype = self.slots[:live], positions[:, None, :, None], self.dtype
 
         def additive(kind: str):
@@ -432,6 +577,10 @@ class CachedLM:
                 masked = masked | (slots <= here - self.sliding)
             return masked.to(dtype) * torch.finfo(dtype).min
 
+        if self.recurrent and "position_ids" not in forward_arguments(type(self.model)):
+            return None
+        if self.recurrent:
+            return {"full_attention": additive("full_attention"), "linear_attention": None, "conv": None}
         if self.layer_types is None:
             return additive("sliding_attention" if self.sliding else "full_attention")
         return {kind: additive(kind) for kind in set(self.layer_types)}
@@ -440,8 +589,12 @@ class CachedLM:
         """One forward call on what lies in the static buffers; no host sync, no shape that depends on data."""
         ids, positions = self.inputs[:2 * n * S].view(2, n, S)
         self.place.rows, self.place.slots, self.place.live = rows, positions[:, None, :, None], live
+        for layer in self.recurrent:
+            layer.begin()
         out = self.model(input_ids=ids, position_ids=positions, attention_mask=self.mask(positions, live),
                          use_cache=True, logits_to_keep=1, **self.cache)
+        for layer in self.recurrent:
+            layer.end()
         logits = out.logits[:, -1, :vocab].float()  # (n, V)
         return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
@@ -466,25 +619,47 @@ class CachedLM:
              sampling: Sampling = GREEDY, uniform: Sequence[float] | None = None) -> Output:
         """Each row reads its tokens, one or more, and proposes the next one from the first `vocab` columns.
 
-        Ragged reads are aligned on the right, so the last column is the last token of every row. A pad repeats the row's first
-        token at that token's position: it computes and writes what the token itself does, so it needs no slot of its own.
-        The caller sees to it that all rows together, pads included, read at most CHUNK tokens; a row alone may read any number, in chunks.
+        Ragged reads are aligned on the right, so the last column is the last token of every row. A pad
+        repeats the row's first token at that token's position: it computes and writes what the token itself
+        does, so it needs no slot of its own. With recurrent layers, to which it would be one more token, rows
+        that differ in length read one after the other. The caller sees to it that all rows together, pads
+        included, read at most CHUNK tokens; a row alone may read any number, in chunks.
         """
         assert self.layers and len(set(rows)) == len(rows) == len(tokens) and all(tokens), (rows, tokens)
         ends = [self.cursor[row] + len(line) for row, line in zip(rows, tokens)]
         assert max(ends) <= self.max_len, f"a row would hold {max(ends)} tokens, the cache holds {self.max_len}"
-        while len(rows) == 1 and len(tokens[0]) > CHUNK:
+        while len(rows) == 1 and len(tokens[0]) > CHUNK and not (self.stepwise and self.cursor[rows[0]]):
             self._read(rows, [tokens[0][:CHUNK]], self.vocab, GREEDY, None)
             tokens = [tokens[0][CHUNK:]]
-        return self._read(rows, tokens, vocab or self.vocab, sampling, uniform)
+        read = self._read_apart if self.recurrent else self._read
+        return read(rows, tokens, vocab or self.vocab, sampling, uniform)
+
+    def _read_apart(self, rows, tokens, vocab: int, sampling: Sampling, uniform) -> Output:
+        """`_read` of a model with recurrent layers: a call for each length; but first, where the model's scan
+        starts from zero, the rows that have a state read all but their last token one by one."""
+        if self.stepwise:
+            late = {row: line for row, line in zip(rows, tokens) if self.cursor[row]}
+            for left in range(max(map(len, late.values()), default=1), 1, -1):
+                now = {row: [line[-left]] for row, line in late.items() if len(line) >= left}
+                self._read(list(now), list(now.values()), vocab, GREEDY, None)
+            tokens = [line[-1:] if row in late else line for row, line in zip(rows, tokens)]
+        parts, order = [], []
+        for length in sorted(set(map(len, tokens))):
+            at = [i for i, line in enumerate(tokens) if len(line) == length]
+            parts.append(self._read([rows[i] for i in at], [tokens[i] for i in at], vocab, sampling,
+                                    None if uniform is None else [uniform[i] for i in at]))
+            order += at
+        back = torch.tensor(order, device=self.inputs.device).argsort()
+        return parts[0] if len(parts) == 1 else Output(*(torch.cat(x)[back] for x in zip(*parts)))
 
     def _read(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
         S, unread = self.width(max(map(len, tokens))), dict(zip(rows, tokens))
         graphed = self.graphs is not None and (S == 1 or S <= SHORT and self.batch_size * S <= self.free)
         span = range(self.batch_size) if graphed else range(min(rows), max(rows) + 1)
         idle = len(span) - len(rows)
-        # Idle rows in between take part where they are few: that costs less than copying the caches of those that read. An idle row
-        # writes the slot at its cursor, which its own next read overwrites before anybody sees it; a full row its last slot: it reads no more.
+        # Idle rows in between take part where they are few and have no recurrent state: that costs less than
+        # copying the caches of those that read. An idle row writes the slot at its cursor, which its own next
+        # read overwrites before anybody sees it; a full row its last slot: it reads no more.
         neighbours = graphed or idle <= len(rows) and idle * S <= self.free
         taking_part = list(span) if neighbours else list(rows)
         n, ids, positions = len(taking_part), [], []
@@ -494,6 +669,7 @@ class CachedLM:
             ids += [line[0]] * pads + list(line)
             positions += [start] * pads + list(range(start, start + len(line)))
         self.inputs[:2 * n * S] = torch.tensor(ids + positions)
+        self.place.started = any(self.cursor[row] for row in rows)
         if uniform is not None:
             drawn = dict(zip(rows, uniform))
             self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in taking_part])

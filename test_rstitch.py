@@ -832,8 +832,8 @@ BAD_INPUT = {
     r"llm \(Qwen2ForCausalLM\) is in training mode": dict(llm=lambda: tiny.__wrapped__().train()),
     r"slm \(T5ForConditionalGeneration\) is an encoder-decoder": dict(slm=lambda: built(
         "T5Config", "T5ForConditionalGeneration", d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)),
-    r"llm \(MambaForCausalLM\) keeps a state": dict(llm=lambda: built(
-        "MambaConfig", "MambaForCausalLM", hidden_size=16, num_hidden_layers=1, state_size=4)),
+    r"llm \(xLSTMForCausalLM\) keeps a state": dict(llm=lambda: built(
+        "xLSTMConfig", "xLSTMForCausalLM", hidden_size=16, num_hidden_layers=1, num_heads=2)),
     r"slm \(BloomForCausalLM\) cannot be served: its forward takes no position_ids": dict(slm=lambda: built(
         "BloomConfig", "BloomForCausalLM", hidden_size=16, n_layer=1, n_head=2)),
     r"llm \(LlamaForCausalLM\) has rope_type='dynamic'": dict(llm=lambda: tiny.__wrapped__(
