@@ -63,10 +63,8 @@ import numpy as np
 import scipy.optimize
 import torch
 from safetensors.torch import load_file
-from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, GgufConfig,
-                          PreTrainedModel)
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.utils import logging
 
 SLM, LLM = 0, 1
@@ -902,7 +900,46 @@ def histories(rows: list[Row], width: int, device) -> torch.Tensor:
     return torch.tensor(lines, dtype=torch.float32, device=device)
 
 
-def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampling: Sampling) -> list[Call]:
+Process = Callable[[int, list[int], torch.Tensor], torch.Tensor]  # (row, ids, logits (V,)) -> scores (V,)
+
+
+def check_entropies(model: int, rows: list[Row], entropies: Sequence[float]) -> None:
+    """FloatingPointError for NaN, which one NaN among the logits is enough to make."""
+    for row, H in zip(rows, entropies):
+        if math.isnan(H):
+            raise FloatingPointError(f"the {NAMES[model]}'s logits have a NaN in row {row.index} at position "
+                                     f"{len(row.ids) - row.n_prompt} of the answer")
+
+
+def check_scores(name: str, scores, logits: torch.Tensor) -> None:
+    """TypeError unless the process of this name returned one score per logit (V,), on the same device."""
+    tensor = isinstance(scores, torch.Tensor)
+    got = (scores.dtype, tuple(scores.shape), scores.device) if tensor else type(scores).__name__
+    shape, device = tuple(logits.shape), logits.device
+    if not (tensor and scores.is_floating_point()) or got[1:] != (shape, device):
+        raise TypeError(f"process {name} returned {got}: expected floats of shape {shape} on {device}")
+
+
+def draw_processed(process: Process, rows: list[Row], logits: torch.Tensor, sampling: Sampling,
+                   uniform: Sequence[float] | None) -> torch.Tensor:
+    """(n,) tokens, drawn from what `process` makes of each row of the logits (n, V). TypeError as in
+    `check_scores`, ValueError where no token can be drawn."""
+    name = getattr(process, "__name__", type(process).__name__)
+    lines = [process(row.index, row.ids, line) for row, line in zip(rows, logits)]
+    for scores, line in zip(lines, logits):
+        check_scores(name, scores, line)
+    scores = torch.stack(lines).float()  # (n, V)
+    for row, best in zip(rows, scores.amax(-1).tolist()):  # NaN where any score is
+        if not (math.isfinite(best) if sampling.temperature else best > -math.inf):
+            where = f"row {row.index} at position {len(row.ids) - row.n_prompt} of the answer"
+            raise ValueError(f"process {name} returned scores whose largest is {best}, for {where}: "
+                             "expected a token to draw")
+    uniform = None if uniform is None else torch.tensor(uniform, dtype=torch.float32, device=logits.device)
+    return sampling.draw(scores, uniform)
+
+
+def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampling: Sampling,
+            process: Process | None = None) -> list[Call]:
     """`model` reads what it has not read of each row and proposes a token; the router decides who goes on (Algorithm 1)."""
     device = lm.inputs.device
     n_kv = [lm.cursor[row.index] for row in rows]
@@ -913,14 +950,17 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     # Copied to the device before the read: a copy after it would wait for the read to end.
     at = torch.tensor([position, [len(row.ids) for row in rows]], device=device)
     history = histories(rows, getattr(router, "window", 1) - 1, device)
-    out = lm.read(index, unread, vocab, sampling, uniform)
+    if process is None:
+        out = lm.read(index, unread, vocab, sampling, uniform)
+    else:
+        out = lm.read(index, unread, vocab)
+        check_entropies(model, rows, out.entropy.tolist())
+        out = out._replace(token=draw_processed(process, rows, out.logits, sampling, uniform))
     step = Step(index, [row.seed for row in rows], out.logits, out.hidden, out.token, out.entropy, at[0], at[1], history)
     leave = (router.leave_slm if model == SLM else router.leave_llm)(step)
     check_decision(router, model, leave, step.token)
     tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # one host read; float32 holds ids up to 2^24
-    for row, t, H in zip(rows, position, entropies):
-        if math.isnan(H):
-            raise FloatingPointError(f"the {NAMES[model]}'s logits have a NaN in row {row.index} at position {t} of the answer")
+    check_entropies(model, rows, entropies)
     calls = []
     for row, tokens_read, start, t, token, H, left in zip(rows, unread, n_kv, position, tokens, entropies, leaves):
         call = Call(model, t, len(tokens_read), start, int(token), H, kept=not (model == SLM and left))
@@ -934,14 +974,15 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     return calls
 
 
-def write(rows: list[Row], lms: Sequence[CachedLM], router, vocab: int, sampling: Sampling) -> Iterator[tuple[Row, Call]]:
+def write(rows: list[Row], lms: Sequence[CachedLM], router, vocab: int, sampling: Sampling,
+          process: Process | None = None) -> Iterator[tuple[Row, Call]]:
     """Algorithm 1 for a batch: every call of every row, as it is made, until the caller has marked every row as done."""
     model, in_a_row = getattr(router, "first", SLM), 0
     while live := [row for row in rows if not row.done]:
         chosen = next_model(live, model, in_a_row)
         model, in_a_row = chosen, (in_a_row + 1 if chosen == model else 1)
         for group in similar_lengths([row for row in live if row.active == model], lms[model]):
-            yield from zip(group, advance(model, lms[model], group, router, vocab, sampling))
+            yield from zip(group, advance(model, lms[model], group, router, vocab, sampling, process))
 
 
 @torch.inference_mode(False)  # even where the caller is in it, or what a router clones could not be trained on
@@ -950,7 +991,7 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
            pad_token_id: int | None = None, seed: int | Sequence[int] | None = None,
            on_token: Callable[[int, Call], None] | None = None,
-           stop: Callable[[int, list[int]], bool] | None = None) -> Stitched:
+           stop: Callable[[int, list[int]], bool] | None = None, process: Process | None = None) -> Stitched:
     """Answer each prompt with two models (R-Stitch Algorithm 1), the router deciding who writes which token.
 
     slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts; without attention_mask (B, P)
@@ -958,17 +999,21 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
     padding. max_new_tokens: of each row. temperature, top_k, top_p: see `Sampling`. seed: see `row_seeds`. eos_token_id: None takes every
     EOS of either model's generation config, [] none; pad_token_id, which fills short answers: None takes theirs, else the first token that
     ends an answer, else 0. on_token(row, call) sees every forward pass in each row's order; stop(row, ids) ends a row after the token that
-    makes it true, ids being the answer so far.
+    makes it true, ids being the answer so far. process(row, ids, logits) returns the scores (V,) that each
+    proposal of either model is drawn from, temperature, top_k and top_p following. logits (V,) are raw,
+    float32, of the common vocabulary, ids the whole sequence, prompt and answer; it changes neither.
+    Entropies, and the logits that a router sees, stay the raw ones.
 
     Departs from the paper: any batch size (each row has its own active model and gets, up to float rounding, what it would get
     alone); entropies are taken in float32; where the models' logit widths differ the common columns are used. ValueError or
-    TypeError for what cannot be run, before anything is computed (but what a router returns is seen only when it does);
-    FloatingPointError for NaN logits, whose attribute `partial` is the `Stitched` of all that was written before.
+    TypeError for what cannot be run, before anything is computed (but what a router or `process` returns is
+    seen only when it does); FloatingPointError for NaN logits, whose attribute `partial` is the `Stitched` of
+    all that was written before.
     """
     sampling = Sampling(temperature, top_k, top_p)
     check_count("max_new_tokens", max_new_tokens)
     check_router(router)
-    for name, function in (("on_token", on_token), ("stop", stop)):
+    for name, function in (("on_token", on_token), ("stop", stop), ("process", process)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}={function!r}: expected a function, or None")
     prompts = unpadded(input_ids, attention_mask)
@@ -985,7 +1030,7 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         for lm in lms:
             lm.reset()
         vocab = min(lm.vocab for lm in lms)
-        eos = end_tokens(eos_token_id, lms)
+        eos = end_tokens(eos_token_id, [lm.model for lm in lms])
         own = [lm.model.generation_config.pad_token_id for lm in lms]
         pads = [pad for pad in own if pad is not None and pad >= 0] if pad_token_id is None else [pad_token_id]
         pad_token_id = [*pads, *(token for token in eos if token >= 0), 0][0]
@@ -1000,7 +1045,7 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
             generator = torch.Generator().manual_seed(row.seed)
             row.uniform = torch.rand(max_new_tokens, 2, generator=generator).tolist()
         try:
-            for row, call in write(rows, lms, router, vocab, sampling):
+            for row, call in write(rows, lms, router, vocab, sampling, process):
                 if call.kept:
                     row.done = (call.token in eos or len(row.kept) == max_new_tokens
                                 or stop is not None and bool(stop(row.index, row.ids[row.n_prompt:])))
@@ -1047,9 +1092,10 @@ def check_fits(name: str, lm: CachedLM, prompts: list[list[int]], length: int) -
         raise ValueError(f"input_ids ranges from {lowest} to {highest}: {name} knows tokens 0 to {lm.vocab - 1}")
 
 
-def end_tokens(eos_token_id, lms: list[CachedLM]) -> list[int]:
+def end_tokens(eos_token_id, models: Sequence) -> list[int]:
     """The tokens that end an answer: those given, else every EOS of either model."""
-    given = [eos_token_id] if eos_token_id is not None else [lm.model.generation_config.eos_token_id for lm in lms]
+    own = [model.generation_config.eos_token_id for model in models]
+    given = own if eos_token_id is None else [eos_token_id]
     try:
         tokens = [token for entry in given if entry is not None for token in torch.as_tensor(entry).flatten().tolist()]
     except (TypeError, ValueError, RuntimeError):
@@ -1499,90 +1545,12 @@ class PolicyRouter:
 # ---- 8. Inside transformers ----------------------------------------------------------------------------------------------
 
 
-# What `custom_generate` does with every field of GenerationConfig and every keyword of generate().
-HONOURED = frozenset("""inputs generation_config custom_generate attention_mask stopping_criteria streamer tokenizer do_sample
-    temperature top_k top_p max_new_tokens max_length max_time eos_token_id pad_token_id stop_strings num_return_sequences
-    return_dict_in_generate""".split())
-NEUTRAL = frozenset("""bos_token_id decoder_start_token_id transformers_version trust_remote_code logits_to_keep is_assistant
-    length_penalty early_stopping diversity_penalty num_assistant_tokens num_assistant_tokens_schedule disable_compile
-    assistant_confidence_threshold assistant_lookbehind target_lookbehind max_matching_ngram_size""".split())
-REFUSED = {  # each with the values that ask for nothing, None apart
-    **dict.fromkeys("""logits_processor prefix_allowed_tokens_fn assistant_model synced_gpus negative_prompt_ids use_mtp
-        negative_prompt_attention_mask min_length min_new_tokens min_p top_h epsilon_cutoff eta_cutoff no_repeat_ngram_size
-        encoder_no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
-        remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias token_healing
-        guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits low_memory
-        prompt_lookup_num_tokens assistant_early_exit assistant_ensemble_weight speculation_type penalty_alpha dola_layers
-        constraints force_words_ids prefill_chunk_size cache_config max_cache_len compile_config
-        continuous_batching_config""".split(), (False, 0, [])),
-    **dict.fromkeys("num_beams num_beam_groups typical_p repetition_penalty encoder_repetition_penalty".split(), (1,)),
-    "use_cache": (True,), "cache_implementation": ("dynamic", "dynamic_full")}
-
-
-def written_by_caller() -> dict:
-    """What generate() was called with, found on the stack: transformers 5.17 to 5.23 forgets streamer, tokenizer and
-    assistant_model where custom_generate is a function. Empty where custom_generate is called without generate()."""
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    if frame is None:
-        return {}
-    named = {name: frame.f_locals.get(name) for name in code.co_varnames[1:code.co_argcount]}  # without self
-    return named | frame.f_back.f_locals.get("kwargs", {})  # its no_grad wrapper still has every keyword
-
-
-def check_generation(config, keywords: dict) -> None:
-    """ValueError naming the first option of generate() that `stitch` would not follow, before any work."""
-    fields = {name: getattr(config, name, None) for name in vars(type(config)()) if not name.startswith("_")}
-    followed = HONOURED | NEUTRAL | {"input_ids", "slm", "router", "seed"}
-    for name, value in (keywords | fields).items():  # what the caller wrote comes first
-        idle = REFUSED.get(name, ())
-        if name in followed or value is None or not isinstance(value, torch.Tensor) and value in idle:
-            continue
-        shown = repr(value) if isinstance(value, (bool, Real, str, list)) else type(value).__name__
-        raise ValueError(f"{name}={shown} cannot be followed by custom_generate: expected None" + "".join(f" or {v}" for v in idle[:1] if v))
-
-
-def custom_generate(model, input_ids: torch.Tensor, *, slm=None, router=None, seed=None, stop_strings=None, tokenizer=None,
-                    streamer=None, generation_config, stopping_criteria, **model_kwargs) -> torch.Tensor | Stitched:
-    """R-Stitch inside transformers: `llm.generate(**inputs, custom_generate=rstitch.custom_generate, slm=slm, router=router)`.
-
-    Follows the options under HONOURED as generate() does and refuses those under REFUSED by name (ValueError); those under NEUTRAL
-    make no difference. Stopping criteria see one row at a time, without scores. Returns the sequences, or with
-    return_dict_in_generate=True the `Stitched`. A streamer gets the kept tokens, one row only. `seed` is that of `stitch`.
-    """
-    config, written = generation_config, written_by_caller()
-    check_generation(config, written)
-    streamer, tokenizer = streamer or written.get("streamer"), tokenizer or written.get("tokenizer")
-    if slm is None or router is None:
-        raise ValueError(f"{'slm' if slm is None else 'router'} is missing: pass slm=, a model, and router= to generate()")
-    if streamer is not None and len(input_ids) > 1:
-        raise ValueError(f"streamer={type(streamer).__name__} needs one row: got {len(input_ids)}")
-    if stop_strings and tokenizer is None:
-        raise ValueError(f"stop_strings={stop_strings!r} needs the tokenizer: pass tokenizer= to generate()")
-    own = written.get("stopping_criteria") or []  # those of length and EOS that generate() adds are stitch's own business
-    criteria = [c for c in stopping_criteria if any(c is o for o in own) or not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
-    criteria += [StopStringCriteria(tokenizer, stop_strings)] if stop_strings else []
-
-    def stop(row: int, answer: list[int]) -> bool:
-        sequence = torch.cat([input_ids[row], torch.tensor(answer, device=input_ids.device)])[None]
-        return any(bool(criterion(sequence, None)) for criterion in criteria)
-
-    def stream(row: int, call: Call) -> None:
-        if call.kept:
-            streamer.put(torch.tensor([call.token]))
-
-    # The EOS that the LLM was saved with goes together with the SLM's own; one that the caller chose is taken as it is.
-    saved = written.get("eos_token_id") is None and config.eos_token_id == model.generation_config.eos_token_id
-    result = stitch(slm, model, input_ids, router, attention_mask=model_kwargs.get("attention_mask"),
-                    max_new_tokens=config.max_length - input_ids.shape[1], temperature=config.temperature if config.do_sample else 0.0,
-                    top_k=config.top_k or 0, top_p=1.0 if config.top_p is None else config.top_p,
-                    eos_token_id=None if saved else config.eos_token_id, pad_token_id=config.pad_token_id,
-                    seed=seed, on_token=stream if streamer is not None else None, stop=stop if criteria else None)
-    if streamer is not None:
-        streamer.end()
-    return result if config.return_dict_in_generate else result.sequences
+def __getattr__(name: str):
+    """`custom_generate`, from the file that transformers loads by its folder; imported when asked for."""
+    if name == "custom_generate":
+        from custom_generate.generate import custom_generate
+        return custom_generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- 9. Loading and command line -----------------------------------------------------------------------------------------

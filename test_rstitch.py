@@ -2,10 +2,7 @@
 
 The heart is `reference`: Algorithm 1 line by line for one row, with no cache at all. `stitch` must equal it whatever the batch.
 """
-import inspect
-import json
 import math
-import os
 import pickle
 import re
 import shlex
@@ -13,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from unittest.mock import MagicMock, patch
 
@@ -22,76 +19,14 @@ import pytest
 import torch
 import transformers
 from hypothesis import given, settings, strategies as st
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 import rstitch
+from conftest import FAMILIES, IDS, VOCAB, answers, assert_same_calls, prompts, tiny, untouchable
 from rstitch import (LLM, SLM, CachedLM, EntropyRouter, LLMOnly, RandomRouter, Sampling, SLMOnly, entropy, row_seeds, stitch)
 
 torch.set_num_threads(1)  # models this small only lose by threads
-VOCAB = 40
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-
-
-# ---- tiny models -------------------------------------------------------------------------------------------------------
-
-
-SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             max_position_embeddings=8192, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-GROUPED = dict(num_key_value_heads=2)
-MOE = dict(head_dim=8, num_experts_per_tok=2)
-GEMMA = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
-FAMILIES = {
-    "Qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
-    "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED | dict(head_dim=8)),
-    "Qwen3-MoE": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", GROUPED | MOE | dict(num_experts=4, moe_intermediate_size=24)),
-    "Llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
-    "Mistral": ("MistralConfig", "MistralForCausalLM", GROUPED | dict(sliding_window=None)),
-    "Mistral, sliding window": ("MistralConfig", "MistralForCausalLM", GROUPED | dict(sliding_window=5)),
-    "Phi-3": ("Phi3Config", "Phi3ForCausalLM", GROUPED),
-    "Gemma 2": ("Gemma2Config", "Gemma2ForCausalLM", GROUPED | GEMMA),
-    "Gemma 3": ("Gemma3TextConfig", "Gemma3ForCausalLM", GROUPED | GEMMA),
-    "GPT-OSS": ("GptOssConfig", "GptOssForCausalLM", GROUPED | MOE | dict(
-        num_local_experts=4, sliding_window=5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),
-    "DeepSeek-V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", dict(  # keys of 12, values of 16 a head
-        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=16,
-        n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1)),
-    "GPT-NeoX": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
-    "GPT-2": ("GPT2Config", "GPT2LMHeadModel", {}),
-}
-
-
-@lru_cache(maxsize=None)
-def tiny(family: str = "Qwen2", seed: int = 0, scale: float = 0.25, **changes):
-    """A random model with an untied output embedding scaled so that entropies spread over most of [0, log V]."""
-    config, model, extra = FAMILIES[family]
-    torch.manual_seed(seed)
-    built = getattr(transformers, model)(getattr(transformers, config)(
-        **(SHAPE | extra | dict(tie_word_embeddings=False, initializer_range=0.2) | changes))).eval()
-    head = built.get_output_embeddings().weight
-    head.data = scale * torch.randn(head.shape)
-    return built
-
-
-def prompts(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random prompts of these lengths, padded on the left: (input_ids, attention_mask)."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, n in enumerate(lengths):
-        ids[row, -n:] = torch.randint(2, 32, (n,), generator=generator)
-        mask[row, -n:] = 1
-    return ids, mask
-
-
-def answers(result: rstitch.Stitched) -> list[list[int]]:
-    """The kept tokens of each row."""
-    return [[call.token for call in calls if call.kept] for calls in result.calls]
-
-
-def assert_same_calls(some, others):
-    """Equal row by row and call by call, entropies up to float32 rounding."""
-    assert [[c._replace(entropy=None) for c in calls] for calls in some] == [[c._replace(entropy=None) for c in calls] for calls in others]
-    np.testing.assert_allclose([c.entropy for calls in some for c in calls], [c.entropy for calls in others for c in calls], atol=1e-4)
 
 
 # ---- 1. Uncertainty and sampling -----------------------------------------------------------------------------------------
@@ -731,6 +666,99 @@ def test_on_token_and_stop():
     assert result.source[1, 5:].tolist() == [-1] * 7
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_process_that_changes_nothing_changes_nothing(temperature):
+    pair, (ids, mask) = (tiny("Qwen2", 1), tiny("Llama", 2)), prompts([70, 5, 1, 30], seed=3)
+    sampled = dict(temperature=temperature, top_k=9, top_p=0.9, seed=5)
+    options = dict(attention_mask=mask, max_new_tokens=40, **sampled)
+    expected = stitch(*pair, ids, EntropyRouter(0.5), **options)
+    lms = [CachedLM(model, 5, 170) for model in pair]
+    for models in (pair, lms, lms):
+        same = stitch(*models, ids, EntropyRouter(0.5), process=lambda row, ids, logits: logits, **options)
+        assert_same_calls(same.calls, expected.calls)
+        for lm in lms:  # the third time as with CUDA graphs
+            lm.graphs = Replayed()
+
+
+def test_every_proposal_is_drawn_from_what_process_returns_and_routed_by_the_raw_logits():
+    pair, (ids, mask) = (tiny("Qwen2", 1), tiny("Llama", 2)), prompts([4, 6], seed=2)
+    asked, routed = [], []
+
+    class Watching(EntropyRouter):
+        def leave_slm(self, step):
+            seen = step.logits.clone(), step.entropy.tolist(), step.token.tolist()
+            routed.extend(zip(step.rows, step.context.tolist(), *seen))
+            return super().leave_slm(step)
+
+    def flipped(row, ids, logits):
+        asked.append((row, list(ids), logits.clone()))
+        return -logits.double()  # the token that is least likely
+
+    options = dict(attention_mask=mask, max_new_tokens=12, eos_token_id=[])
+    result = stitch(*pair, ids, Watching(0.85), process=flipped, **options)
+    for row, n in enumerate([4, 6]):
+        seen, written = [entry[1:] for entry in asked if entry[0] == row], ids[row, -n:].tolist()
+        assert len(seen) == len(result.calls[row]) and not all(call.kept for call in result.calls[row])
+        for (sequence, logits), call in zip(seen, result.calls[row]):
+            assert sequence == written and call.token == logits.argmin()
+            with torch.no_grad():
+                raw = pair[call.model](torch.tensor([sequence])).logits[0, -1]
+            torch.testing.assert_close(logits, raw, atol=1e-4, rtol=1e-4)
+            assert call.entropy == pytest.approx(entropy(raw).item(), abs=1e-4)
+            written += [call.token] * call.kept
+    raw = {(row, len(ids)): logits for row, ids, logits in reversed(asked)}  # the SLM's, asked before the LLM
+    assert routed
+    for row, context, logits, H, token in routed:
+        assert torch.equal(logits, raw[row, context]) and token == logits.argmin()
+        assert H == pytest.approx(entropy(logits).item(), abs=1e-5)
+
+
+def test_temperature_and_filters_follow_process():
+    # scores ln 8, 0, -inf at temperature 0.5: odds of 64 to 1, so token 1 in 1 of 65 draws; top_k=1 leaves 0
+    model, rows = tiny("Llama", 2), IDS.expand(100, -1)
+    two = torch.full((VOCAB,), -torch.inf)
+    two[:2] = torch.tensor([8.0, 1.0]).log()
+    options = dict(max_new_tokens=20, seed=0, eos_token_id=[], process=lambda row, ids, logits: two)
+    drawn = stitch(model, model, rows, SLMOnly(), temperature=0.5, **options).sequences[:, 2:]
+    assert set(drawn.unique().tolist()) == {0, 1}
+    assert 10 <= drawn.sum() <= 55  # 2,000 / 65 = 31, its standard deviation 5.5
+    for greedy in (dict(temperature=0.5, top_k=1), dict()):
+        assert not stitch(model, model, rows, SLMOnly(), **options, **greedy).sequences[:, 2:].any()
+
+
+@pytest.mark.parametrize("scores, error, message", [
+    (lambda logits: logits[None], TypeError,
+     r"process returns returned \(torch.float32, \(1, 40\), .*expected floats of shape \(40,\) on cpu"),
+    (lambda logits: logits[:39], TypeError, r"\(39,\)"), (lambda logits: None, TypeError, "NoneType"),
+    (lambda logits: logits.tolist(), TypeError, "list"), (lambda logits: logits > 0, TypeError, "torch.bool"),
+    (lambda logits: logits.to("meta"), TypeError, "meta"),
+    (lambda logits: torch.where(logits > 0, math.nan, logits), ValueError, "largest is nan"),
+    (lambda logits: logits - math.inf, ValueError,
+     "process returns returned scores whose largest is -inf, for row 0 at position 0 of the answer"),
+])
+def test_a_process_that_returns_no_scores_is_refused_by_name(scores, error, message):
+    def returns(row, ids, logits):
+        return scores(logits)
+
+    with pytest.raises(error, match=message):
+        stitch(tiny(), tiny("Llama"), IDS, SLMOnly(), max_new_tokens=3, process=returns)
+
+
+def test_an_infinite_score_is_taken_greedily_and_cannot_be_sampled():
+    first = lambda row, ids, logits: torch.where(torch.arange(VOCAB) == 7, math.inf, logits)  # noqa: E731
+    options = dict(max_new_tokens=3, process=first)
+    assert answers(stitch(tiny(), tiny("Llama"), IDS, SLMOnly(), **options)) == [[7, 7, 7]]
+    with pytest.raises(ValueError, match="whose largest is inf"):
+        stitch(tiny(), tiny("Llama"), IDS, SLMOnly(), temperature=1.0, **options)
+
+
+def test_nan_logits_are_told_before_process_sees_them():
+    broken = tiny.__wrapped__("Llama", 44)
+    broken.get_output_embeddings().weight.data[3] = math.nan
+    with pytest.raises(FloatingPointError, match="the SLM's logits have a NaN in row 0 at position 0"):
+        stitch(broken, tiny(), IDS, SLMOnly(), max_new_tokens=3, process=lambda *_: pytest.fail("asked"))
+
+
 def test_sequences_begin_with_the_input_as_generate_returns_it():
     model = tiny("Qwen2", 1)
     ids, mask = prompts([4, 3], seed=2)
@@ -771,15 +799,6 @@ def test_nan_logits_stop_with_their_place_and_hand_over_what_was_written():
     assert stopped.value.partial.calls == [calls[:2] for calls in whole.calls]
 
 
-def untouchable(model):
-    """The model or CachedLM, failing the test if it computes anything; what is neither, as it is."""
-    inner = model.model if isinstance(model, CachedLM) else model
-    if not isinstance(inner, torch.nn.Module):
-        return model
-    inner.forward = lambda *args, **kwargs: pytest.fail("computed before refusing")
-    return model
-
-
 def built(config: str, model: str, **fields):
     """A tiny model that no fixture needs twice."""
     return getattr(transformers, model)(getattr(transformers, config)(vocab_size=32, **fields)).eval()
@@ -799,7 +818,6 @@ def half_router(method: str):
     return type("Half", (), {method: lambda self, step: None})()
 
 
-IDS = torch.tensor([[5, 6]])
 BAD_INPUT = {
     "input_ids is list": dict(input_ids=[[5, 6]]), "input_ids is torch.float32": dict(input_ids=IDS.float()),
     r"input_ids has shape \(2,\)": dict(input_ids=IDS[0]), r"input_ids has shape \(0, 3\)": dict(input_ids=IDS.new_zeros(0, 3)),
@@ -848,6 +866,7 @@ BAD_INPUT = {
         "FalconConfig", "FalconForCausalLM", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True)),
     "the CachedLM given as slm is closed": dict(slm=lambda: closed(CachedLM(tiny.__wrapped__(), 1, 64))),
     r"slm \(Qwen2ForCausalLM\) is in training mode": dict(slm=lambda: in_training(CachedLM(tiny.__wrapped__(), 1, 64))),
+    "process=5: expected a function": dict(process=5),
     "stop=5: expected a function": dict(stop=5), "on_token='x': expected a function": dict(on_token="x"),
     "eos_token_id='</s>':": dict(eos_token_id="</s>"), r"eos_token_id=\[\[1\], 2\]:": dict(eos_token_id=[[1], 2]),
     "eos_token_id=True:": dict(eos_token_id=True), r"seed=\[18446744073709551616\]": dict(seed=[2**64]),
@@ -921,165 +940,10 @@ def test_seeds():
     assert answers(run(None)) != answers(drawn)
 
 
-def test_import_does_not_load_the_analyses():
-    code = "import sys, rstitch; sys.exit(any(name.split('.')[0] == 'analysis' for name in sys.modules))"
+def test_import_loads_neither_the_analyses_nor_the_bridge():
+    code = ("import sys, rstitch; loaded = {name.split('.')[0] for name in sys.modules};"
+            "sys.exit(bool(loaded & {'analysis', 'custom_generate'}))")
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
-
-
-# ---- custom_generate ----------------------------------------------------------------------------------------------------
-
-
-def generate(pair, ids, router=EntropyRouter(0.85), **options):
-    return pair[1].generate(ids, custom_generate=rstitch.custom_generate, slm=pair[0], router=router, **options)
-
-
-def test_generate_with_our_function_equals_stitch():
-    pair = tiny("Qwen2", 1), tiny("Llama", 2)
-    ids, mask = prompts([4, 9, 6], seed=5)
-    same = dict(attention_mask=mask, max_new_tokens=20)
-    ours = stitch(*pair, ids, EntropyRouter(0.85), **same)
-    assert set(ours.source.unique().tolist()) >= {SLM, LLM}
-    assert torch.equal(generate(pair, ids, **same), ours.sequences)
-    assert torch.equal(generate(pair, ids, attention_mask=mask, max_length=ids.shape[1] + 20), ours.sequences)
-    full = generate(pair, ids, return_dict_in_generate=True, **same)
-    assert torch.equal(full.sequences, ours.sequences) and full.calls == ours.calls and torch.equal(full.source, ours.source)
-
-
-@pytest.mark.parametrize("options, ours", [
-    (dict(do_sample=True, temperature=0.7, top_k=7, top_p=0.8), dict(temperature=0.7, top_k=7, top_p=0.8)),
-    (dict(do_sample=True), dict(temperature=1.0, top_k=50)), (dict(do_sample=True, top_k=0), dict(temperature=1.0)),
-    (dict(do_sample=False, temperature=0.7), dict()), (dict(eos_token_id=17), dict(eos_token_id=17)),
-    (dict(eos_token_id=[17, 30], pad_token_id=9), dict(eos_token_id=[17, 30], pad_token_id=9)),
-])
-def test_options_of_generate_are_those_of_stitch(options, ours):
-    pair, ids = (tiny("Qwen2", 1), tiny("Llama", 2)), torch.tensor([[5, 6], [7, 8]])
-    expected = stitch(*pair, ids, EntropyRouter(0.85), max_new_tokens=30, seed=4, **ours)
-    assert torch.equal(generate(pair, ids, max_new_tokens=30, seed=4, **options), expected.sequences)
-    several = generate(pair, ids, max_new_tokens=5, seed=4, num_return_sequences=3, **options | dict(do_sample=True))
-    assert torch.equal(several[:, :2], ids.repeat_interleave(3, 0)) and len(set(map(tuple, several.tolist()))) > 2
-
-
-class Stream:
-    """What a streamer was given."""
-
-    def __init__(self):
-        self.got = []
-
-    def put(self, value):
-        self.got.append(value.tolist())
-
-    def end(self):
-        self.got.append("end")
-
-
-def test_streamer_gets_the_kept_tokens_in_order():
-    pair, stream = (tiny("Qwen2", 1), tiny("Llama", 2)), Stream()
-    result = generate(pair, IDS, streamer=stream, max_new_tokens=20, return_dict_in_generate=True)
-    assert any(not call.kept for call in result.calls[0])
-    assert stream.got == [IDS.tolist(), *([token] for token in answers(result)[0]), "end"]  # generate() itself puts the prompt
-    with pytest.raises(ValueError, match="streamer=Stream needs one row: got 2"):
-        generate(pair, IDS.repeat(2, 1), streamer=stream, max_new_tokens=2)
-
-
-def characters() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of single characters, the ids of which are below VOCAB."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    pieces = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789."]
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-@pytest.mark.parametrize("router, alone", [(SLMOnly(), 0), (LLMOnly(), 1)])
-def test_stop_strings_equal_those_of_generate(router, alone):
-    pair, tokenizer = (tiny("Qwen2", 1), tiny("Llama", 2)), characters()
-    options = dict(max_new_tokens=30, eos_token_id=-1, tokenizer=tokenizer)
-    for seed in range(4):
-        ids, _ = prompts([5], seed)
-        whole = pair[alone].generate(ids, do_sample=False, **options)
-        text = tokenizer.decode(whole[0, 5:])
-        for stops in ([text[4:6]], [text[9:12], "zzz"], text[7], ["zzz"]):
-            expected = pair[alone].generate(ids, do_sample=False, stop_strings=stops, **options)
-            assert torch.equal(generate(pair, ids, router, stop_strings=stops, **options), expected)
-        assert expected.shape == whole.shape  # the last one stops nowhere
-    with pytest.raises(ValueError, match="stop_strings='a' needs the tokenizer"):
-        generate(pair, ids, stop_strings="a", max_new_tokens=3)
-
-
-def test_stopping_criteria_and_max_time_are_asked_after_every_token():
-    pair = tiny("Qwen2", 1), tiny("Llama", 2)
-    ids, mask = prompts([4, 9], seed=5)
-    asked = []
-    criterion = lambda sequence, scores: asked.append(sequence.shape) or torch.tensor([sequence.shape[1] == 9 + 6])  # noqa: E731
-    result = generate(pair, ids, attention_mask=mask, max_new_tokens=20, eos_token_id=-1, return_dict_in_generate=True, stopping_criteria=[criterion])
-    assert [len(a) for a in answers(result)] == [6, 6]
-    assert sorted(asked) == sorted((1, 9 + n) for n in range(1, 7) for _ in range(2))
-    assert generate(pair, IDS, max_new_tokens=20, eos_token_id=-1, max_time=1e-6).shape == (1, 3)
-
-
-def test_wrappers_of_our_function_lose_no_option():
-    pair, stream = (tiny("Qwen2", 1), tiny("Llama", 2)), Stream()
-    ours = partial(rstitch.custom_generate, slm=pair[0], router=EntropyRouter(0.85))
-    result = pair[1].generate(IDS, custom_generate=ours, streamer=stream, max_new_tokens=9)
-    assert torch.equal(result, generate(pair, IDS, max_new_tokens=9)) and len(stream.got) == result.shape[1]  # prompt, tokens, end
-    with pytest.raises(ValueError, match="assistant_model=Qwen2ForCausalLM"):
-        pair[1].generate(IDS, custom_generate=ours, assistant_model=pair[0])
-    with pytest.raises(ValueError, match="logits_processor"):  # where keywords are written as positions
-        pair[1].generate(IDS, None, [TopKLogitsWarper(3)], custom_generate=ours)
-
-
-def test_the_callers_own_criteria_count_also_where_stitch_has_the_like():
-    pair = tiny("Qwen2", 1), tiny("Llama", 2)
-    options = dict(max_new_tokens=20, eos_token_id=-1)
-    whole = generate(pair, IDS, **options)
-    assert torch.equal(generate(pair, IDS, stopping_criteria=[MaxLengthCriteria(7)], **options), whole[:, :7])
-    token = whole[0, 9].item()
-    first = 1 + whole[0].tolist().index(token, 2)
-    assert torch.equal(generate(pair, IDS, stopping_criteria=[EosTokenCriteria(token)], **options), whole[:, :first])
-
-
-def test_eos_that_the_caller_writes_is_taken_as_it_is():
-    pair = tiny.__wrapped__("Qwen2", 1), tiny.__wrapped__("Llama", 2)
-    whole = answers(stitch(*pair, IDS, EntropyRouter(0.85), max_new_tokens=20, eos_token_id=[]))[0]
-    pair[0].generation_config.eos_token_id = whole[4]
-    assert generate(pair, IDS, max_new_tokens=20)[0, 2:].tolist() == whole[:1 + whole.index(whole[4])]  # the SLM's own
-    assert generate(pair, IDS, max_new_tokens=20, eos_token_id=1)[0, 2:].tolist() == whole
-
-
-def test_seeds_that_nobody_gives_come_from_the_generator_of_torch():
-    pair, drawn = (tiny("Qwen2", 1), tiny("Llama", 2)), []
-    for seed in (0, 0, 1):
-        transformers.set_seed(seed)
-        drawn.append(generate(pair, IDS, do_sample=True, max_new_tokens=12, eos_token_id=-1).tolist())
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
-@pytest.mark.parametrize("options, message", [
-    (dict(num_beams=2), "num_beams=2 cannot be followed by custom_generate: expected None or 1"), (dict(repetition_penalty=1.5), "repetition_penalty=1.5"),
-    (dict(assistant_model=lambda: tiny()), "assistant_model=Qwen2ForCausalLM"), (dict(min_new_tokens=2), "min_new_tokens=2"),
-    (dict(no_repeat_ngram_size=2), "no_repeat_ngram_size=2"), (dict(output_scores=True), "output_scores=True"), (dict(use_cache=False), "use_cache=False"),
-    (dict(cache_implementation="static"), "cache_implementation='static'"), (dict(prefix_allowed_tokens_fn=lambda row, ids: [3]), "prefix_allowed"),
-    (dict(logits_processor=[TopKLogitsWarper(3)]), "logits_processor"), (dict(do_sample=True, min_p=0.1), "min_p=0.1"),
-    (dict(position_ids=IDS), "position_ids=Tensor"), (dict(past_key_values=lambda: transformers.DynamicCache()), "(past_key_values|cache)=DynamicCache"),
-    (dict(bad_words_ids=[[3]]), "bad_words_ids"), (dict(synced_gpus=True), "synced_gpus=True"), (dict(slm=None), "slm is missing"),
-    (dict(router=None), "router is missing"),
-])
-def test_options_that_stitching_cannot_follow_are_refused_by_name(options, message):
-    pair = tiny.__wrapped__("Qwen2", 1), tiny.__wrapped__("Llama", 2)
-    options = {k: v() if k in ("assistant_model", "past_key_values") else v for k, v in options.items()}
-    for model in pair:
-        untouchable(model)
-    with pytest.raises(ValueError, match=message):
-        pair[1].generate(IDS, **dict(custom_generate=rstitch.custom_generate, slm=pair[0], router=EntropyRouter(), max_new_tokens=3) | options)
-
-
-def test_every_option_of_generate_has_one_place_in_the_table():
-    kinds = [rstitch.HONOURED, rstitch.NEUTRAL, rstitch.REFUSED.keys()]
-    options = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
-    options |= inspect.signature(transformers.GenerationMixin.generate).parameters.keys() - {"self", "kwargs"}
-    options |= inspect.signature(transformers.GenerationMixin._sample).parameters.keys() - {"self", "model_kwargs", "input_ids"}
-    assert {name: sum(name in kind for kind in kinds) for name in options} == dict.fromkeys(options, 1)
 
 
 # ---- 5. Latency model ----------------------------------------------------------------------------------------------------
