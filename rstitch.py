@@ -50,6 +50,7 @@ import re
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -484,7 +485,7 @@ class CachedLM:
         self.graphs = Graphs(model.device) if graphs else None
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         slots = -(-max_len // BLOCK) * BLOCK
-        self.cursor = [0] * batch_size
+        self.cursor, self.n_read = [0] * batch_size, 0
         self.place = Place()
         self.layer_types = getattr(config, "layer_types", None)
         self.layers = [RecurrentLayer(self.place, batch_size) if kind in ("linear_attention", "conv")
@@ -620,12 +621,17 @@ class CachedLM:
         Ragged reads are aligned on the right, so the last column is the last token of every row. A pad
         repeats the row's first token at that token's position: it computes and writes what the token itself
         does, so it needs no slot of its own. With recurrent layers, to which it would be one more token, rows
-        that differ in length read one after the other. The caller sees to it that all rows together, pads
-        included, read at most CHUNK tokens; a row alone may read any number, in chunks.
+        that differ in length read one after the other. More than CHUNK tokens, pads included, are read in
+        several calls, of fewer rows, or of fewer tokens of one row.
         """
         assert self.layers and len(set(rows)) == len(rows) == len(tokens) and all(tokens), (rows, tokens)
         ends = [self.cursor[row] + len(line) for row, line in zip(rows, tokens)]
         assert max(ends) <= self.max_len, f"a row would hold {max(ends)} tokens, the cache holds {self.max_len}"
+        if len(rows) > 1 and len(rows) * self.width(max(map(len, tokens))) > max(CHUNK, len(rows)):
+            some, half = slice(len(rows) // 2), slice(len(rows) // 2, None)
+            parts = [[x.clone() for x in self.read(rows[part], tokens[part], vocab, sampling, uniform and uniform[part])]
+                     for part in (some, half)]  # clones, since a graph's results are overwritten by its next replay
+            return Output(*map(torch.cat, zip(*parts)))
         while len(rows) == 1 and len(tokens[0]) > CHUNK and not (self.stepwise and self.cursor[rows[0]]):
             self._read(rows, [tokens[0][:CHUNK]], self.vocab, GREEDY, None)
             tokens = [tokens[0][CHUNK:]]
@@ -678,6 +684,7 @@ class CachedLM:
         out = self.graphs(self.forward, where, *key) if graphed else self.forward(where, *key)
         for row, line in unread.items():
             self.cursor[row] += len(line)
+            self.n_read += len(line)
         return out if picked is None else Output(*(x[picked] for x in out))
 
 
@@ -833,21 +840,28 @@ class Stitched:
     entropy: torch.Tensor  # (B, N) float32, nats, of the model that wrote the token; NaN for padding
     calls: list[list[Call]]  # per row, in order
     seed: list[int]  # the row seeds: seed=result.seed repeats the result
+    n_read: tuple[int, int]  # tokens that SLM and LLM really read; the n_inf of calls count what was copied too
 
 
 @dataclass(eq=False)
 class Row:
     """The state of one problem: one sequence, and who reads it next. The cursors live in the two CachedLMs."""
 
-    index: int
+    index: int  # of the prompt
     seed: int
     ids: list[int]
     n_prompt: int
     active: int
-    uniform: list[list[float]] = field(default_factory=list)  # per position, one draw for the SLM and one for the LLM
+    limit: int = 0  # tokens that it may write
+    slot: int | None = None  # where it lies in both caches, like the prompts unless there are fewer
+    uniform: list[list[float]] = field(default_factory=list)  # by position, a draw for the SLM and for the LLM
     calls: list[Call] = field(default_factory=list)
     kept: list[Call] = field(default_factory=list)  # those whose token was appended, one per answer token
+    begun: set[int] = field(default_factory=set)  # which models have read of it
     done: bool = False
+
+    def __post_init__(self):
+        self.slot = self.index if self.slot is None else self.slot
 
 
 def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
@@ -867,7 +881,7 @@ def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
     So one row's long read pads nobody else's, and a row that catches up does not widen a large batch of single tokens.
     """
     def unread(row: Row) -> int:
-        return len(row.ids) - lm.cursor[row.index]
+        return len(row.ids) - lm.cursor[row.slot]
 
     groups: list[list[Row]] = []
     tokens = 0  # in the last group, pads excluded
@@ -880,7 +894,7 @@ def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
         else:
             groups.append([row])
             tokens = n
-    return [sorted(group, key=lambda row: row.index) for group in groups]
+    return [sorted(group, key=lambda row: row.slot) for group in groups]
 
 
 PATIENCE = 8  # calls that one model makes in a row at most, while a row waits for the other
@@ -942,18 +956,19 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
             process: Process | None = None) -> list[Call]:
     """`model` reads what it has not read of each row and proposes a token; the router decides who goes on (Algorithm 1)."""
     device = lm.inputs.device
-    n_kv = [lm.cursor[row.index] for row in rows]
-    unread = [row.ids[start:] for row, start in zip(rows, n_kv)]
+    slots, index = [row.slot for row in rows], [row.index for row in rows]
+    unread = [row.ids[lm.cursor[row.slot]:] for row in rows]
+    n_kv = [lm.cursor[row.slot] if model in row.begun else 0 for row in rows]  # as if what was shared was read
+    n_inf = [len(row.ids) - start for row, start in zip(rows, n_kv)]
     position = [len(row.ids) - row.n_prompt for row in rows]
     uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
-    index = [row.index for row in rows]
     # Copied to the device before the read: a copy after it would wait for the read to end.
     at = torch.tensor([position, [len(row.ids) for row in rows]], device=device)
     history = histories(rows, getattr(router, "window", 1) - 1, device)
     if process is None:
-        out = lm.read(index, unread, vocab, sampling, uniform)
+        out = lm.read(slots, unread, vocab, sampling, uniform)
     else:
-        out = lm.read(index, unread, vocab)
+        out = lm.read(slots, unread, vocab)
         check_entropies(model, rows, out.entropy.tolist())
         out = out._replace(token=draw_processed(process, rows, out.logits, sampling, uniform))
     step = Step(index, [row.seed for row in rows], out.logits, out.hidden, out.token, out.entropy, at[0], at[1], history)
@@ -962,10 +977,11 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()  # one host read; float32 holds ids up to 2^24
     check_entropies(model, rows, entropies)
     calls = []
-    for row, tokens_read, start, t, token, H, left in zip(rows, unread, n_kv, position, tokens, entropies, leaves):
-        call = Call(model, t, len(tokens_read), start, int(token), H, kept=not (model == SLM and left))
+    for row, n, start, t, token, H, left in zip(rows, n_inf, n_kv, position, tokens, entropies, leaves):
+        call = Call(model, t, n, start, int(token), H, kept=not (model == SLM and left))
         calls.append(call)
         row.calls.append(call)
+        row.begun.add(model)
         if call.kept:
             row.kept.append(call)
             row.ids.append(call.token)
@@ -974,14 +990,85 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     return calls
 
 
-def write(rows: list[Row], lms: Sequence[CachedLM], router, vocab: int, sampling: Sampling,
+SHARED = 16  # tokens that sequences begin with alike, from which on copying them pays
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences begin with alike: by halves, since comparing two slices is fast."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def take_over(row: Row, lm: CachedLM, held: list[Row | None], known: int = 0) -> bool:
+    """Copy into a row's slot the longest beginning that it has in common with what any slot of the cache
+    holds, if that saves reading beyond the `known` tokens; held: the row that is, or was last, in each slot."""
+    if lm.stepwise:  # would read token by token what follows a copy
+        return False
+    found = [(min(common(row.ids[:-1], other.ids), lm.cursor[slot]), slot) for slot, other in enumerate(held)
+             if other not in (None, row) and lm.cursor[slot]]
+    n, source = max(((n, slot) for n, slot in found if not lm.recurrent or n == lm.cursor[slot]), default=(0, 0))
+    if n < known + SHARED:
+        return False
+    if source == row.slot:
+        lm.cursor[source] = n
+    else:
+        lm.fork(source, n, [row.slot])
+    return True
+
+
+def share(rows: list[Row], lm: CachedLM, held: list[Row | None]) -> None:
+    """Let rows that a model is to read for the first time read once what they begin with alike: the longest
+    reads it, the others copy it."""
+    rows = sorted(rows, key=lambda row: -len(row.ids)) if not lm.stepwise else []
+    for row in rows:
+        take_over(row, lm, held, lm.cursor[row.slot])
+    for i, row in enumerate(rows):
+        cuts: dict[int, list[int]] = {}  # by length, the slots that copy so much
+        for other in rows[i + 1:]:
+            n = common(row.ids[:-1], other.ids[:-1])  # the last token is read by each: it makes the proposal
+            if n >= lm.cursor[other.slot] + SHARED:
+                cuts.setdefault(n, []).append(other.slot)
+        # A recurrent layer can be copied only as it is, so its row stops wherever another parts from it.
+        for n in sorted(cuts, reverse=not lm.recurrent):
+            if n > (read := lm.cursor[row.slot]):
+                lm.read([row.slot], [row.ids[read:n]])
+            if n == lm.cursor[row.slot] or not lm.recurrent:
+                lm.fork(row.slot, n, cuts[n])
+
+
+def admit(row: Row, slot: int, held: list[Row | None], lms: Sequence[CachedLM], sampling: Sampling) -> None:
+    """Put a row into a slot of both caches, from which a finished one goes; draw its random numbers."""
+    row.slot = slot
+    for lm in lms:
+        if not take_over(row, lm, held) and lm.cursor[slot]:
+            lm.reset([slot])
+    if sampling.temperature:
+        generator = torch.Generator().manual_seed(row.seed)
+        row.uniform = torch.rand(row.limit, 2, generator=generator).tolist()
+    held[slot] = row
+
+
+def write(rows: list[Row], lms: Sequence[CachedLM], slots: int, router, vocab: int, sampling: Sampling,
           process: Process | None = None) -> Iterator[tuple[Row, Call]]:
-    """Algorithm 1 for a batch: every call of every row, as it is made, until the caller has marked every row as done."""
+    """Algorithm 1 for a batch: every call of every row, as it is made, until the caller has marked every row
+    as done. At most `slots` rows are in the caches; a finished one's slot goes to the next."""
     model, in_a_row = getattr(router, "first", SLM), 0
-    while live := [row for row in rows if not row.done]:
+    waiting, held = deque(rows), [None] * slots
+    while True:
+        for slot, row in enumerate(held):
+            if waiting and (row is None or row.done):
+                admit(waiting.popleft(), slot, held, lms, sampling)
+        live = [row for row in held if row is not None and not row.done]
+        if not live:
+            return
         chosen = next_model(live, model, in_a_row)
         model, in_a_row = chosen, (in_a_row + 1 if chosen == model else 1)
-        for group in similar_lengths([row for row in live if row.active == model], lms[model]):
+        ready = [row for row in live if row.active == model]
+        share([row for row in ready if model not in row.begun], lms[model], held)
+        for group in similar_lengths(ready, lms[model]):
             yield from zip(group, advance(model, lms[model], group, router, vocab, sampling, process))
 
 
@@ -991,7 +1078,8 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
            pad_token_id: int | None = None, seed: int | Sequence[int] | None = None,
            on_token: Callable[[int, Call], None] | None = None,
-           stop: Callable[[int, list[int]], bool] | None = None, process: Process | None = None) -> Stitched:
+           stop: Callable[[int, list[int]], bool] | None = None, process: Process | None = None,
+           slots: int | None = None) -> Stitched:
     """Answer each prompt with two models (R-Stitch Algorithm 1), the router deciding who writes which token.
 
     slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts; without attention_mask (B, P)
@@ -1002,7 +1090,9 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
     makes it true, ids being the answer so far. process(row, ids, logits) returns the scores (V,) that each
     proposal of either model is drawn from, temperature, top_k and top_p following. logits (V,) are raw,
     float32, of the common vocabulary, ids the whole sequence, prompt and answer; it changes neither.
-    Entropies, and the logits that a router sees, stay the raw ones.
+    Entropies, and the logits that a router sees, stay the raw ones. slots: at most so many rows are in the
+    caches at once, a finished one's slot goes to the next prompt; None takes all at once. What prompts begin
+    with alike is read once and copied.
 
     Departs from the paper: any batch size (each row has its own active model and gets, up to float rounding, what it would get
     alone); entropies are taken in float32; where the models' logit widths differ the common columns are used. ValueError or
@@ -1018,6 +1108,9 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
             raise TypeError(f"{name}={function!r}: expected a function, or None")
     prompts = unpadded(input_ids, attention_mask)
     B, longest = len(prompts), max(map(len, prompts)) + max_new_tokens
+    if slots is not None:
+        check_count("slots", slots)
+    slots = min(slots or B, B)
     seeds = row_seeds(seed, B)
     if slm is llm and isinstance(slm, CachedLM):
         raise ValueError("slm and llm are the same CachedLM: expected two, each with its own cursors")
@@ -1025,10 +1118,11 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
         lms = []
         for name, lm in (("slm", slm), ("llm", llm)):
             check_servable(lm.model if isinstance(lm, CachedLM) else lm, longest, name)
-            lms.append(lm if isinstance(lm, CachedLM) else opened.enter_context(closing(CachedLM(lm, B, longest))))
-            check_fits(name, lms[-1], prompts, longest)
+            lms.append(lm if isinstance(lm, CachedLM) else opened.enter_context(closing(CachedLM(lm, slots, longest))))
+            check_fits(name, lms[-1], prompts, slots, longest)
         for lm in lms:
             lm.reset()
+        read_before = [lm.n_read for lm in lms]
         vocab = min(lm.vocab for lm in lms)
         eos = end_tokens(eos_token_id, [lm.model for lm in lms])
         own = [lm.model.generation_config.pad_token_id for lm in lms]
@@ -1040,21 +1134,19 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
                 raise ValueError("input_ids has rows that begin with a padding token: expected an attention_mask with 0 where a row is padded")
             if 0 < sum(ids[-1] in pads for ids in prompts) < B:
                 raise ValueError("input_ids has rows that end with a padding token: expected padding on the left, and an attention_mask")
-        rows = [Row(i, seeds[i], list(ids), len(ids), getattr(router, "first", SLM)) for i, ids in enumerate(prompts)]
-        for row in rows if temperature > 0 else ():
-            generator = torch.Generator().manual_seed(row.seed)
-            row.uniform = torch.rand(max_new_tokens, 2, generator=generator).tolist()
+        rows = [Row(i, seeds[i], list(ids), len(ids), getattr(router, "first", SLM), max_new_tokens)
+                for i, ids in enumerate(prompts)]
         try:
-            for row, call in write(rows, lms, router, vocab, sampling, process):
+            for row, call in write(rows, lms, slots, router, vocab, sampling, process):
                 if call.kept:
-                    row.done = (call.token in eos or len(row.kept) == max_new_tokens
+                    row.done = (call.token in eos or len(row.kept) == row.limit
                                 or stop is not None and bool(stop(row.index, row.ids[row.n_prompt:])))
                 if on_token is not None:
                     on_token(row.index, call)
         except FloatingPointError as error:
-            error.partial = collect(rows, input_ids, pad_token_id)
+            error.partial = collect(rows, input_ids, pad_token_id, lms, read_before)
             raise
-    return collect(rows, input_ids, pad_token_id)
+        return collect(rows, input_ids, pad_token_id, lms, read_before)
 
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -1078,14 +1170,14 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     return [ids[keep].tolist() for ids, keep in zip(input_ids, mask)]
 
 
-def check_fits(name: str, lm: CachedLM, prompts: list[list[int]], length: int) -> None:
+def check_fits(name: str, lm: CachedLM, prompts: list[list[int]], slots: int, length: int) -> None:
     """ValueError where rows of up to `length` tokens, answer included, exceed a cache, a model's context or its vocabulary."""
     context = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or length
-    B, lowest, highest = len(prompts), min(map(min, prompts)), max(map(max, prompts))
+    lowest, highest = min(map(min, prompts)), max(map(max, prompts))
     if not lm.layers:
         raise ValueError(f"the CachedLM given as {name} is closed")
-    if B > lm.batch_size or length > lm.max_len:
-        raise ValueError(f"input_ids needs {B} rows of {length} tokens: the CachedLM given as {name} holds {lm.batch_size} of {lm.max_len}")
+    if slots > lm.batch_size or length > lm.max_len:
+        raise ValueError(f"input_ids needs {slots} rows of {length} tokens: the CachedLM given as {name} holds {lm.batch_size} of {lm.max_len}")
     if length > context:
         raise ValueError(f"max_new_tokens brings the longest row to {length} tokens: the context of {name} is {context}")
     if lowest < 0 or highest >= lm.vocab:
@@ -1105,7 +1197,8 @@ def end_tokens(eos_token_id, models: Sequence) -> list[int]:
     return tokens
 
 
-def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int) -> Stitched:
+def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int, lms: Sequence[CachedLM],
+            read_before: Sequence[int]) -> Stitched:
     """Pad the rows into one `Stitched`; the prompts stay as they were given, their padding included."""
     def padded(name: str, dtype: torch.dtype, padding: float) -> torch.Tensor:
         """(B, N) one field of the kept calls"""
@@ -1113,7 +1206,8 @@ def collect(rows: list[Row], input_ids: torch.Tensor, pad_token_id: int) -> Stit
         return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=padding).to(input_ids.device)
 
     return Stitched(torch.cat([input_ids.long(), padded("token", torch.long, pad_token_id)], 1), padded("model", torch.int8, -1),
-                    padded("entropy", torch.float32, math.nan), [row.calls for row in rows], [row.seed for row in rows])
+                    padded("entropy", torch.float32, math.nan), [row.calls for row in rows], [row.seed for row in rows],
+                    tuple(lm.n_read - before for lm, before in zip(lms, read_before)))
 
 
 # ---- 5. Latency model ----------------------------------------------------------------------------------------------------

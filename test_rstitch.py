@@ -459,8 +459,9 @@ def small_pair(seed: int, sliding: bool) -> tuple[CachedLM, CachedLM]:
 
 
 def test_stitch_equals_algorithm_1():
-    """More than 1,000 random cases. Blocks, chunks and short reads are small here, so that every path is taken often."""
-    count = {"run": 0, "too close": 0}
+    """More than 1,000 random cases. Blocks, chunks and short reads are small here, and prompts may begin alike and have to wait for a
+    slot, so that every path is taken often."""
+    count = {"run": 0, "too close": 0, "copied": 0}
 
     @settings(max_examples=1060, deadline=None, derandomize=True, database=None)
     @given(seed=st.integers(0, 10_000), pair=st.integers(0, 2), sliding=st.booleans(),
@@ -468,11 +469,11 @@ def test_stitch_equals_algorithm_1():
                lambda B: st.lists(st.integers(1, 9) | st.integers(10, 25), min_size=B, max_size=B)),
            tau=st.floats(0, 1), unit=st.sampled_from(["normalized", "nats"]), window=st.integers(1, 4),
            tau_back=st.none() | st.floats(0, 1), n_new=st.integers(1, 6), temperature=st.sampled_from([0.0, 0.0, 0.6, 1.0]),
-           top_k=st.sampled_from([0, 5]), top_p=st.sampled_from([1.0, 0.9]))
-    def compare(seed, pair, sliding, lengths, tau, unit, window, tau_back, n_new, temperature, top_k, top_p):
+           top_k=st.sampled_from([0, 5]), top_p=st.sampled_from([1.0, 0.9]), slots=st.none() | st.integers(1, 4), alike=st.integers(0, 20))
+    def compare(seed, pair, sliding, lengths, tau, unit, window, tau_back, n_new, temperature, top_k, top_p, slots, alike):
         lms = small_pair(pair, sliding)
         router = EntropyRouter(tau if unit == "normalized" else 3 * tau, unit, window, tau_back)
-        ids, mask = prompts(lengths, seed)
+        ids, mask = beginning_alike(*prompts(lengths, seed), alike)
         sampling, seeds = Sampling(temperature, top_k, top_p), row_seeds(seed, len(lengths))
         count["run"] += 1
         try:
@@ -482,13 +483,14 @@ def test_stitch_equals_algorithm_1():
             count["too close"] += 1
             return
         result = stitch(*lms, ids, router, attention_mask=mask, max_new_tokens=n_new, temperature=temperature, top_k=top_k,
-                        top_p=top_p, seed=seed, eos_token_id=1, pad_token_id=0)
+                        top_p=top_p, seed=seed, eos_token_id=1, pad_token_id=0, slots=slots)
         assert_equal_to_reference(result, ids, expected, pad=0)
+        count["copied"] += sum(result.n_read) < sum(call.n_inf for calls in result.calls for call in calls)
 
-    with patch.multiple(rstitch, BLOCK=8, SHORT=4, CHUNK=16, FREE={"cpu": 6}):
+    with patch.multiple(rstitch, BLOCK=8, SHORT=4, CHUNK=16, SHARED=3, FREE={"cpu": 6}):
         small_pair.cache_clear()
         compare()
-    assert count["run"] - count["too close"] >= 1000 and count["too close"] < 0.05 * count["run"]
+    assert count["run"] - count["too close"] >= 1000 and count["too close"] < 0.05 * count["run"] and count["copied"] > 200
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -568,6 +570,109 @@ def test_nothing_is_read_twice_and_every_discard_is_a_switch():
         assert all(c.kept for c in llm)
 
 
+def beginning_alike(ids: torch.Tensor, mask: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts whose first n tokens, but the last of each, are those of the longest."""
+    longest = ids[mask.sum(1).argmax()]
+    for row, length in zip(ids, mask.sum(1).tolist()):
+        k = min(n, length - 1)
+        row[len(row) - length:len(row) - length + k] = longest[:k]
+    return ids, mask
+
+
+ALIKE = [5, 70, 33, 71, 2, 90, 41, 64, 18, 77, 52, 66]  # lengths of prompts
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("router", [SLMOnly(), LLMOnly(), EntropyRouter(0.85, window=2), RandomRouter(0.4, stay=0.5)], ids=lambda r: type(r).__name__)
+def test_slots_and_shared_beginnings_change_no_answer(router, temperature):
+    pair = tiny("Qwen2", 1), tiny("Mistral, sliding window", 2)
+    ids, mask = beginning_alike(*prompts(ALIKE, seed=7), 40)
+    options = dict(max_new_tokens=20, temperature=temperature, eos_token_id=17)
+    alone = [stitch(*pair, row[keep.bool()][None], router, seed=[seed], **options) for row, keep, seed in zip(ids, mask, row_seeds(4, len(ids)))]
+    for slots in (None, 1, 3, 12, 50):
+        seen = [[] for _ in ids]
+        result = stitch(*pair, ids, router, attention_mask=mask, seed=4, slots=slots, on_token=lambda row, call: seen[row].append(call), **options)
+        assert seen == result.calls
+        assert_same_calls(result.calls, [one.calls[0] for one in alone])
+        assert sum(result.n_read) < 0.8 * sum(sum(one.n_read) for one in alone)
+
+
+def test_slots_bound_the_caches_and_everybody_else_speaks_of_prompts(monkeypatch):
+    pair, sizes, rows, stopped = (tiny("Qwen2", 1), tiny("Llama", 2)), [], set(), []
+
+    class Sized(CachedLM):
+        def __init__(self, model, batch_size, max_len):
+            sizes.append(batch_size)
+            super().__init__(model, batch_size, max_len)
+
+    class Spy(EntropyRouter):
+        def leave_slm(self, step):
+            assert len(step.rows) <= 4
+            rows.update(step.rows)
+            return super().leave_slm(step)
+
+    ids, mask = prompts([5] * 30, seed=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(rstitch, "CachedLM", Sized)
+        result = stitch(*pair, ids, Spy(0.85), attention_mask=mask, max_new_tokens=9, eos_token_id=[], slots=4,
+                        stop=lambda row, answer: len(answer) == 1 + row % 5 and not stopped.append(row))
+    assert sizes == [4, 4] and rows == set(range(30)) == set(stopped)
+    assert [len(a) for a in answers(result)] == [1 + row % 5 for row in range(30)]
+    for slots, message in ((0, "slots=0"), (1.5, "slots=1.5")):
+        with pytest.raises(ValueError, match=message):
+            stitch(*pair, ids, LLMOnly(), max_new_tokens=2, slots=slots)
+    lms = CachedLM(pair[0], 2, 32), CachedLM(pair[1], 3, 32)
+    assert stitch(*lms, ids, Spy(0.85), max_new_tokens=9, eos_token_id=[], slots=2).sequences.shape == (30, 14)
+    with pytest.raises(ValueError, match="input_ids needs 3 rows of 14 tokens: the CachedLM given as slm holds 2 of 32"):
+        stitch(*lms, ids, Spy(0.85), max_new_tokens=9, slots=3)
+
+
+def test_a_finished_rows_slot_goes_to_the_next_prompt():
+    """Two slots, answers of 1, 9, 1, 1 ... tokens: while one row writes 9 the others pass through the other slot, one call each."""
+    pair, calls = (tiny("Qwen2", 1), tiny("Llama", 2)), []
+    ids, mask = prompts([5] * 6, seed=1)
+    hook = pair[1].register_forward_hook(lambda *_: calls.append(1))
+    stitch(*pair, ids, LLMOnly(), attention_mask=mask, max_new_tokens=9, eos_token_id=[], slots=2, stop=lambda row, answer: row != 1 and len(answer) == 1)
+    hook.remove()
+    assert len(calls) <= 9 + 5  # a prompt and a single token share no call, so 5 calls at most beside the 9
+
+
+@given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12))
+def test_common_beginnings(a, b):
+    n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    assert rstitch.common(a, b) == n
+
+
+def test_what_prompts_begin_with_alike_is_read_once():
+    model = tiny("Llama", 2)
+    stem = prompts([100], seed=3)[0][0].tolist()
+    cuts = [99, 80, 80, 61, 30, 17, 3]
+    ids, mask = rstitch.left_padded([stem[:n] + [2 + n % 30] for n in cuts])  # branches off one answer
+    for slots in (None, 2, 3):
+        result = stitch(model, model, ids, LLMOnly(), attention_mask=mask, max_new_tokens=1, slots=slots)
+        # the stem up to 99 tokens once; then each branch its own token, the one of 3 tokens all of its 4: less than SHARED
+        assert result.n_read == (0, 99 + 7 + 3)
+        assert [calls[0].n_inf for calls in result.calls] == [n + 1 for n in cuts] and all(calls[0].n_kv == 0 for calls in result.calls)
+    same = stitch(model, model, ids[:1].repeat(8, 1), LLMOnly(), max_new_tokens=4, temperature=1.0, seed=0, eos_token_id=[])
+    assert same.n_read == (0, 99 + 8 * 4) and len(set(map(tuple, answers(same)))) > 1  # 8 answers to one prompt, each reads its last token itself
+
+
+def test_a_read_of_many_rows_takes_as_many_calls_as_it_needs(monkeypatch):
+    monkeypatch.setattr(rstitch, "CHUNK", 16)
+    shapes, model = [], tiny()
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    ids = torch.randint(2, VOCAB, (5, 30), generator=torch.Generator().manual_seed(2)).tolist()
+    lengths = [7, 30, 1, 9, 4]
+    lm = CachedLM(model, 5, 30)
+    out = lm.read(range(5), [line[:n] for line, n in zip(ids, lengths)], None, Sampling(1.0), [0.1, 0.3, 0.5, 0.7, 0.9])
+    assert all(a * b <= 16 for a, b in shapes) and lm.cursor == lengths and lm.n_read == sum(lengths)
+    hook.remove()
+    for b, n in enumerate(lengths):
+        alone = CachedLM(model, 1, 30).read([0], [ids[b][:n]], None, Sampling(1.0), [[0.1, 0.3, 0.5, 0.7, 0.9][b]])
+        torch.testing.assert_close(out.logits[b], alone.logits[0], atol=1e-5, rtol=1e-4)
+        assert out.token[b] == alone.token[0]
+
+
 def test_a_long_prompt_in_one_row_changes_nothing_for_the_others():
     pair = tiny("Qwen2", 1), tiny("Llama", 2)
     shapes = []
@@ -600,7 +705,7 @@ def test_cached_lms_are_reused_without_a_trace():
     ids, mask = prompts([3, 8], seed=8)
     lms = CachedLM(tiny("Qwen2", 1), 2, 64), CachedLM(tiny("Llama", 2), 2, 64)
     fresh = stitch(tiny("Qwen2", 1), tiny("Llama", 2), ids, EntropyRouter(0.85), attention_mask=mask, max_new_tokens=20)
-    stitch(*lms, ids.flip(1), EntropyRouter(0.8), max_new_tokens=30)
+    stitch(*lms, ids.flip(0), EntropyRouter(0.8), attention_mask=mask.flip(0), max_new_tokens=30)
     again = stitch(*lms, ids, EntropyRouter(0.85), attention_mask=mask, max_new_tokens=20)
     assert answers(again) == answers(fresh) and torch.equal(again.source, fresh.source)
     model = tiny("Qwen2", 1)
