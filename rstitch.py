@@ -875,6 +875,16 @@ def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
     return [int(s) for s in seed]
 
 
+def row_limits(max_new_tokens: int | Sequence[int], B: int) -> list[int]:
+    """How many tokens each row may write; ValueError for what is no count, or not one per row."""
+    limits = list(max_new_tokens) if isinstance(max_new_tokens, (list, tuple)) else [max_new_tokens] * B
+    if len(limits) != B:
+        raise ValueError(f"max_new_tokens has {len(limits)} numbers: expected one, or one per row, {B}")
+    for limit in limits:
+        check_count("max_new_tokens", limit)
+    return limits
+
+
 def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
     """Split rows into groups that share a forward call: reads of similar length, or so few pads that one call is cheaper than two.
 
@@ -1074,7 +1084,8 @@ def write(rows: list[Row], lms: Sequence[CachedLM], slots: int, router, vocab: i
 
 @torch.inference_mode(False)  # even where the caller is in it, or what a router clones could not be trained on
 @torch.no_grad()
-def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.Tensor | None = None, max_new_tokens: int,
+def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.Tensor | None = None,
+           max_new_tokens: int | Sequence[int],
            temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
            pad_token_id: int | None = None, seed: int | Sequence[int] | None = None,
            on_token: Callable[[int, Call], None] | None = None,
@@ -1084,7 +1095,7 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
 
     slm, llm: a decoder-only model of transformers each, or a CachedLM. input_ids (B, P): prompts; without attention_mask (B, P)
     every token counts (rows of a batch that begin with a known padding token are refused), with it the zeros on the left are
-    padding. max_new_tokens: of each row. temperature, top_k, top_p: see `Sampling`. seed: see `row_seeds`. eos_token_id: None takes every
+    padding. max_new_tokens: of each row, or one number per row. temperature, top_k, top_p: see `Sampling`. seed: see `row_seeds`. eos_token_id: None takes every
     EOS of either model's generation config, [] none; pad_token_id, which fills short answers: None takes theirs, else the first token that
     ends an answer, else 0. on_token(row, call) sees every forward pass in each row's order; stop(row, ids) ends a row after the token that
     makes it true, ids being the answer so far. process(row, ids, logits) returns the scores (V,) that each
@@ -1101,13 +1112,13 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
     all that was written before.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    check_count("max_new_tokens", max_new_tokens)
     check_router(router)
     for name, function in (("on_token", on_token), ("stop", stop), ("process", process)):
         if function is not None and not callable(function):
             raise TypeError(f"{name}={function!r}: expected a function, or None")
     prompts = unpadded(input_ids, attention_mask)
-    B, longest = len(prompts), max(map(len, prompts)) + max_new_tokens
+    B, limits = len(prompts), row_limits(max_new_tokens, len(prompts))
+    longest = max(len(ids) + limit for ids, limit in zip(prompts, limits))
     if slots is not None:
         check_count("slots", slots)
     slots = min(slots or B, B)
@@ -1134,7 +1145,7 @@ def stitch(slm, llm, input_ids: torch.Tensor, router, *, attention_mask: torch.T
                 raise ValueError("input_ids has rows that begin with a padding token: expected an attention_mask with 0 where a row is padded")
             if 0 < sum(ids[-1] in pads for ids in prompts) < B:
                 raise ValueError("input_ids has rows that end with a padding token: expected padding on the left, and an attention_mask")
-        rows = [Row(i, seeds[i], list(ids), len(ids), getattr(router, "first", SLM), max_new_tokens)
+        rows = [Row(i, seeds[i], list(ids), len(ids), getattr(router, "first", SLM), limits[i])
                 for i, ids in enumerate(prompts)]
         try:
             for row, call in write(rows, lms, slots, router, vocab, sampling, process):

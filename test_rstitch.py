@@ -627,6 +627,14 @@ def test_slots_bound_the_caches_and_everybody_else_speaks_of_prompts(monkeypatch
         stitch(*lms, ids, Spy(0.85), max_new_tokens=9, slots=3)
 
 
+def test_each_row_may_have_a_limit_of_its_own():
+    pair = tiny("Qwen2", 1), tiny("Llama", 2)
+    ids, mask = prompts([9, 4, 6], seed=1)
+    options = dict(attention_mask=mask, eos_token_id=[], temperature=0.8, seed=3)
+    whole, limited = (answers(stitch(*pair, ids, EntropyRouter(0.85), max_new_tokens=n, **options)) for n in (40, [3, 40, 17]))
+    assert limited == [answer[:n] for answer, n in zip(whole, [3, 40, 17])]
+
+
 def test_a_finished_rows_slot_goes_to_the_next_prompt():
     """Two slots, answers of 1, 9, 1, 1 ... tokens: while one row writes 9 the others pass through the other slot, one call each."""
     pair, calls = (tiny("Qwen2", 1), tiny("Llama", 2)), []
@@ -939,7 +947,8 @@ BAD_INPUT = {
     "attention_mask has a 0 after a 1: .*padding": dict(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.tensor([[1, 0, 1]])),
     "attention_mask has a 0 .* no empty prompt": dict(attention_mask=torch.tensor([[0, 0]])),
     "max_new_tokens=0:": dict(max_new_tokens=0), "max_new_tokens=-3:": dict(max_new_tokens=-3), "max_new_tokens=1.5:": dict(max_new_tokens=1.5),
-    "max_new_tokens=True:": dict(max_new_tokens=True),
+    "max_new_tokens=True:": dict(max_new_tokens=True), "max_new_tokens has 2 numbers: expected one, or one per row, 1": dict(max_new_tokens=[3, 4]),
+    "max_new_tokens=0: ": dict(max_new_tokens=[0]),
     "max_new_tokens brings .* 8193 tokens: the context of slm is 8192": dict(max_new_tokens=8191),
     "max_new_tokens brings .* 65 tokens: the context of llm is 64": dict(
         max_new_tokens=63, llm=lambda: tiny.__wrapped__("Llama", 1, max_position_embeddings=64)),

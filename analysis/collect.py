@@ -18,7 +18,7 @@ import numpy as np
 
 import rstitch
 from analysis.common import RESULTS, add_options, fingerprint, given, option, parallel_map, provenance, read_rows, write_rows
-from analysis.label import decoder, run_stage
+from analysis.label import branches_together, decoder, run_stage
 from analysis.problems import Stated, problems, question, verify, verify_number
 from analysis.stats import read_problems
 from analysis.task import Pair, common_vocab
@@ -58,19 +58,20 @@ def significant(H: list[float]) -> list[float]:
 
 
 def write_on(settings: Settings, router, prompts: list[list[int]], temperature: float = 0.0, seeds: list[int] | None = None,
-             written: list[int] | None = None) -> list[list[rstitch.Call]]:
-    """The kept calls of each prompt's answer, in batches of like lengths; of an answer that has `written` tokens already, the rest."""
+             heads: list[list[int]] | None = None) -> list[list[rstitch.Call]]:
+    """The kept calls of each prompt's answer; of an answer that begins with its head, the rest."""
     slm, llm, *_ = settings.load()
+    heads = heads or [[] for _ in prompts]
     out: list[list[rstitch.Call]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda k: (len(prompts[k]), k))
-    for at in range(0, len(order), settings.rows):
-        batch = order[at:at + settings.rows]
-        ids, mask = rstitch.left_padded([prompts[k] for k in batch])
-        room = [settings.max_new_tokens - (written[k] if written else 0) for k in batch]
-        stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max(room), temperature=temperature,
-                                  stop=lambda b, more: len(more) >= room[b], seed=0 if seeds is None else [seeds[k] for k in batch])  # noqa: B023
-        for k, calls in zip(batch, stitched.calls):
-            out[k] = [call for call in calls if call.kept]
+    if not prompts:
+        return out
+    order = branches_together(range(len(prompts)), prompts, list(map(len, heads)))
+    ids, mask = rstitch.left_padded([prompts[k] + heads[k] for k in order])
+    room = [settings.max_new_tokens - len(heads[k]) for k in order]
+    stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=room, temperature=temperature, slots=settings.rows,
+                              seed=0 if seeds is None else [seeds[k] for k in order])
+    for k, calls in zip(order, stitched.calls):
+        out[k] = [call for call in calls if call.kept]
     return out
 
 
@@ -113,8 +114,8 @@ def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
         heads = [rows[i]["slm_tokens"][:t] for i, t in pairs]
         ask = [k for k, head in enumerate(heads) if not (head and head[-1] in eos) and len(head) < settings.max_new_tokens]
         seeds = rstitch.row_seeds(rows[0]["id"], len(pairs)) if pairs else []
-        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] + heads[k] for k in ask], temperature, [seeds[k] for k in ask],
-                                         [len(heads[k]) for k in ask])))
+        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] for k in ask], temperature, [seeds[k] for k in ask],
+                                         [heads[k] for k in ask])))
         return [grade(decode(head + [call.token for call in went_on.get(k, [])]), rows[i]) for k, ((i, _), head) in enumerate(zip(pairs, heads))]
 
     right, counts = dict(zip(todo, ends(todo, 0.0))), {}

@@ -195,7 +195,7 @@ def answers(settings: Settings, rows: list[dict]) -> list[dict]:
     """What the LLM says to each question."""
     slm, llm, tokenizer, _ = settings.load()
     ids, mask = settings.encode(tokenizer, *(row["question"] for row in rows))
-    out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, max_new_tokens=settings.max_new_tokens, seed=0)
+    out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, max_new_tokens=settings.max_new_tokens, seed=0, slots=settings.rows)
     return [{**row, "prompt": prompt, "answer": [call.token for call in calls]}
             for row, prompt, calls in zip(rows, rstitch.unpadded(ids, mask), out.calls)]
 
@@ -232,6 +232,13 @@ def goes_on_to_the_end(settings: Settings) -> bool:
     return settings.judge == "answer"
 
 
+def branches_together(chosen: Sequence[int], prompts: Sequence[list[int]], lengths: Sequence[int]) -> list[int]:
+    """The chosen ones in the order in which least is read: those that go on from one prompt follow each other, the one that has most of the
+    answer first. It reads the answer, the others copy it."""
+    first = {tuple(prompt): k for k, prompt in reversed(list(enumerate(prompts)))}
+    return sorted(chosen, key=lambda k: (first[tuple(prompts[k])], -lengths[k], k))
+
+
 def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> list[list[int] | None]:
     """What the LLM writes after each (prompt, answer so far, first token that is decoded), to the end of the sentence that holds the
     answer's last token, or to the end of the answer. None where that is not reached."""
@@ -240,23 +247,24 @@ def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> l
     length = settings.max_new_tokens if whole else settings.sentence_tokens
     fits = [len(prompt) + len(answer) + length <= min(context_of(slm), context_of(llm)) for prompt, answer, _ in todo]
     open_ones = [k for k, more in enumerate(out) if more is None and fits[k]]
-    open_ones.sort(key=lambda k: (len(todo[k][0]) + len(todo[k][1]), k))  # like lengths share a batch
-    for at in range(0, len(open_ones), settings.rows):
-        batch = open_ones[at:at + settings.rows]
-        ids, mask = rstitch.left_padded([todo[k][0] + todo[k][1] for k in batch])
-        before = [len(decode(todo[k][1][todo[k][2]:-1])) for k in batch]
+    if not open_ones:
+        return out
+    open_ones = branches_together(open_ones, [prompt for prompt, *_ in todo], [len(answer) for _, answer, _ in todo])
+    ids, mask = rstitch.left_padded([todo[k][0] + todo[k][1] for k in open_ones])
+    before = [len(decode(todo[k][1][todo[k][2]:-1])) for k in open_ones]
 
-        def complete(b: int, more: list[int]) -> bool:
-            _, answer, start = todo[batch[b]]
-            return closed(decode(answer[start:] + more), before[b])
+    def complete(b: int, more: list[int]) -> bool:
+        _, answer, start = todo[open_ones[b]]
+        return closed(decode(answer[start:] + more), before[b])
 
-        stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0, max_new_tokens=length,
-                                  stop=(lambda b, more: len(todo[batch[b]][1]) + len(more) >= length) if whole else complete)  # noqa: B023
-        for k, calls in zip(batch, stitched.calls):
-            _, answer, start = todo[k]
-            line = answer + [call.token for call in calls]
-            end = (len(line) if line[-1] in eos else None) if whole else sentence_end(decode, line, start, len(answer) - 1, eos)
-            out[k] = None if end is None else line[len(answer):end]
+    limits = [max(1, length - len(todo[k][1])) if whole else length for k in open_ones]
+    stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0, max_new_tokens=limits, slots=settings.rows,
+                              stop=None if whole else complete)
+    for k, calls in zip(open_ones, stitched.calls):
+        _, answer, start = todo[k]
+        line = answer + [call.token for call in calls]
+        end = (len(line) if line[-1] in eos else None) if whole else sentence_end(decode, line, start, len(answer) - 1, eos)
+        out[k] = None if end is None else line[len(answer):end]
     return out
 
 
