@@ -243,8 +243,10 @@ def assisted_row(task: Task, n: int) -> dict:
     pair, solved = task.load(), []
     for problem in task.split("test", n):
         tokens, calls = assisted(pair, encode_problems(pair[2], [problem])[0], task.max_new_tokens)
-        solved.append({"correct": verify(problem, pair[2].decode(tokens, skip_special_tokens=True)), "finished": tokens[-1] in pair[3], "tokens": len(tokens),
-                       "llm_tokens": sum(call.model == rstitch.LLM for call in calls), "calls": calls})
+        text, finished = pair[2].decode(tokens, skip_special_tokens=True), tokens[-1] in pair[3]
+        solved.append({"correct": verify(problem, text, finished), "finished": finished,
+                       "tokens": len(tokens), "calls": calls,
+                       "llm_tokens": sum(call.model == rstitch.LLM for call in calls)})
     return {"kind": "assisted", "family": "speculative decoding", "knob": None, **summarise(task, solved)}
 
 

@@ -170,7 +170,8 @@ def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = ""
         for problem, calls in zip(batch, result.calls):
             kept = [call for call in calls if call.kept]
             text = tokenizer.decode([call.token for call in kept], skip_special_tokens=True)
-            out.append({"text": text, "correct": verify(problem, text), "finished": kept[-1].token in ends,
+            finished = kept[-1].token in ends
+            out.append({"text": text, "correct": verify(problem, text, finished), "finished": finished,
                         "tokens": len(kept), "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
                         "entropy": float(np.mean([call.entropy for call in kept])), "calls": calls})
     return out
