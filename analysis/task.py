@@ -196,6 +196,11 @@ def describe(solved: list[dict]) -> dict:
     }
 
 
+def cut_off(row: dict) -> str:
+    """Share of a row's answers that the token limit cut off, in %, as tables show it; "-" if not counted."""
+    return f"{100 * (1 - row['finished']):.1f}" if "finished" in row else "-"
+
+
 def where_time_goes(calls: Sequence[rstitch.Call], models) -> dict[str, float]:
     """The fitted milliseconds of an answer, in parts that add up to `trajectory_latency`: single tokens of either model that were kept, of
     the SLM that were discarded, and what a call that reads several tokens costs beyond a single one at its end: the prompt (a model's

@@ -1,4 +1,5 @@
-"""Tests of grading: what a text answers and which answers are equal."""
+"""Tests of grading: what a text answers, which answers are equal, and what tables say of those cut off."""
+import json
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -7,10 +8,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import rstitch
-from analysis import collect, compare, problems, task
-from analysis.common import load_pocket
+from analysis import collect, compare, demo, frontier, problems, report, task
+from analysis.common import RESULTS, load_pocket, read_rows
 from analysis.label import Case, SameAnswer
 from analysis.problems import Problem, Stated, box_end, boxed, verify
+from analysis.task import cut_off
 
 
 def right(gold: str, answer: str) -> bool:
@@ -267,3 +269,44 @@ def test_who_answers_says_what_was_finished(monkeypatch):
     asked.clear()
     row = compare.assisted_row(task.Task(max_new_tokens=40), 2)
     assert [finished for _, finished in asked] == [False, False] and row["finished"] == row["accuracy"] == 0
+
+
+# ---- tables ----------------------------------------------------------------------------------------------
+
+
+def columns_of(table: str, head: str, rows: int) -> dict[str, str]:
+    """What stands under a right-aligned head, by the first 20 characters of a line."""
+    lines = table.split("\n")
+    first = next(i for i, line in enumerate(lines) if head in line)
+    end = lines[first].index(head) + len(head)
+    return {line[:20].strip(): line[:end].split()[-1] for line in lines[first + 1:first + 1 + rows]}
+
+
+def test_tables_show_what_the_limit_cut_off(capsys):
+    """A column beside the right answers; "-" where a row does not say."""
+    assert [cut_off(r) for r in ({"finished": 0.985}, {"finished": 1.0}, {})] == ["1.5", "0.0", "-"]
+    rows = json.loads((RESULTS / "table.json").read_text())
+    rows[0] |= {"finished": 0.25}
+    del rows[1]["finished"]
+    shown = columns_of(demo.show(rows), "cut off, %", 3)
+    assert shown == {"": "answers", "SLM alone": "75.0", "LLM alone": "-"}
+
+    rows = [r for r in read_rows(RESULTS / "frontier.jsonl") if r["kind"] == "fixed"][:3]
+    rows[0] |= {"finished": 0.25, "accuracy": 1.0}
+    assert list(columns_of(frontier.show(rows), "cut off, %", 1).values()) == ["75.0"]
+
+    rows = read_rows(RESULTS / "pair.jsonl")
+    for r in rows:
+        r |= {"finished": 0.25} if r.get("method") == "SLM" else {}
+    report.show(rows)
+    assert columns_of(capsys.readouterr().out, "cut off, %", 1) == {"SLM": "75.0"}
+
+    rows = read_rows(RESULTS / "compare.jsonl")
+    keep = {("test", "SLM alone"), ("test", "LLM alone"), ("router times", None), ("calibration", "R-Stitch")}
+    rows = [r for r in rows if (r["kind"], r["family"]) in keep or r["kind"] in ("live labels", "chosen")]
+    for r in rows:
+        r |= {"finished": 0.25} if r["family"] in ("LLM alone", "live labels", "R-Stitch") else {}
+    text = compare.show(rows, (1, 1), lambda threshold: 0.0)
+    assert columns_of(text, "cut off, %", 1) == {"LLM alone": "75.0"}
+    chosen = sum(r["kind"] == "chosen" for r in rows)
+    assert text.count(" % right, 75.0 % cut off") == 1 + chosen > 1
