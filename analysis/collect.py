@@ -48,9 +48,11 @@ class Settings(Pair):
         rstitch.Sampling(self.temperature)
 
 
-def grade(text: str, row: dict) -> bool:
+def grade(text: str, row: dict, finished: bool) -> bool:
     """Is the final answer of the text right? The pocket domain by its last sentence, any other by math-verify."""
-    return verify_number(row["answer"], text) if row["domain"] == "pocket" else verify(Stated(row["question"], str(row["answer"])), text)
+    if row["domain"] == "pocket":
+        return verify_number(row["answer"], text)
+    return verify(Stated(row["question"], str(row["answer"])), text, finished)
 
 
 def significant(H: list[float]) -> list[float]:
@@ -82,18 +84,22 @@ def encoded(settings: Settings, rows: list[dict]) -> list[list[int]]:
 
 def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
     """Both models alone, greedy; the SLM's answers sampled several times."""
-    *_, tokenizer, _ = settings.load()
+    *_, tokenizer, eos = settings.load()
     decode, prompts = decoder(tokenizer), encoded(settings, rows)
-    text = lambda calls: decode([call.token for call in calls])  # noqa: E731
+
+    def right(calls: list[rstitch.Call], row: dict) -> int:
+        return int(grade(decode([call.token for call in calls]), row, calls[-1].token in eos))
+
     mean = lambda calls: significant([float(np.mean([call.entropy for call in calls]))])[0]  # noqa: E731
     small, large = (write_on(settings, router, prompts) for router in (rstitch.SLMOnly(), rstitch.LLMOnly()))
     drawn = [i for i, row in enumerate(rows) if row["id"] < settings.sampled for _ in range(settings.samples)]
     seeds = rstitch.row_seeds(rows[0]["id"], len(drawn)) if drawn else []
     sampled: list[list] = [[] for _ in rows]
     for i, calls in zip(drawn, write_on(settings, rstitch.SLMOnly(), [prompts[i] for i in drawn], settings.temperature, seeds) if drawn else []):
-        sampled[i].append([int(grade(text(calls), rows[i])), mean(calls), len(calls)])
-    return [{"id": row["id"], "steps": row.get("steps"), "slm": int(grade(text(s), row)), "llm": int(grade(text(b), row)), "slm_tokens": [c.token for c in s],
-             "H": significant([c.entropy for c in s]), "llm_n": len(b), "llm_H": mean(b), "samples": samples}
+        sampled[i].append([right(calls, rows[i]), mean(calls), len(calls)])
+    return [{"id": row["id"], "steps": row.get("steps"), "slm": right(s, row), "llm": right(b, row),
+             "slm_tokens": [c.token for c in s], "H": significant([c.entropy for c in s]),
+             "llm_n": len(b), "llm_H": mean(b), "samples": samples}
             for row, s, b, samples in zip(rows, small, large, sampled)]
 
 
@@ -114,9 +120,10 @@ def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
         heads = [rows[i]["slm_tokens"][:t] for i, t in pairs]
         ask = [k for k, head in enumerate(heads) if not (head and head[-1] in eos) and len(head) < settings.max_new_tokens]
         seeds = rstitch.row_seeds(rows[0]["id"], len(pairs)) if pairs else []
-        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] for k in ask], temperature, [seeds[k] for k in ask],
-                                         [heads[k] for k in ask])))
-        return [grade(decode(head + [call.token for call in went_on.get(k, [])]), rows[i]) for k, ((i, _), head) in enumerate(zip(pairs, heads))]
+        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] for k in ask], temperature,
+                                         [seeds[k] for k in ask], [heads[k] for k in ask])))
+        whole = [head + [call.token for call in went_on.get(k, [])] for k, head in enumerate(heads)]
+        return [grade(decode(tokens), rows[i], tokens[-1] in eos) for (i, _), tokens in zip(pairs, whole)]
 
     right, counts = dict(zip(todo, ends(todo, 0.0))), {}
     for place, good in zip(drawn, ends(drawn, settings.temperature)):

@@ -37,7 +37,8 @@ from analysis import label
 from analysis.common import add_options, fill, fingerprint, given, now, provenance, read_rows
 from analysis.problems import question, verify
 from analysis.stats import at_share, difference, net_time, signed
-from analysis.task import N_CALIBRATION, SEED, Pair, Task, common_vocab, control_of, digest_of, encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock
+from analysis.task import (N_CALIBRATION, SEED, Pair, Task, common_vocab, control_of, cut_off, digest_of,
+                           encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock)
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
 WANTED = {"share": (0.05, 0.1, 0.2), "latency": (1.5, 2.0, 4.0)}  # of the tokens; times what the SLM alone takes
@@ -238,8 +239,10 @@ def assisted_row(task: Task, n: int) -> dict:
     pair, solved = task.load(), []
     for problem in task.split("test", n):
         tokens, calls = assisted(pair, encode_problems(pair[2], [problem], task)[0], task.max_new_tokens)
-        solved.append({"correct": verify(problem, pair[2].decode(tokens, skip_special_tokens=True)), "finished": tokens[-1] in pair[3], "tokens": len(tokens),
-                       "llm_tokens": sum(call.model == rstitch.LLM for call in calls), "calls": calls})
+        text, finished = pair[2].decode(tokens, skip_special_tokens=True), tokens[-1] in pair[3]
+        solved.append({"correct": verify(problem, text, finished), "finished": finished,
+                       "tokens": len(tokens), "calls": calls,
+                       "llm_tokens": sum(call.model == rstitch.LLM for call in calls)})
     return {"kind": "assisted", "family": "speculative decoding", "knob": None, **summarise(task, solved)}
 
 
@@ -395,21 +398,25 @@ def show(rows: list[dict], parameters: tuple[int, int], usage: Callable[[float],
     """Every test run as it was, then what else was run, and the conditions. `usage`: R2R's share on the LLM's trajectories at a threshold."""
     ms, runs = next(r["ms"] for r in rows if r["kind"] == "router times"), by_family(rows)
     right = lambda r: f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_95'][0]:.1f}, {100 * r['accuracy_95'][1]:.1f}]"  # noqa: E731
-    lines = [f"{'router':20} {'LLM share wanted, reached, %':>29} {'right, % [95 %] (higher is better)':>35} {'tokens':>7} {'fitted ms':>10} {'with router':>12}"
+    lines = [f"{'router':20} {'LLM share wanted, reached, %':>29} {'right, % [95 %] (higher is better)':>35}"
+             f" {'cut off, %':>11} {'tokens':>7} {'fitted ms':>10} {'with router':>12}"
              f" {'activated, M':>13} {'catch-up':>9}"]
     for name, family in {**{name: [r for r in rows if r["family"] == name and r["kind"] != "calibration"] for name in ("LLM alone", "control", "speculative decoding")}, **runs}.items():
         for r in sorted(family, key=lambda r: r["llm_share"]):
             offline = f"   offline {100 * usage(expit(r['knob'])):.1f} %" if r["family"] == "R2R" else ""
             wanted = f"{100 * r['target']:g}" if "target" in r else ""
-            lines.append(f"{name:20} {wanted:>19} {100 * r['llm_share']:>9.1f} {right(r):>35} {r['tokens']:>7.1f} {r['latency_ms']:>10.1f} {with_router(r, ms):>12.1f}"
-                         f" {activated(r, parameters) / 1e6:>13.3f} {r['llm_catch_up_tokens']:>9.1f}{offline}" + (f"   n = {r['n']}" if r["kind"] == "assisted" else ""))
+            lines.append(f"{name:20} {wanted:>19} {100 * r['llm_share']:>9.1f} {right(r):>35}"
+                         f" {cut_off(r):>11} {r['tokens']:>7.1f} {r['latency_ms']:>10.1f}"
+                         f" {with_router(r, ms):>12.1f} {activated(r, parameters) / 1e6:>13.3f} {r['llm_catch_up_tokens']:>9.1f}{offline}" + (f"   n = {r['n']}" if r["kind"] == "assisted" else ""))
     for live in (r for r in rows if r["kind"] == "live labels"):
-        lines.append(f"live labels: {right(live)} % right at {100 * live['llm_share']:.1f} % LLM tokens, {live['tokens']:.1f} tokens, {activated(live, parameters) / 1e6:.3f} M "
-                     f"activated (the labels' own work not counted), n = {live['n']}; a reference point, not a bound"
+        lines.append(f"live labels: {right(live)} % right, {cut_off(live)} % cut off, at "
+                     f"{100 * live['llm_share']:.1f} % LLM tokens, {live['tokens']:.1f} tokens, "
+                     f"{activated(live, parameters) / 1e6:.3f} M activated (the labels' own work not counted), n = {live['n']}; a reference point, not a bound"
                      + (f"; on these problems at this share R2R is right more often by {signed(difference(runs['R2R'], [live], live['llm_share'], live['n']))} pp" if "R2R" in runs else ""))
     for r in (r for r in rows if r["kind"] == "chosen"):
         lines.append(f"tau {r['tau']:.3g}, from the SLM's answers of up to {r['median_tokens']:g} tokens for {r['wanted']} {r['value']:g}: predicted {100 * r['predicted_share']:.1f} % LLM tokens "
-                     f"and {r['predicted_ms']:.0f} ms, reached {100 * r['llm_share']:.1f} % and {r['latency_ms']:.0f} ms, {right(r)} % right")
+                     f"and {r['predicted_ms']:.0f} ms, reached {100 * r['llm_share']:.1f} % and "
+                     f"{r['latency_ms']:.0f} ms, {right(r)} % right, {cut_off(r)} % cut off")
     r = next(r for r in rows if r["kind"] == "test")
     lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}, transformers {r['transformers']}; knobs set on "
                  f"{next(r for r in rows if r['kind'] == 'calibration')['n']} calibration problems" + "".join(f"; a decision of {name}'s net takes {x:.2f} ms" for name, x in ms.items()))

@@ -21,7 +21,8 @@ from tqdm import tqdm
 import rstitch
 from analysis.common import MAX_NEW_TOKENS, load_pocket, make_pool, provenance, rotated
 from analysis.problems import problems, question, verify
-from analysis.task import Task, describe, solve
+from analysis.stats import with_interval
+from analysis.task import Task, cut_off, describe, solve
 from analysis.train_r2r import ROUTER
 
 TAUS = (0.005, 0.02, 0.1)
@@ -101,11 +102,15 @@ def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, devi
 
 def show(rows: list[dict]) -> str:
     """The table as text, units and direction in its head."""
-    head = ["", "right, % [95 %]", "tokens", "LLM, %", "switches", "ms/problem", "speed-up = shorter x cheaper"]
-    units = ["", "higher is better", "per answer", "of tokens", "per answer", "lower is better", "than LLM alone"]
-    body = [[r["method"], "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (r["accuracy"], *r["accuracy_95"]))), f"{r['tokens']:.1f}",
+    head = ["", "right, % [95 %]", "cut off, %", "tokens", "LLM, %", "switches", "ms/problem",
+            "speed-up = shorter x cheaper"]
+    units = ["", "higher is better", "of answers", "per answer", "of tokens", "per answer", "lower is better",
+             "than LLM alone"]
+    right = [with_interval([100 * x for x in (r["accuracy"], *r["accuracy_95"])], digits=1) for r in rows]
+    body = [[r["method"], share, cut_off(r), f"{r['tokens']:.1f}",
              f"{100 * r['llm_share']:.1f}", f"{r['switches']:.1f}", f"{r['latency_ms']:.0f}",
-             f"{r['speed_up']:.2f} = {r['shorter']:.2f} x {r['cheaper']:.2f}"] for r in rows]
+             f"{r['speed_up']:.2f} = {r['shorter']:.2f} x {r['cheaper']:.2f}"]
+            for r, share in zip(rows, right)]
     widths = [max(map(len, column)) for column in zip(head, units, *body)]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
              for line in (head, units, *body)]

@@ -19,7 +19,7 @@ import rstitch
 from analysis.common import bootstrap, fill, read_rows
 from analysis.report import TAUS
 from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, ratio_of_means, signed, with_interval
-from analysis.task import BASE, N_CALIBRATION, SEED, Task, digest_of, measure, solve, wall_clock
+from analysis.task import BASE, N_CALIBRATION, SEED, Task, cut_off, digest_of, measure, solve, wall_clock
 from analysis.train_policy import RUNS, rewards
 
 FIXED = {
@@ -108,7 +108,9 @@ def show(rows: list[dict]) -> str:
     points = fixed.mean(1)
     wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
     clock = {name: np.array(ms) for name, ms in wall["ms"].items()} if wall else {}
-    lines = [f"{'method':36} {'right, % [95 %]':>22} {'LLM, %':>7} {'tokens':>7} {'fitted ms':>10} {'by the clock, LLM = 1':>22} {'gap, % [95 %] (higher is better)':>33} {'against mixtures too':>22}"]
+    lines = [f"{'method':36} {'right, % [95 %]':>22} {'cut off, %':>11} {'LLM, %':>7} {'tokens':>7}"
+             f" {'fitted ms':>10} {'by the clock, LLM = 1':>22} {'gap, % [95 %] (higher is better)':>33}"
+             f" {'against mixtures too':>22}"]
     for r in sorted(methods, key=lambda r: (ORDER.index(r["kind"]), -r["accuracy"])):
         cells = [with_interval([100 * x for x in (r["accuracy"], *r["accuracy_95"])], digits=1), f"{100 * r['llm_share']:.1f}",
                  f"{r['tokens']:.1f}", f"{r['latency_ms']:.1f}"]
@@ -120,7 +122,8 @@ def show(rows: list[dict]) -> str:
         else:
             cells += [with_interval([100 * x for x in gap_with_interval(outcomes_of([r]), fixed, mixtures)], digits=1) for mixtures in (False, True)]
         name = {"random": "random at the share of ", "calibrated": "above its logit: "}.get(r["kind"], "") + r["name"] + (f", {r['above']:g}" if "above" in r else "")
-        lines.append(f"{name:36} {cells[0]:>22} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10} {cells[4]:>22} {cells[5]:>33} {cells[6]:>22}")
+        lines.append(f"{name:36} {cells[0]:>22} {cut_off(r):>11} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10}"
+                     f" {cells[4]:>22} {cells[5]:>33} {cells[6]:>22}")
     r = methods[0]
     lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}; latency fitted at batch 1; intervals 95 %, paired")
     if wall:

@@ -32,7 +32,7 @@ from transformers import DynamicCache
 import rstitch
 from analysis.common import (RESULTS, add_options, append_row, bootstrap, fingerprint, given, option, parallel_map,
                              provenance, ratio_of_means, read_rows, write_rows)
-from analysis.problems import problems, question
+from analysis.problems import final_answer, problems, question, same
 from analysis.stats import PAPER_LABELS, kind_of, read_problems
 from analysis.task import Pair, common_vocab, split_of
 
@@ -126,12 +126,11 @@ class SameStatement:
 
 class SameAnswer:
     """Any domain with checkable answers: both branches go on to the end, and their final answers agree (math-verify). None where
-    either has none."""
+    either has none, be it that its last box is not closed."""
 
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
-        from math_verify import parse, verify
-        pairs = [(parse(case.own), parse(case.branch)) for case in cases]
-        return [verify(own, branch) if own and branch else None for own, branch in pairs]
+        pairs = [(final_answer(case.own), final_answer(case.branch)) for case in cases]
+        return [same(own, branch) if own and branch else None for own, branch in pairs]
 
 
 def context_of(model) -> float:

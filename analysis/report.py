@@ -17,7 +17,7 @@ from tqdm import tqdm
 import rstitch
 from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, auroc, bootstrap, load_pocket, provenance, ratio_of_means, read_rows, wilson
 from analysis.problems import problems
-from analysis.task import describe, encode_problems, solve
+from analysis.task import cut_off, describe, encode_problems, solve
 
 TAUS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4)
 N_TEST, SEED = 4000, 0
@@ -173,11 +173,13 @@ def show(rows: list[dict]) -> None:
     flips = next(r for r in rows if r["what"] == "bfloat16 flips")
     print(f"bfloat16: {100 * flips['rate']:.1f} % of rows [{100 * flips['rate_95'][0]:.1f}, {100 * flips['rate_95'][1]:.1f}] "
           f"differ between batch 16 and alone (n = {flips['n']})")
-    print(f"{'method':10} {'tau':>7} {'accuracy % [95 %]':>22} {'LLM share % [95 %]':>22} {'tokens [95 %]':>24} {'switches':>9}")
+    print(f"{'method':10} {'tau':>7} {'accuracy % [95 %]':>22} {'cut off, %':>11} {'LLM share % [95 %]':>22}"
+          f" {'tokens [95 %]':>24} {'switches':>9}")
     order = {"SLM": 0, "LLM": 1, "LLM-short": 2}
     for r in sorted((r for r in rows if r["what"] == "method"), key=lambda r: (order.get(r["method"], 3), r["tau"] or 0, r["method"])):
         cells = [f"{scale * r[k]:.1f} [{scale * r[k + '_95'][0]:.1f}, {scale * r[k + '_95'][1]:.1f}]"
                  for k, scale in (("accuracy", 100), ("llm_share", 100), ("tokens", 1))]
         tau = "" if r["tau"] is None else f"{r['tau']:g}"
-        print(f"{r['method']:10} {tau:>7} {cells[0]:>22} {cells[1]:>22} {cells[2]:>24} {r['switches']:>9.1f}")
+        print(f"{r['method']:10} {tau:>7} {cells[0]:>22} {cut_off(r):>11} {cells[1]:>22} {cells[2]:>24}"
+              f" {r['switches']:>9.1f}")
     print(f"n = {rows[-1]['n']} problems of the test split, greedy, float32 after rounding to bfloat16; intervals 95 %")

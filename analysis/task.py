@@ -179,21 +179,25 @@ def encode_problems(tokenizer, chosen: Sequence, settings: Prompting = Prompting
 
 def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = "", progress: bool = True,
           seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, settings: Prompting = Prompting(), **options) -> list[dict]:
-    """Answer every problem in batches. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats), calls.
-    Random draws of a problem depend on (seed, its index), not on the batches."""
+    """Answer every problem, `batch_size` of them at a time. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats),
+    calls. Random draws of a problem depend on (seed, its index), not on what shares the caches with it."""
     slm, llm, tokenizer, *_ = pair
-    out, seeds, ends = [], rstitch.row_seeds(seed, len(chosen)), ends_of(pair)
-    for start in tqdm(range(0, len(chosen), batch_size), desc=label, leave=False, disable=None if progress else True):
-        batch = chosen[start:start + batch_size]
-        ids, mask = encode_problems(tokenizer, batch, settings)
-        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                seed=seeds[start:start + batch_size], **options)
-        for problem, calls in zip(batch, result.calls):
-            kept = [call for call in calls if call.kept]
-            text = tokenizer.decode([call.token for call in kept], skip_special_tokens=True)
-            out.append({"text": text, "correct": verify(problem, text), "finished": kept[-1].token in ends,
-                        "tokens": len(kept), "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
-                        "entropy": float(np.mean([call.entropy for call in kept])), "calls": calls})
+    out, ends = [], ends_of(pair)
+    ids, mask = encode_problems(tokenizer, chosen, settings)
+    with tqdm(total=len(chosen), desc=label, unit="problem", leave=False, disable=None if progress else True) as bar:
+
+        def count(row: int, call: rstitch.Call) -> None:
+            bar.update(call.kept and (call.token in ends or call.position + 1 == max_new_tokens))
+
+        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens, seed=rstitch.row_seeds(seed, len(chosen)),
+                                slots=batch_size, on_token=count if progress else None, **options)
+    for problem, calls in zip(chosen, result.calls):
+        kept = [call for call in calls if call.kept]
+        text = tokenizer.decode([call.token for call in kept], skip_special_tokens=True)
+        finished = kept[-1].token in ends
+        out.append({"text": text, "correct": verify(problem, text, finished), "finished": finished,
+                    "tokens": len(kept), "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
+                    "entropy": float(np.mean([call.entropy for call in kept])), "calls": calls})
     return out
 
 
@@ -214,6 +218,11 @@ def describe(solved: list[dict]) -> dict:
         "llm_passes": float(np.mean([sum(c.model == rstitch.LLM for c in row) for row in calls])),
         "llm_catch_up_tokens": float(np.mean([sum(c.n_inf - 1 for c in row if c.model == rstitch.LLM) for row in calls])),
     }
+
+
+def cut_off(row: dict) -> str:
+    """Share of a row's answers that the token limit cut off, in %, as tables show it; "-" if not counted."""
+    return f"{100 * (1 - row['finished']):.1f}" if "finished" in row else "-"
 
 
 def where_time_goes(calls: Sequence[rstitch.Call], models) -> dict[str, float]:

@@ -562,7 +562,7 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
     policies = torch.nn.ModuleDict({name: rstitch.Policy(4, 8) for name in ("call", "back")})
     for p in policies.parameters():
         torch.nn.init.normal_(p, std=0.5, generator=generator)
-    router = train_policy.HandBackRouter(policies["call"], policies["back"], 0.02, seed=0)
+    router = rstitch.PolicyRouter(policies["call"], 0.02, seed=0, back=policies["back"])
     for decisions in (router.decisions, router.back.decisions):
         for rows in ([11, 0, 5], [5], [2, 7, 8, 11, 1], [0, 10]):
             k = len(rows)

@@ -293,8 +293,8 @@ def test_the_figures_of_any_pair(real, monkeypatch, capsys):
              "train_policy": "--iterations 4 --dev 4", "report": "", "label": "", "compare": "--judge answer", "figures": ""}
     right = lambda question, text: zlib.crc32((text + question).encode()) % 2 == 0  # noqa: E731  (random models are never right)
     for module in (task, compare):
-        monkeypatch.setattr(module, "verify", lambda problem, text: right(problem.question, text))
-    monkeypatch.setattr(collect, "grade", lambda text, row: right(row["question"], text))
+        monkeypatch.setattr(module, "verify", lambda problem, text, finished: right(problem.question, text))
+    monkeypatch.setattr(collect, "grade", lambda text, row, finished: right(row["question"], text))
     make = label.make_labels  # random models hardly ever end an answer: labels are planted after all stages have run
     monkeypatch.setattr(label, "make_labels", lambda *a: [{**row, "labels": ("DN" * 99)[:len(row["labels"])]} for row in make(*a)])
     monkeypatch.setattr(compare, "SHARES", (0.1, 0.3, 0.6))
