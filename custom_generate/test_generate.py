@@ -1,4 +1,4 @@
-"""Tests of R-Stitch inside `generate()` of transformers. What an option does is compared with plain generate()
+"""Tests of R-Stitch inside `generate()` of transformers. What an option does is compared with plain generate
 of each row's own unpadded prompt."""
 import inspect
 import shutil
@@ -381,8 +381,8 @@ def test_what_ends_an_answer_is_what_minimum_lengths_hold_back():
 
 
 def test_scores_without_a_token_and_nan_logits_end_in_one_sentence():
-    with pytest.raises(ValueError, match="process logits_processor returned scores whose largest is -inf, for "
-                                         "row 0 at position 0 of the answer: expected a token to draw"):
+    with pytest.raises(ValueError, match="process logits_processor returned scores whose largest is -inf, "
+                                         "for row 0 at position 0 of the answer: expected a token to draw"):
         generate(pair(), IDS, max_new_tokens=3, suppress_tokens=list(range(VOCAB)))
     models = tiny("Qwen2", 1), tiny.__wrapped__("Llama", 2)
     models[1].get_output_embeddings().weight.data[3] = torch.nan
