@@ -1,4 +1,4 @@
-"""Tests of R-Stitch inside `generate()` of transformers. What an option does is compared with plain generate()
+"""Tests of R-Stitch inside `generate()` of transformers. What an option does is compared with plain generate
 of each row's own unpadded prompt."""
 import inspect
 import shutil
@@ -151,7 +151,7 @@ def test_wrappers_of_our_function_lose_no_option():
     assert torch.equal(result, generate(pair(), IDS, max_new_tokens=9))
     assert len(stream.got) == result.shape[1]  # prompt, tokens, end
     with pytest.raises(ValueError, match="assistant_model=Qwen2ForCausalLM"):
-        llm.generate(IDS, custom_generate=ours, assistant_model=slm)
+        llm.generate(IDS, custom_generate=ours, assistant_model=slm, max_new_tokens=3)
     forbidden = Forbid(result[0, 2].item())
     positional = llm.generate(IDS, None, [forbidden], custom_generate=ours, max_new_tokens=9)
     assert positional[0, 2] != forbidden.token
@@ -381,8 +381,8 @@ def test_what_ends_an_answer_is_what_minimum_lengths_hold_back():
 
 
 def test_scores_without_a_token_and_nan_logits_end_in_one_sentence():
-    with pytest.raises(ValueError, match="process logits_processor returned scores whose largest is -inf, for "
-                                         "row 0 at position 0 of the answer: expected a token to draw"):
+    with pytest.raises(ValueError, match="process logits_processor returned scores whose largest is -inf, "
+                                         "for row 0 at position 0 of the answer: expected a token to draw"):
         generate(pair(), IDS, max_new_tokens=3, suppress_tokens=list(range(VOCAB)))
     models = tiny("Qwen2", 1), tiny.__wrapped__("Llama", 2)
     models[1].get_output_embeddings().weight.data[3] = torch.nan
@@ -493,9 +493,9 @@ def test_the_folder_form_equals_the_function(where, modules_cache, lone_copy):
     assert len(list(modules_cache.rglob("generate.py"))) == 1
     assert by_folder(IDS, streamer=stream, max_new_tokens=4).shape == (1, 6) and len(stream.got) == 6
     with pytest.raises(ValueError, match="num_beams=3 cannot be followed"):
-        by_folder(IDS, num_beams=3)
+        by_folder(IDS, num_beams=3, max_new_tokens=3)
     with pytest.raises(ValueError, match="slm is missing"):
-        llm.generate(IDS, custom_generate=folder, trust_remote_code=True, router=LLMOnly())
+        by_folder(IDS, slm=None, max_new_tokens=3)
 
 
 def test_a_checkpoint_that_comes_with_the_file_calls_itself_once():
@@ -510,7 +510,8 @@ def test_a_copy_says_what_it_needs_where_rstitch_is_not_installed(modules_cache,
     slm, llm = pair()
     monkeypatch.setitem(sys.modules, "rstitch", None)
     with pytest.raises(ImportError, match="needs rstitch, which is not installed here: run `pip install` on"):
-        llm.generate(IDS, custom_generate=str(lone_copy), trust_remote_code=True, slm=slm, router=LLMOnly())
+        llm.generate(IDS, custom_generate=str(lone_copy), trust_remote_code=True, slm=slm, router=LLMOnly(),
+                     max_new_tokens=3)
 
 
 def test_rstitch_lends_its_name_to_our_function_alone():
