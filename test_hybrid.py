@@ -12,10 +12,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import rstitch
-import test_rstitch
+from conftest import FAMILIES, GEMMA, GROUPED, MOE, VOCAB, prompts, tiny
 from rstitch import CachedLM, EntropyRouter, LLMOnly, Sampling, SLMOnly, row_seeds, stitch
-from test_rstitch import (GEMMA, GROUPED, MOE, VOCAB, TooClose, assert_equal_to_reference, built, prompts,
-                          reference, tiny)
+from test_rstitch import TooClose, assert_equal_to_reference, beginning_alike, built, reference
 
 
 # ---- tiny models --------------------------------------------------------------------------------------
@@ -77,7 +76,7 @@ SERVED = HYBRIDS | {  # and attention alone of kinds that test_rstitch.py does n
 
 def small(family: str, *args, **changes):
     """`tiny` of any family, those of test_rstitch.py included."""
-    with patch.dict(test_rstitch.FAMILIES, SERVED):
+    with patch.dict(FAMILIES, SERVED):
         return tiny(family, *args, **changes)
 
 
@@ -153,18 +152,20 @@ def kept_pair(pair: int) -> tuple[CachedLM, CachedLM]:
 
 
 def test_stitch_equals_algorithm_1():
-    """Every pair in turn, 100 random cases or more. Chunks are small here, so that a prompt takes several."""
-    count = {"run": 0, "too close": 0, "switched": 0}
+    """Every pair in turn, 100 random cases or more. Chunks are small here, so that a prompt takes several;
+    prompts begin alike, and may have to wait for a slot."""
+    count = {"run": 0, "too close": 0, "switched": 0, "copied": 0}
 
-    @settings(max_examples=112, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=140, deadline=None, derandomize=True, database=None)
     @given(seed=st.integers(0, 10_000),
            lengths=st.lists(st.integers(1, 5) | st.integers(1, 24), min_size=1, max_size=4),
            tau=st.floats(0.3, 1), tau_back=st.none() | st.floats(0.3, 1), n_new=st.integers(2, 6),
-           temperature=st.sampled_from([0.0, 0.0, 0.8]))
-    def compare(seed, lengths, tau, tau_back, n_new, temperature):
+           temperature=st.sampled_from([0.0, 0.0, 0.8]), slots=st.none() | st.integers(1, 3),
+           alike=st.integers(0, 20))
+    def compare(seed, lengths, tau, tau_back, n_new, temperature, slots, alike):
         lms, router = kept_pair(count["run"] % len(PAIRS)), EntropyRouter(tau, tau_back=tau_back)
         models, sampling = [lm.model for lm in lms], Sampling(temperature)
-        ids, mask = prompts(lengths, seed)
+        ids, mask = beginning_alike(*prompts(lengths, seed), alike)
         count["run"] += 1
         try:
             expected = [reference(models, row[keep.bool()].tolist(), router, n_new, sampling, s, eos=1)
@@ -173,15 +174,16 @@ def test_stitch_equals_algorithm_1():
             count["too close"] += 1
             return
         result = stitch(*lms, ids, router, attention_mask=mask, max_new_tokens=n_new, temperature=temperature,
-                        seed=seed, eos_token_id=1, pad_token_id=0)
+                        seed=seed, eos_token_id=1, pad_token_id=0, slots=slots)
         assert_equal_to_reference(result, ids, expected, pad=0)
+        count["copied"] += sum(result.n_read) < sum(call.n_inf for calls in result.calls for call in calls)
         count["switched"] += any(rstitch.count_switches(calls) > 1 for calls in result.calls)
 
-    with patch.multiple(rstitch, BLOCK=8, CHUNK=16, FREE={"cpu": 6}):
+    with patch.multiple(rstitch, BLOCK=8, CHUNK=16, SHARED=3, FREE={"cpu": 6}):
         kept_pair.cache_clear()
         compare()
     kept_pair.cache_clear()
-    assert count["run"] - count["too close"] >= 100 and count["switched"] >= 40
+    assert count["run"] - count["too close"] >= 100 and count["switched"] >= 40 and count["copied"] >= 20
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
@@ -294,6 +296,22 @@ def test_a_fork_equals_reading_the_prefix(family, n):
     for rows, lengths in (([4, 2], [1, 3]), ([0, 1, 2, 3, 4], [1, 1, 1, 1, 1]), ([1, 3], [2, 6])):
         out, expected = read_on(lm, ids, rows, lengths), read_on(anew, ids, rows, lengths)
         assert_close((out.logits, out.hidden), (expected.logits, expected.hidden))
+
+
+@pytest.mark.parametrize("family", ["Qwen3.5", "LFM2", "Mamba-2", "Falcon-H1", "Mamba"])
+def test_prompts_that_begin_alike_are_read_once(family):
+    """The longest stops wherever another parts from it, since only then can its state be copied. Mamba would
+    read token by token what follows a copy: there each reads for itself."""
+    model, stem = small(family), tokens_of(1, 60, seed=3)[0]
+    cuts = [59, 40, 40, 30, 17]
+    ids, mask = rstitch.left_padded([stem[:n] + [2 + i] for i, n in enumerate(cuts)])
+    options = dict(max_new_tokens=5, eos_token_id=[])
+    alone = [stitch(model, model, row[keep.bool()][None], LLMOnly(), **options) for row, keep in zip(ids, mask)]
+    result = stitch(model, model, ids, LLMOnly(), attention_mask=mask, **options)
+    assert result.calls == [[call._replace(entropy=mine.entropy) for call, mine in zip(one.calls[0], ours)]
+                            for one, ours in zip(alone, result.calls)]
+    # 40 tokens of the stem, 19 more of the longest, and each row's own: 1 + 4
+    assert result.n_read[1] == (sum(one.n_read[1] for one in alone) if family == "Mamba" else 59 + 5 * 5)
 
 
 @pytest.mark.parametrize("arguments, message", [

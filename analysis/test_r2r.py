@@ -404,6 +404,30 @@ def test_an_exported_router_routes_as_it_did_and_refuses_another_pair(tmp_path, 
         rstitch.R2RRouter.load(tmp_path / "out", pocket[0], pocket[0])
 
 
+def test_branches_read_prompt_and_answer_once(pocket, monkeypatch):
+    """All branches of one problem together: prompt, answer and their own tokens, and no more."""
+    read, settings, count = [], Settings(rows=2), 0
+    plain = rstitch.stitch
+    monkeypatch.setattr(rstitch, "stitch", lambda *args, **options: read.append(plain(*args, **options)) or read[-1])
+    for problem in problems("router-train", 6, 0):
+        rows = [{"question": question(problem), "split": "router-train"}]
+        for stage in (label.answers, label.readings):
+            rows = [row | more for row, more in zip(rows, stage(settings, rows))]
+        read.clear()
+        (found,) = label.branches(settings, rows)
+        count += len(found["branches"])
+        (prompt, answer), result = (rows[0]["prompt"], rows[0]["answer"]), read[0]
+        written = sum(len(calls) for calls in result.calls)
+        assert result.n_read == (0, result.n_read[1]) and result.n_read[1] <= len(prompt) + len(answer) + written
+    assert count >= 18
+
+
+def test_branches_together_by_hand():
+    prompts, lengths = [[5], [6], [5], [6], [5]], [3, 9, 7, 9, 1]
+    assert label.branches_together([0, 1, 2, 3, 4], prompts, lengths) == [2, 0, 4, 1, 3]
+    assert label.branches_together([4, 1, 3], prompts, lengths) == [4, 1, 3]
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(width=0), "--width=0"), (dict(dropout=1.0), "--dropout 1.0: expected a number in"), (dict(lr=-1.0), "--lr -1.0"), (dict(recall=0.0), "--recall 0.0"),
     (dict(blocks=-1), "--blocks=-1"), (dict(weight_decay=float("nan")), "--weight-decay nan"),
