@@ -149,8 +149,8 @@ GREEDY = Sampling()
 
 BLOCK = 64  # attention reads the slots up to the end of the longest row ("live"), rounded up to a multiple of this; see live_slots
 CHUNK = 2048  # tokens in one forward call at most
-# Pads that a forward call may hold: they cost less than a second call, which reads all weights again. A CPU computes them where a GPU
-# waits for memory, so there they are fewer.
+# Pads that a forward call may hold: on a CPU they cost less than a second call, which reads all weights again,
+# up to about so many (measured). For a GPU, which computes faster than it reads, more are assumed: not measured.
 FREE = {"cpu": 32, "cuda": 128}
 SHORT = 32  # under graphs, reads up to this are padded to a power of two
 
@@ -598,8 +598,8 @@ class CachedLM:
         return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
     def forward(self, *args) -> Output:
-        """`_forward` with the attention that was chosen, and without cuDNN's, which makes a plan for every new shape; model and torch are as
-        they were afterwards."""
+        """`_forward` with the attention that was chosen, and without cuDNN's, which may plan anew for every new
+        shape (not measured here); model and torch are as they were afterwards."""
         own, cudnn = self.config._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()
         changed = own != self.attention  # to ask costs nothing, to set it as much as a small layer
         try:
@@ -613,7 +613,7 @@ class CachedLM:
             if changed:
                 self.config._attn_implementation = own
 
-    @torch.inference_mode()  # a tenth to a third faster than no_grad where launches dominate
+    @torch.inference_mode()  # less work per tensor than no_grad
     def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], vocab: int | None = None,
              sampling: Sampling = GREEDY, uniform: Sequence[float] | None = None) -> Output:
         """Each row reads its tokens, one or more, and proposes the next one from the first `vocab` columns.
