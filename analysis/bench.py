@@ -1,6 +1,8 @@
 """Speed: the loop against generate(), ways to attend to a cache, the cost of a step, schedules, and whole pairs at real shapes.
 
     python -m analysis.bench                       (pocket pair: stitch with the LLM alone against generate(), batch 1 and 32)
+    python -m analysis.bench --slots 16            (pocket pair: so many rows in the caches, refilled, against batches of as many)
+    python -m analysis.bench --branches            (pocket pair: tokens and time to go on from inside of answers, against their length)
     python -m analysis.bench --attention           (one read of a cache at real shapes, by kernel)
     python -m analysis.bench --steps               (pocket LLM: time per token against context and batch, fitted; writes steps.png)
     python -m analysis.bench --schedule            (simulated: who runs next, by rule, cost ratio and batch)
@@ -30,7 +32,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
-from analysis.common import RESULTS, append_row, bootstrap, load_pocket, now, provenance, read_rows, rotated
+from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, bootstrap, load_pocket, now, provenance, read_rows, rotated
 from analysis.problems import problems
 from analysis.stats import signed, with_interval
 from analysis.task import encode_problems, same_width
@@ -92,6 +94,81 @@ def bench_loop(new_tokens: int, rounds: int) -> None:
         print(f"batch {batch_size:>2}: generate {r['generate_tokens_per_s']:.0f} tokens/s, stitch {r['stitch_tokens_per_s']:.0f} tokens/s, "
               f"ratio {in_words([r['ratio'], *r['ratio_quartiles']])}, higher is better", flush=True)
     print(f"batch 32 over batch 1: {rows[1]['stitch_tokens_per_s'] / rows[0]['stitch_tokens_per_s']:.1f} x")
+
+
+# ---- slots and shared beginnings ----------------------------------------------------------------------------------------
+
+
+def slots_row(pair, n: int, slots: int, rounds: int, tau: float = 0.005, seed: int = 0) -> dict:
+    """tokens/s of R-Stitch over n problems with `slots` rows in the caches, a finished one's slot going to the next problem, and of batches
+    of as many rows, each as slow as its slowest; and their ratio."""
+    slm, llm, tokenizer = pair
+    chosen, router = problems("dev", n, seed), rstitch.EntropyRouter(tau)
+    ids, mask = encode_problems(tokenizer, chosen)
+    written: list[int] = []
+
+    def refilled() -> None:
+        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, slots=slots)
+        written[:] = [int((result.source >= 0).sum())]
+
+    def batches() -> None:
+        for at in range(0, n, slots):
+            part = slice(at, at + slots)
+            rstitch.stitch(slm, llm, ids[part], router, attention_mask=mask[part], max_new_tokens=MAX_NEW_TOKENS)
+
+    ms = interleaved({"slots": refilled, "batches": batches}, rounds)
+    speed = {name: spread(1e3 * written[0] / np.array(times)) for name, times in ms.items()}
+    return {"what": "slots against batches", "slots": slots, "tau": tau, "problems": n, "tokens": written[0], "tokens_per_s": speed,
+            "ratio": spread(np.array(ms["batches"]) / np.array(ms["slots"])), "threads": torch.get_num_threads(), **provenance(seed, rounds)}
+
+
+def bench_slots(slots: int, n: int, rounds: int) -> None:
+    row = slots_row(load_pocket(), n, slots, rounds)
+    append_row(FILE, row)
+    print(f"{n} problems, R-Stitch at tau {row['tau']:g}: {slots} slots {in_words(row['tokens_per_s']['slots'], digits=0)} tokens/s, batches of {slots} "
+          f"{in_words(row['tokens_per_s']['batches'], digits=0)}, ratio {in_words(row['ratio'])}, higher is better")
+
+
+def branches_row(pair, lengths: Sequence[int], every: int, more: int, rounds: int, seed: int = 0) -> dict:
+    """Tokens that the LLM reads, and milliseconds, to go on for `more` tokens from every `every`-th token of an answer, by its length: all
+    branches in one call of `stitch`, and each one reading its whole beginning anew."""
+    slm, llm, tokenizer = pair
+    prompt = rstitch.unpadded(*encode_problems(tokenizer, problems("dev", 1, seed)))[0]
+    answer = rstitch.stitch(slm, llm, torch.tensor([prompt]), rstitch.LLMOnly(), max_new_tokens=max(lengths), eos_token_id=[]).sequences[0].tolist()[len(prompt):]
+    out = {"what": "branches", "lengths": list(lengths), "every": every, "more": more, "read": {"shared": [], "alone": []}, "ms": {"shared": [], "alone": []}}
+    for length in lengths:
+        ids, mask = rstitch.left_padded([prompt + answer[:t] for t in range(length, 0, -every)])
+        options = dict(attention_mask=mask, max_new_tokens=more, eos_token_id=[], slots=16)
+        read: dict[str, int] = {}
+
+        def together() -> None:
+            read["shared"] = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), **options).n_read[1]  # noqa: B023
+
+        def apart() -> None:
+            share = rstitch.SHARED
+            try:
+                rstitch.SHARED = 10**9  # no beginning is that long
+                read["alone"] = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), **options).n_read[1]  # noqa: B023
+            finally:
+                rstitch.SHARED = share
+
+        for name, times in interleaved({"shared": together, "alone": apart}, rounds).items():
+            out["ms"][name].append(spread(times))
+            out["read"][name].append(read[name])
+    for what in ("read", "ms"):  # of cost = length ^ exponent
+        costs = {name: [x[0] if what == "ms" else x for x in of] for name, of in out[what].items()}
+        out[f"exponent of {what}"] = {name: float(np.polyfit(np.log(lengths), np.log(cost), 1)[0]) for name, cost in costs.items()}
+    return out | {"threads": torch.get_num_threads(), **provenance(seed, rounds)}
+
+
+def bench_branches(rounds: int) -> None:
+    row = branches_row(load_pocket(), (100, 200, 400, 800), 5, 20, rounds)
+    append_row(FILE, row)
+    print(f"{'answer, tokens':>14} {'read, shared':>13} {'read, alone':>12} {'ms, shared':>11} {'ms, alone':>10}   (lower is better)")
+    for i, length in enumerate(row["lengths"]):
+        print(f"{length:>14} {row['read']['shared'][i]:>13} {row['read']['alone'][i]:>12} {row['ms']['shared'][i][0]:>11.0f} {row['ms']['alone'][i][0]:>10.0f}")
+    for what in ("read", "ms"):
+        print(f"exponent of {what} in the length: shared {row[f'exponent of {what}']['shared']:.2f}, alone {row[f'exponent of {what}']['alone']:.2f}")
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------------
@@ -587,6 +664,9 @@ def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], scri
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--slots", type=int, metavar="N", help="N rows in the caches, refilled, against batches of N")
+    add("--problems", type=int, default=300, help="--slots: problems of the pocket domain (default: %(default)s)")
+    add("--branches", action="store_true", help="what it costs to go on from inside of answers, against their length")
     add("--attention", action="store_true", help="ways to attend to a cache")
     add("--steps", action="store_true", help="time per token against context and batch")
     add("--schedule", action="store_true", help="rules for who runs next, simulated")
@@ -602,7 +682,9 @@ def main() -> None:
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
     try:
-        for name, least in (("rounds", 1), ("new_tokens", 3), ("threads", 1)):
+        if args.slots is not None:
+            rstitch.check_count("--slots", args.slots)
+        for name, least in (("rounds", 1), ("new_tokens", 3), ("threads", 1), ("problems", 1)):
             rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
         for value in (*args.batch, *args.context):
             rstitch.check_count("--batch and --context", value)
@@ -613,6 +695,10 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(args.threads)
+    if args.slots:
+        bench_slots(args.slots, args.problems, args.rounds)
+    if args.branches:
+        bench_branches(args.rounds)
     if args.attention:
         bench_attention(args.batch, args.context, args.device, args.dtype, args.rounds)
     if args.steps:
@@ -621,7 +707,7 @@ def main() -> None:
         bench_schedule()
     if args.shapes:
         bench_shapes(args.shapes, args.batch, args.context, script, args.new_tokens, args.rounds, args.device, args.dtype)
-    if not (args.attention or args.steps or args.schedule or args.shapes):
+    if not (args.slots or args.branches or args.attention or args.steps or args.schedule or args.shapes):
         bench_loop(args.new_tokens, args.rounds)
 
 

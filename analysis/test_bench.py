@@ -143,3 +143,23 @@ def test_bad_options_are_refused(argv, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.main()
     assert message in capsys.readouterr().err
+
+
+def test_slots_are_timed_against_batches_of_the_same_problems():
+    row = bench.slots_row(bench.load_pocket(), n=5, slots=2, rounds=1)
+    assert row["slots"] == 2 and row["problems"] == 5 and row["ratio"][0] > 0
+    pair, chosen = bench.load_pocket(), bench.problems("dev", 5, 0)
+    ids, mask = bench.encode_problems(pair[2], chosen)
+    result = rstitch.stitch(*pair[:2], ids, rstitch.EntropyRouter(0.005), attention_mask=mask, max_new_tokens=bench.MAX_NEW_TOKENS)
+    assert row["tokens"] == (result.source >= 0).sum()
+
+
+def test_the_cost_of_branches_is_that_of_their_tokens():
+    row = bench.branches_row(bench.load_pocket(), lengths=(40, 80), every=10, more=3, rounds=1)
+    prompt = len(rstitch.unpadded(*bench.encode_problems(bench.load_pocket()[2], bench.problems("dev", 1, 0)))[0])
+    for length, shared, alone in zip(row["lengths"], row["read"]["shared"], row["read"]["alone"]):
+        heads = range(10, length + 1, 10)
+        # once prompt and answer up to the last token of the longest; of each branch its last token and two of the three that it writes
+        assert shared == prompt + length - 1 + 3 * len(heads)
+        assert alone == sum(prompt + t + 2 for t in heads)
+    assert rstitch.SHARED == 16 and row["exponent of read"]["shared"] < row["exponent of read"]["alone"]
