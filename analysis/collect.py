@@ -48,7 +48,7 @@ class Settings(Pair):
         rstitch.Sampling(self.temperature)
 
 
-def grade(text: str, row: dict, finished: bool) -> bool:
+def grade(text: str, row: dict, finished: bool = True) -> bool:
     """Is the final answer of the text right? The pocket domain by its last sentence, any other by math-verify."""
     if row["domain"] == "pocket":
         return verify_number(row["answer"], text)

@@ -345,6 +345,7 @@ def test_grades():
     file, pocket = {"domain": "file", "question": "?", "answer": "\\frac{1}{2}"}, {"domain": "pocket", "answer": 5}
     assert collect.grade("so it is \\boxed{0.5}", file) and not collect.grade("so it is \\boxed{0.4}", file) and not collect.grade("", file)
     assert collect.grade("The answer is 5.", pocket) and not collect.grade("5", pocket)
+    assert collect.grade("1/2", file) and not collect.grade("1/2", file, finished=False)  # cut off, only a closed box counts
 
 
 # ---- notebooks -----------------------------------------------------------------------------------------------------------
