@@ -43,8 +43,7 @@ def common_vocab(pair) -> int:
 
 def ends_of(pair) -> list[int]:
     """The tokens that end an answer of either model."""
-    eos = [model.generation_config.eos_token_id for model in pair[:2]]
-    return sorted({e for entry in eos if entry is not None for e in (entry if isinstance(entry, list) else [entry])})
+    return sorted(set(rstitch.end_tokens(None, pair[:2])))
 
 
 @contextmanager
