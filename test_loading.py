@@ -3,6 +3,7 @@
 Tiny models and tokenizers are built here as the hub has them. Each is run token for token as `generate()` runs it, or refused in
 one sentence that says what to do.
 """
+import copy
 import json
 import math
 import warnings
@@ -436,3 +437,27 @@ def test_graphs_and_caches_take_what_models_take(folder):
     lm = CachedLM(torch.compile(adapted(slm)), 2, 64)
     assert lm.model is slm
     lm.close()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 128, 129])
+@pytest.mark.parametrize("bias", [False, True])
+def test_turned_products_are_those_of_a_linear_layer(rows, bias):
+    plain = torch.nn.Linear(24, 40, bias=bias)
+    turned = copy.deepcopy(plain)
+    turned.__class__ = rstitch.TurnedLinear
+    x = torch.randn(rows, 1, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(turned(x), plain(x), atol=1e-6)
+    assert turned(x).shape == (rows, 1, 40) and turned(x).is_contiguous()
+
+
+def test_only_large_float32_layers_on_avx2_are_turned(monkeypatch):
+    """Weights of 64 x 64 = 4,096 here; an embedding's and a norm's are no products."""
+    kinds = lambda model: {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)}  # noqa: E731
+    for capability, large, dtype, kind in (("AVX2", 4096, torch.float32, rstitch.TurnedLinear), ("AVX512", 4096, torch.float32, torch.nn.Linear),
+                                           ("AVX2", 4097, torch.float32, torch.nn.Linear), ("AVX2", 4096, torch.bfloat16, torch.nn.Linear)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(rstitch.TurnedLinear, "LARGE", large)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).to(dtype)
+        model.device = torch.device("cpu")
+        rstitch.turn_products(model)
+        assert kinds(model) == {kind}

@@ -101,6 +101,35 @@ def fill(path: Path, jobs: dict[Hashable, tuple], current: Callable[[], dict], m
     return current()
 
 
+def processor() -> str:
+    """The processor's name and what it can do with bfloat16: rounding depends on both."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    about = dict(line.split("\t: ", 1) for line in reversed(lines) if "\t: " in line)
+    name = about.get("model name\t", about.get("model name", platform.processor()))
+    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in about.get("flags\t", about.get("flags", "")).split()]
+    return f"{name} ({', '.join(found) or 'no bfloat16 instructions'})"
+
+
+class Lines:
+    """A stream for a progress bar in a log file: each state of the bar on a line of its own."""
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text:
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(total: int, label: str = "", unit: str = "it", **options) -> tqdm:
+    """A bar on a terminal; elsewhere a line every half a minute. Call update(0) often, so that it can tell the time."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=label, unit=unit, miniters=0, **options)
+    return tqdm(total=total, desc=label, unit=unit, miniters=0, mininterval=30, file=Lines(),
+                bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left", **options)
+
+
 def rotated(items: list, i: int) -> list:
     """The items, beginning with another one for each i: the order in which methods are timed on problem i."""
     return items[i % len(items):] + items[:i % len(items)]

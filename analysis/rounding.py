@@ -9,7 +9,6 @@ Where two tokens are nearly as likely, or an entropy lies next to tau, that turn
 answers to test problems; a row of the file is one answer, and a run that was killed goes on with the first that is missing.
 """
 import argparse
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +16,12 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import RESULTS, add_options, append_row, fingerprint, given, provenance, read_rows, wilson
+from analysis.common import RESULTS, add_options, append_row, fingerprint, given, processor, provenance, read_rows, wilson
 from analysis.stats import with_interval
 from analysis.task import SEED, Task, encode_problems
 
 FILE = RESULTS / "rounding.jsonl"
 METHODS = {"SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "R-Stitch, tau 0.02": rstitch.EntropyRouter(0.02)}
-
-
-def processor() -> str:
-    """The processor's name and what it can do with bfloat16: rounding depends on both."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    about = dict(line.split("\t: ", 1) for line in reversed(lines) if "\t: " in line)
-    name = about.get("model name\t", about.get("model name", platform.processor()))
-    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in about.get("flags\t", about.get("flags", "")).split()]
-    return f"{name} ({', '.join(found) or 'no bfloat16 instructions'})"
 
 
 def answer(task: Task, method: str, chosen: list) -> list[list[int]]:

@@ -1,0 +1,148 @@
+"""Answers to the problems of a split, a row of JSON each, written as they end.
+
+    python -m analysis.answers --slm SMALL --llm LARGE --problems file.jsonl --n 300 --methods llm tau=0.02 slm --out answers.jsonl
+    python -m analysis.answers ... --methods tau=0.02 --temperature 0.6 --samples 4
+
+A method is `slm`, `llm`, `random=P`, or `tau=T`, with `back=T` and `window=N` behind a comma: `tau=0.02,back=1` makes visits of one token.
+A row holds the tokens, who wrote each, its entropy, the proposals that were discarded, and whether the answer is right; `calls_of` makes the
+forward passes of it again. The problem's text is not kept. A run that was killed goes on with the answers that are missing.
+"""
+import argparse
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import rstitch
+from analysis.common import add_options, append_row, fingerprint, given, processor, progress, provenance, read_rows, wilson
+from analysis.problems import question, verify
+from analysis.stats import PARTS
+from analysis.task import SEED, Task, encode_problems, ends_of
+
+KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
+
+
+def router_of(method: str):
+    """The router that a method names. ValueError for what names none."""
+    if method in ("slm", "llm"):
+        return rstitch.SLMOnly() if method == "slm" else rstitch.LLMOnly()
+    try:
+        options = dict(part.split("=") for part in method.split(","))
+        if options.keys() == {"random"}:
+            return rstitch.RandomRouter(float(options["random"]), seed=SEED)
+        return rstitch.EntropyRouter(**{KINDS[name][0]: KINDS[name][1](value) for name, value in options.items()})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--methods {method}: expected slm, llm, random=P or tau=T[,back=T][,window=N] ({error})") from None
+
+
+def row_of(calls: Sequence[rstitch.Call]) -> dict:
+    """An answer's forward passes as a row keeps them: what follows from Algorithm 1 is left out."""
+    kept = [call for call in calls if call.kept]
+    return {"prompt": calls[0].n_inf, "tokens": [call.token for call in kept],
+            "writer": "".join("SL"[call.model] for call in kept), "entropy": [float(f"{call.entropy:.4g}") for call in kept],
+            "discarded": [[call.position, call.token, float(f"{call.entropy:.4g}")] for call in calls if not call.kept]}
+
+
+def calls_of(row: dict) -> list[rstitch.Call]:
+    """The forward passes of an answer: each reads what its model has not read of the prompt and of the tokens before."""
+    discarded = {position: (token, H) for position, token, H in row["discarded"]}
+    cursor, calls = [0, 0], []
+
+    def call(model: int, position: int, token: int, H: float, kept: bool) -> None:
+        length = row["prompt"] + position
+        calls.append(rstitch.Call(model, position, length - cursor[model], cursor[model], token, H, kept))
+        cursor[model] = length
+
+    for position, (token, writer, H) in enumerate(zip(row["tokens"], row["writer"], row["entropy"])):
+        if position in discarded:
+            call(rstitch.SLM, position, *discarded[position], False)
+        call("SL".index(writer), position, token, H, True)
+    return calls
+
+
+def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Callable[[int, dict], None], temperature: float = 0.0,
+           label: str = "") -> None:
+    """Call save(index into todo, row) with each answer as it ends."""
+    slm, llm, tokenizer, *_ = task.load()
+    ends, (ids, mask) = ends_of((slm, llm)), encode_problems(tokenizer, todo, task)
+    calls: list[list[rstitch.Call]] = [[] for _ in todo]
+    with progress(len(todo), label, "answer") as bar:
+
+        def count(i: int, call: rstitch.Call) -> None:
+            calls[i].append(call)
+            finished = call.kept and call.token in ends
+            ended = finished or call.kept and call.position + 1 == task.max_new_tokens
+            if ended:
+                row = row_of(calls[i])
+                text = tokenizer.decode(row["tokens"], skip_special_tokens=True)
+                save(i, {"correct": verify(todo[i], text, finished), "finished": finished, **row})
+            bar.update(ended)
+
+        rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=task.max_new_tokens, temperature=temperature, seed=list(seeds),
+                       slots=task.rows, on_token=count)
+
+
+def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temperature: float = 0.0, samples: int = 1) -> list[dict]:
+    """The rows of every method, those that are missing computed and appended."""
+    chosen = [problem for problem in task.split(split, n) for _ in range(samples)]
+    slm, llm, *_ = task.load()
+    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": processor() if task.device == "cpu" else torch.cuda.get_device_name(task.device),
+             "dtype": task.dtype, "limit": task.max_new_tokens, "split": split, "temperature": temperature, **task.prompting()}
+    digests = [hashlib.sha256(question(problem).encode()).hexdigest()[:12] for problem in chosen]
+    seeds = rstitch.row_seeds(SEED, len(chosen))
+
+    def rows() -> dict[tuple, dict]:
+        return {(r["method"], r["problem"], r["sample"], r["question"]): r for r in read_rows(path) if all(r.get(k) == v for k, v in world.items())}
+
+    keys = {method: [(method, i // samples, i % samples, digest) for i, digest in enumerate(digests)] for method in methods}
+    for method in methods:
+        have = rows()
+        todo = [i for i, key in enumerate(keys[method]) if key not in have]
+
+        def save(at: int, row: dict) -> None:
+            name, problem, sample, digest = keys[method][todo[at]]
+            append_row(path, {"what": "answer", "method": name, "problem": problem, "sample": sample, "question": digest, **row, "rows": task.rows, **world,
+                              **provenance(SEED, n, task.device, task.dtype)})
+
+        if todo:
+            answer(task, router_of(method), [chosen[i] for i in todo], [seeds[i] for i in todo], save, temperature, method)
+    have = rows()
+    return [have[key] for method in methods for key in keys[method]]
+
+
+def show(method: str, rows: list[dict]) -> str:
+    right, tokens = [r["correct"] for r in rows], sum(len(r["tokens"]) for r in rows)
+    low, high = wilson(sum(right), len(rows))
+    return (f"{method:24} {100 * sum(right) / len(rows):5.1f} % right [{100 * low:.1f}, {100 * high:.1f}] of {len(rows)}, "
+            f"{100 * sum(r['writer'].count('L') for r in rows) / tokens:5.1f} % LLM tokens, {tokens / len(rows):.0f} tokens, "
+            f"{100 * sum(not r['finished'] for r in rows) / len(rows):.1f} % cut off")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, Task)
+    parser.add_argument("--methods", nargs="+", default=["llm", "tau=0.02", "slm"], help="(default: llm tau=0.02 slm)")
+    parser.add_argument("--split", choices=PARTS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--n", type=int, default=300, help="problems (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each problem (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        task = Task(**given(args, Task))
+        rstitch.Sampling(args.temperature)
+        for name in ("n", "samples"):
+            rstitch.check_count(f"--{name}", getattr(args, name))
+        for method in args.methods:
+            router_of(method)
+        if not args.out:
+            raise ValueError("--out is missing: expected a file for the rows")
+        rows = run(task, args.methods, args.split, args.n, Path(args.out), args.temperature, args.samples)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for method in args.methods:
+        print(show(method, [r for r in rows if r["method"] == method]))
+
+
+if __name__ == "__main__":
+    main()
