@@ -97,3 +97,22 @@ def characters() -> transformers.PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def words(n: int, chat_template: str | None = None) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of n single words: w0 (pad), w1 (eos), ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n)}, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2",
+                                                chat_template=chat_template)
+
+
+@pytest.fixture
+def saved_pair(tmp_path):
+    """Two tiny random models with different logit widths and one tokenizer with a chat template, as folders."""
+    template = "{% for m in messages %}w5 {{ m['content'] }} w6{% endfor %}"
+    for name, model in (("slm", tiny("Qwen2", 1, vocab_size=36)), ("llm", tiny("Llama", 2))):
+        model.save_pretrained(tmp_path / name)
+        words(32, template).save_pretrained(tmp_path / name)
+    return tmp_path

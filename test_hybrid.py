@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 import rstitch
 from conftest import FAMILIES, GEMMA, GROUPED, MOE, VOCAB, prompts, tiny
 from rstitch import CachedLM, EntropyRouter, LLMOnly, Sampling, SLMOnly, row_seeds, stitch
+from rstitch_hf import loading
 from test_rstitch import TooClose, assert_equal_to_reference, beginning_alike, built, reference
 
 
@@ -304,7 +305,7 @@ def test_prompts_that_begin_alike_are_read_once(family):
     read token by token what follows a copy: there each reads for itself."""
     model, stem = small(family), tokens_of(1, 60, seed=3)[0]
     cuts = [59, 40, 40, 30, 17]
-    ids, mask = rstitch.left_padded([stem[:n] + [2 + i] for i, n in enumerate(cuts)])
+    ids, mask = loading.left_padded([stem[:n] + [2 + i] for i, n in enumerate(cuts)])
     options = dict(max_new_tokens=5, eos_token_id=[])
     alone = [stitch(model, model, row[keep.bool()][None], LLMOnly(), **options) for row, keep in zip(ids, mask)]
     result = stitch(model, model, ids, LLMOnly(), attention_mask=mask, **options)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import rstitch
 from rstitch import LLM, SLM, CachedLM, EntropyRouter, LLMOnly, RandomRouter, SLMOnly, encode, load_pair, stitch
-from test_rstitch import answers, prompts, tiny, words
+from rstitch_hf import command, loading
+from conftest import answers, prompts, tiny, words
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -70,8 +71,8 @@ def assert_runs_as_generate(slm, llm, tokenizer, n: int = 12):
     assert set(mixed.source.unique().tolist()) == {SLM, LLM}
 
 
-def command(capsys, slm: str, llm: str, *argv: str) -> str:
-    rstitch.main(["--slm", slm, "--llm", llm, "--device", "cpu", "--max-new-tokens", "8", "What is 2 + 3?", *argv])
+def run_command(capsys, slm: str, llm: str, *argv: str) -> str:
+    command.main(["--slm", slm, "--llm", llm, "--device", "cpu", "--max-new-tokens", "8", "What is 2 + 3?", *argv])
     return capsys.readouterr().out
 
 
@@ -82,7 +83,7 @@ def test_a_pair_without_unknown_pad_and_bos_token_runs_at_the_first_command(fold
     slm, llm, tokenizer = load_pair(str(folder / "slm"), str(folder / "llm"))
     assert tokenizer.unk_token_id is tokenizer.pad_token_id is tokenizer.bos_token_id is None
     assert_runs_as_generate(slm, llm, tokenizer)
-    assert "8 tokens (LLM" in command(capsys, str(folder / "slm"), str(folder / "llm"), "--tau", "0.7")
+    assert "8 tokens (LLM" in run_command(capsys, str(folder / "slm"), str(folder / "llm"), "--tau", "0.7")
 
 
 def test_without_a_chat_template_the_question_stands_as_it_is(tmp_path):
@@ -102,7 +103,7 @@ def test_what_ends_an_answer_is_completed(tmp_path, config, eos, ends):
     names = [saved(tmp_path, name, seed, byte_level(eos), ends=config) for name, seed in (("slm", 1), ("llm", 2))]
     slm, llm, tokenizer = load_pair(*names)
     assert slm.generation_config.eos_token_id == llm.generation_config.eos_token_id == ends
-    assert rstitch.turn_end(tokenizer) == IM_END
+    assert loading.turn_end(tokenizer) == IM_END
     head = slm.get_output_embeddings().weight.data
     head[IM_END] = 50 * head[stitch(slm, llm, encode(tokenizer, "hello")[0], SLMOnly(), max_new_tokens=1).calls[0][0].token]  # now the likeliest
     assert answers(stitch(slm, llm, encode(tokenizer, "hello")[0], SLMOnly(), max_new_tokens=9))[0] == [IM_END]
@@ -114,17 +115,17 @@ def test_what_ends_an_answer_is_completed(tmp_path, config, eos, ends):
     ("{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}", ENDOFTEXT), ("{{ messages[0]['content'] }}<|im_end|>", None),
 ])
 def test_the_token_that_ends_a_turn(template, end):
-    assert rstitch.turn_end(byte_level(template=template)) == end
+    assert loading.turn_end(byte_level(template=template)) == end
 
 
 def test_a_tokenizer_that_loses_white_space_is_refused(folder, capsys):
     right = AutoTokenizer.from_pretrained(folder / "llm")
-    rstitch.check_white_space("--llm", right)
-    rstitch.check_white_space("--llm", words(9))  # knows none of the words, and so loses no space between them
+    loading.check_white_space("--llm", right)
+    loading.check_white_space("--llm", words(9))  # knows none of the words, and so loses no space between them
     right.backend_tokenizer.decoder = decoders.Fuse()
     right.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # what a sentencepiece class makes of byte-level merges
     with pytest.raises(ValueError, match=r"--llm: its tokenizer .* reads 'One more time,\\nthen .*' as 'onemoretime,then1\+2is3.', without its white space"):
-        rstitch.check_white_space("--llm", right)
+        loading.check_white_space("--llm", right)
 
 
 def test_a_byte_level_tokenizer_under_the_name_of_another_kind_is_read_right_or_refused(folder):
@@ -202,7 +203,7 @@ def test_gguf_files_run_as_what_they_were_made_of(folder, capsys):
     assert packed.generation_config.eos_token_id == [ENDOFTEXT, IM_END]  # the file names the first, its chat template the second
     torch.testing.assert_close(packed(ids).logits, slm(ids).logits)
     assert_runs_as_generate(packed, llm, tokenizer)
-    assert "tokens/s" in command(capsys, str(folder / "slm.gguf"), str(folder / "slm.gguf"), "--tau", "0.7")
+    assert "tokens/s" in run_command(capsys, str(folder / "slm.gguf"), str(folder / "slm.gguf"), "--tau", "0.7")
 
 
 @pytest.mark.parametrize("name, message", [
@@ -210,11 +211,11 @@ def test_gguf_files_run_as_what_they_were_made_of(folder, capsys):
     ("./folder", "there is no such folder")])
 def test_paths_that_lead_nowhere_are_refused(name, message):
     with pytest.raises(ValueError, match=f"--slm {name}: {message}"):
-        rstitch.located("--slm", name)
+        loading.located("--slm", name)
 
 
 def test_gguf_files_of_the_hub_are_named_with_their_repository():
-    assert rstitch.located("--slm", "Qwen/Qwen2.5-0.5B-Instruct-GGUF:q4.gguf") == ("Qwen/Qwen2.5-0.5B-Instruct-GGUF", {"gguf_file": "q4.gguf"})
+    assert loading.located("--slm", "Qwen/Qwen2.5-0.5B-Instruct-GGUF:q4.gguf") == ("Qwen/Qwen2.5-0.5B-Instruct-GGUF", {"gguf_file": "q4.gguf"})
 
 
 def adapted(base, kind: str = "LoraConfig", **config):
@@ -238,7 +239,7 @@ def test_adapters_count(folder, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(folder / "slm")}))
     loaded, llm, tokenizer = load_pair(str(folder / "adapter"), str(folder / "llm"))
     assert answers(stitch(loaded, llm, ids, SLMOnly(), max_new_tokens=12)) == with_adapter
-    assert "tokens/s" in command(capsys, str(folder / "adapter"), str(folder / "llm"))
+    assert "tokens/s" in run_command(capsys, str(folder / "adapter"), str(folder / "llm"))
 
 
 def test_adapters_of_virtual_tokens_are_refused():
@@ -282,7 +283,7 @@ def test_models_quantised_by_torchao_run(folder, capsys):
     loaded, llm, tokenizer = load_pair(str(folder / "int8"), str(folder / "llm"), dtype="float32")
     assert "Int8" in type(loaded.model.layers[0].mlp.up_proj.weight).__name__
     assert_runs_as_generate(loaded, llm, tokenizer)
-    assert "tokens/s" in command(capsys, str(folder / "int8"), str(folder / "llm"))
+    assert "tokens/s" in run_command(capsys, str(folder / "int8"), str(folder / "llm"))
     whole = tiny.__wrapped__("Qwen2", 1)
     quantization.quantize_(whole, quantization.Int8WeightOnlyConfig())  # the output embedding too
     ids, _ = prompts([5])
@@ -341,15 +342,15 @@ def test_a_template_that_refuses_a_system_message_says_so():
 
 def test_the_command_prompts_as_encode_does(folder, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(rstitch, "run_question", lambda slm, llm, tokenizer, ids, router, **options: seen.append((tokenizer.decode(ids[0]), router, options)))
-    command(capsys, str(folder / "slm"), str(folder / "llm"), "--system", "S", "--instruction", "I", "--template", "enable_thinking=false",
+    monkeypatch.setattr(command, "run_question", lambda slm, llm, tokenizer, ids, router, **options: seen.append((tokenizer.decode(ids[0]), router, options)))
+    run_command(capsys, str(folder / "slm"), str(folder / "llm"), "--system", "S", "--instruction", "I", "--template", "enable_thinking=false",
             "--temperature", "0.7", "--top-k", "5", "--top-p", "0.9", "--tau", "0.1", "--tau-back", "0.2", "--window", "3", "--seed", "4")
     text, router, options = seen[0]
     assert text == text_of("What is 2 + 3?", system="S", instruction="I", enable_thinking=False)
     assert router == EntropyRouter(0.1, window=3, tau_back=0.2)
     assert options == dict(max_new_tokens=8, temperature=0.7, top_k=5, top_p=0.9, seed=4)
     for value, parsed in (("a=1", ("a", 1)), ("a=x", ("a", "x")), ("a=[1]", ("a", [1])), ("a=true", ("a", True))):
-        assert rstitch.template_option(value) == parsed
+        assert command.template_option(value) == parsed
 
 
 def test_the_command_is_greedy_whatever_the_checkpoint_asks_for(folder, capsys):
@@ -360,7 +361,7 @@ def test_the_command_is_greedy_whatever_the_checkpoint_asks_for(folder, capsys):
     slm, llm, tokenizer = load_pair(*pair)
     ids, _ = encode(tokenizer, "What is 2 + 3?")
     greedy = tokenizer.decode(answers(stitch(slm, llm, ids, EntropyRouter(0.7), max_new_tokens=8))[0], skip_special_tokens=True)
-    assert command(capsys, *pair, "--tau", "0.7", "--seed", "1").startswith(greedy)
+    assert run_command(capsys, *pair, "--tau", "0.7", "--seed", "1").startswith(greedy)
 
 
 # ---- trained routers -----------------------------------------------------------------------------------------------------
@@ -369,17 +370,17 @@ def test_the_command_is_greedy_whatever_the_checkpoint_asks_for(folder, capsys):
 @pytest.mark.parametrize("router", ["r2r", "plus"])
 def test_trained_routers_of_the_pocket_pair_run_from_the_command_line(router, capsys):
     question = "Ann has 596 coins. First Ann ends up with 7 times as many. Finally Ann loses 120. How many coins does Ann have?"
-    rstitch.main(["--router", router, "--device", "cpu", "--max-new-tokens", "40", question])
+    command.main(["--router", router, "--device", "cpu", "--max-new-tokens", "40", question])
     plain, line, _ = capsys.readouterr().out.split("\n")
     assert "router's net" in line and " ms a decision, " in line and line.endswith("% of the time")
-    slm, llm, tokenizer = load_pair(str(rstitch.POCKET / "slm"), str(rstitch.POCKET / "llm"), dtype="float32")
+    slm, llm, tokenizer = load_pair(str(command.POCKET / "slm"), str(command.POCKET / "llm"), dtype="float32")
     kind = {"r2r": rstitch.R2RRouter, "plus": rstitch.PolicyRouter}[router]
     ids, _ = encode(tokenizer, question)
-    result = stitch(slm, llm, ids, kind.load(rstitch.CHECKPOINTS[router], slm, llm), max_new_tokens=40)
+    result = stitch(slm, llm, ids, kind.load(command.CHECKPOINTS[router], slm, llm), max_new_tokens=40)
     assert plain == tokenizer.decode(answers(result)[0], skip_special_tokens=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # another threshold than the calibrated one
-        rstitch.main(["--router", router, "--threshold", "1", "--device", "cpu", "--max-new-tokens", "9", question])
+        command.main(["--router", router, "--threshold", "1", "--device", "cpu", "--max-new-tokens", "9", question])
     assert "(LLM 0.0 %)" in capsys.readouterr().out
 
 
@@ -397,7 +398,7 @@ def test_trained_routers_of_the_pocket_pair_run_from_the_command_line(router, ca
 ])
 def test_the_command_refuses_what_it_would_ignore(folder, capsys, argv, message):
     with pytest.raises(SystemExit):
-        command(capsys, str(folder / "slm"), str(folder / "llm"), *argv)
+        run_command(capsys, str(folder / "slm"), str(folder / "llm"), *argv)
     assert message in capsys.readouterr().err
 
 
@@ -405,9 +406,9 @@ def test_a_router_of_another_pair_is_refused(folder, capsys):
     slm, llm, _ = load_pair(str(folder / "slm"), str(folder / "llm"))
     for kind, name in ((rstitch.R2RRouter, "r2r"), (rstitch.PolicyRouter, "plus")):
         with pytest.raises(ValueError, match="was made for another SLM: expected weights with fingerprint"):
-            kind.load(rstitch.CHECKPOINTS[name], slm, llm)
-        other = rstitch.CHECKPOINTS["plus" if name == "r2r" else "r2r"]
-        pocket = [m for m in load_pair(str(rstitch.POCKET / "slm"), str(rstitch.POCKET / "llm"), dtype="float32")[:2]]
+            kind.load(command.CHECKPOINTS[name], slm, llm)
+        other = command.CHECKPOINTS["plus" if name == "r2r" else "r2r"]
+        pocket = [m for m in load_pair(str(command.POCKET / "slm"), str(command.POCKET / "llm"), dtype="float32")[:2]]
         with pytest.raises(ValueError, match="expected the folder of another kind of router"):
             kind.load(other, *pocket)
 
@@ -444,7 +445,7 @@ def test_graphs_and_caches_take_what_models_take(folder):
 def test_turned_products_are_those_of_a_linear_layer(rows, bias):
     plain = torch.nn.Linear(24, 40, bias=bias)
     turned = copy.deepcopy(plain)
-    turned.__class__ = rstitch.TurnedLinear
+    turned.__class__ = loading.TurnedLinear
     x = torch.randn(rows, 1, 24, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(turned(x), plain(x), atol=1e-6)
     assert turned(x).shape == (rows, 1, 40) and turned(x).is_contiguous()
@@ -453,11 +454,11 @@ def test_turned_products_are_those_of_a_linear_layer(rows, bias):
 def test_only_large_float32_layers_on_avx2_are_turned(monkeypatch):
     """Weights of 64 x 64 = 4,096 here; an embedding's and a norm's are no products."""
     kinds = lambda model: {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)}  # noqa: E731
-    for capability, large, dtype, kind in (("AVX2", 4096, torch.float32, rstitch.TurnedLinear), ("AVX512", 4096, torch.float32, torch.nn.Linear),
+    for capability, large, dtype, kind in (("AVX2", 4096, torch.float32, loading.TurnedLinear), ("AVX512", 4096, torch.float32, torch.nn.Linear),
                                            ("AVX2", 4097, torch.float32, torch.nn.Linear), ("AVX2", 4096, torch.bfloat16, torch.nn.Linear)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        monkeypatch.setattr(rstitch.TurnedLinear, "LARGE", large)
+        monkeypatch.setattr(loading.TurnedLinear, "LARGE", large)
         model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).to(dtype)
         model.device = torch.device("cpu")
-        rstitch.turn_products(model)
+        loading.turn_products(model)
         assert kinds(model) == {kind}

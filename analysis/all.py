@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["-m analysis.pair --report", "-m analysis.train_policy --report", "-m analysis.label --workers 2 --report", "-m analysis.compare",
-            "-m analysis.collect --workers 2", "-m analysis.figures", "rstitch.py --json analysis/results/table.json",
+            "-m analysis.collect --workers 2", "-m analysis.figures", "-m analysis.demo --json analysis/results/table.json",
             "-m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb"]
 
 

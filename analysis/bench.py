@@ -32,6 +32,8 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
+from rstitch_hf.command import usable_device
+from rstitch_hf.loading import left_padded
 from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, bootstrap, load_pocket, now, provenance, read_rows, rotated
 from analysis.problems import problems
 from analysis.stats import signed, with_interval
@@ -137,7 +139,7 @@ def branches_row(pair, lengths: Sequence[int], every: int, more: int, rounds: in
     answer = rstitch.stitch(slm, llm, torch.tensor([prompt]), rstitch.LLMOnly(), max_new_tokens=max(lengths), eos_token_id=[]).sequences[0].tolist()[len(prompt):]
     out = {"what": "branches", "lengths": list(lengths), "every": every, "more": more, "read": {"shared": [], "alone": []}, "ms": {"shared": [], "alone": []}}
     for length in lengths:
-        ids, mask = rstitch.left_padded([prompt + answer[:t] for t in range(length, 0, -every)])
+        ids, mask = left_padded([prompt + answer[:t] for t in range(length, 0, -every)])
         options = dict(attention_mask=mask, max_new_tokens=more, eos_token_id=[], slots=16)
         read: dict[str, int] = {}
 
@@ -677,7 +679,7 @@ def main() -> None:
     add("--context", type=int, nargs="+", default=[1024], help="--attention, --shapes: tokens in the cache (default: 1024)")
     add("--share", type=float, default=0.25, help="--shapes: of the tokens, how many the LLM writes (default: %(default)s)")
     add("--visit", type=float, default=2.0, help="--shapes: mean length of the LLM's visits, in tokens (default: %(default)s)")
-    add("--device", type=rstitch.usable_device, default="cpu", help="--attention, --shapes: torch device (default: %(default)s)")
+    add("--device", type=usable_device, default="cpu", help="--attention, --shapes: torch device (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="--attention, --shapes (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     args = parser.parse_args()

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import rstitch
+from rstitch_hf.loading import left_padded
 from analysis.common import RESULTS, add_options, fingerprint, given, option, parallel_map, provenance, read_rows, write_rows
 from analysis.label import branches_together, decoder, run_stage
 from analysis.problems import Stated, problems, question, verify, verify_number
@@ -68,7 +69,7 @@ def write_on(settings: Settings, router, prompts: list[list[int]], temperature: 
     if not prompts:
         return out
     order = branches_together(range(len(prompts)), prompts, list(map(len, heads)))
-    ids, mask = rstitch.left_padded([prompts[k] + heads[k] for k in order])
+    ids, mask = left_padded([prompts[k] + heads[k] for k in order])
     room = [settings.max_new_tokens - len(heads[k]) for k in order]
     stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=room, temperature=temperature, slots=settings.rows,
                               seed=0 if seeds is None else [seeds[k] for k in order])

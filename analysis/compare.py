@@ -33,6 +33,7 @@ from scipy.special import expit
 from transformers import GenerationConfig
 
 import rstitch
+from rstitch_hf.serving import cache_keyword
 from analysis import label
 from analysis.common import add_options, fill, fingerprint, given, now, provenance, read_rows
 from analysis.problems import question, verify
@@ -206,7 +207,7 @@ def assisted(pair, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], l
 
     def note(m: int):
         def before(model, args, kwargs):
-            cache = kwargs.get(rstitch.cache_keyword(model))
+            cache = kwargs.get(cache_keyword(model))
             calls.append(rstitch.Call(m, len(calls), kwargs["input_ids"].shape[1], cache.get_seq_length() if cache is not None else 0, -1, math.nan, True))
         return before
 

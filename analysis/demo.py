@@ -1,15 +1,17 @@
 """The pocket pair in two minutes: a few problems streamed, then every method in one table.
 
-    python rstitch.py                              (no question: this)
-    python rstitch.py --json table.json            (and the rows for scripts)
+    python -m analysis.demo
+    python -m analysis.demo --json table.json      (and the rows for scripts)
 
 Accuracy, tokens, LLM share and switches are over `n` test problems, answered greedily in batches. Latency is wall-clock per
 problem at batch 1 over the first `n_latency` of them, one thread per process: each problem is answered by all methods in turn,
 beginning with another one each time, so that whatever else the machine does hits them alike. The speed-up over the LLM alone is
 the product of two: how much shorter the answers are, and how much cheaper a token of them is.
 """
+import argparse
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +26,7 @@ from analysis.problems import problems, question, verify
 from analysis.stats import with_interval
 from analysis.task import Task, cut_off, describe, solve
 from analysis.train_r2r import ROUTER
+from rstitch_hf.command import run_question, usable_device
 
 TAUS = (0.005, 0.02, 0.1)
 
@@ -127,22 +130,36 @@ def stream(n: int = 3, seed: int = 0, device: str = "cpu") -> None:
     for problem in problems("test", n, seed):
         print(f"\n{question(problem)}")
         ids, _ = rstitch.encode(tokenizer, question(problem))
-        result = rstitch.run_question(slm, llm, tokenizer, ids, STITCHED[0].router, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+        result = run_question(slm, llm, tokenizer, ids, STITCHED[0].router, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
         text = tokenizer.decode(result.sequences[0, ids.shape[1]:], skip_special_tokens=True)
         print("right" if verify(problem, text) else f"wrong: it is {problem.answer}")
 
 
-def main(seed: int = 0, device: str = "cpu", json_file: str | None = None) -> None:
-    if json_file:
-        Path(json_file).touch()  # a path that cannot be written is told now, not after two minutes
-    workers = 2 if device == "cpu" else 1
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the problems and of random switching (default: %(default)s)")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="torch device of all models (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table's rows there")
+    args = parser.parse_args(argv)
+    try:
+        if args.json:
+            args.json.touch()  # a path that cannot be written is told now, not after two minutes
+    except OSError as error:
+        parser.error(str(error))
+    workers = 2 if args.device == "cpu" else 1
     start = time.perf_counter()
-    with make_pool(workers, __name__) as pool:
+    with make_pool(workers, "analysis.demo") as pool:
         for _ in range(workers):
-            pool.submit(pair, "llm", device)  # they load while the problems are streamed
-        stream(seed=seed, device=device)
-        rows = table(pool, seed=seed, device=device)
+            pool.submit(pair, "llm", args.device)  # they load while the problems are streamed
+        stream(seed=args.seed, device=args.device)
+        rows = table(pool, seed=args.seed, device=args.device)
     print("\n" + show(rows))
     print(f"{time.perf_counter() - start:.0f} s in all")
-    if json_file:
-        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    from analysis import demo  # by its name, so that workers find what they are given
+    demo.main()

@@ -30,6 +30,8 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import rstitch
+from rstitch_hf.loading import left_padded, load_model, load_tokenizer
+from rstitch_hf.serving import cache_keyword
 from analysis.common import (RESULTS, add_options, append_row, bootstrap, fingerprint, given, option, parallel_map,
                              provenance, ratio_of_means, read_rows, write_rows)
 from analysis.problems import final_answer, problems, question, same
@@ -156,8 +158,8 @@ Do A and B mean the same? They do if they state the same facts and results and t
 Answer with one word, same or different."""
 
     def __init__(self, name: str, device: str, dtype: str, tokens: int = 16):
-        self.tokenizer = rstitch.load_tokenizer("--judge", name)
-        self.model = rstitch.load_model("--judge", name, device, dtype)
+        self.tokenizer = load_tokenizer("--judge", name)
+        self.model = load_model("--judge", name, device, dtype)
         self.tokens = tokens
 
     @staticmethod
@@ -203,7 +205,7 @@ def answers(settings: Settings, rows: list[dict]) -> list[dict]:
 def teacher_forced(model, prompt: list[int], answer: list[int], chunk: int = 512) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What the model predicts at every position of an answer that it reads: (hidden states (n, D), logits (n, V)), in order, in pieces."""
     ids = torch.tensor([prompt + answer[:-1]], device=model.device)
-    cache, caught = {rstitch.cache_keyword(model): DynamicCache(config=model.config)}, {}
+    cache, caught = {cache_keyword(model): DynamicCache(config=model.config)}, {}
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: caught.update(hidden=args[0][0]))
     try:
         for start in range(0, ids.shape[1], chunk):
@@ -249,7 +251,7 @@ def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> l
     if not open_ones:
         return out
     open_ones = branches_together(open_ones, [prompt for prompt, *_ in todo], [len(answer) for _, answer, _ in todo])
-    ids, mask = rstitch.left_padded([todo[k][0] + todo[k][1] for k in open_ones])
+    ids, mask = left_padded([todo[k][0] + todo[k][1] for k in open_ones])
     before = [len(decode(todo[k][1][todo[k][2]:-1])) for k in open_ones]
 
     def complete(b: int, more: list[int]) -> bool:
@@ -340,7 +342,7 @@ def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:
     path = folder / "config.json"
     pair = settings.load()
     if settings.judge not in JUDGES:
-        rstitch.load_tokenizer("--judge", settings.judge)  # one that cannot be had is told now, not after hours
+        load_tokenizer("--judge", settings.judge)  # one that cannot be had is told now, not after hours
     now = {"settings": {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

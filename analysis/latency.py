@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import rstitch
+from rstitch_hf.command import usable_device
 from analysis.common import MAX_NEW_TOKENS, RESULTS, add_options, append_row, fingerprint, given, now, provenance, rotated
 from analysis.task import REFERENCE, Prompting, Task, encode_problems, reference_ms
 
@@ -232,7 +233,7 @@ def main() -> None:
     add_options(parser, Prompting)
     add("--special-tokens-may-differ", action="store_true", help="take a pair whose tokenizers differ in special tokens only")
     add("--problems", default="", help="JSONL file of problems for the trajectories, its dev split (default: the pocket domain)")
-    add("--device", type=rstitch.usable_device, default="cpu", help="torch device (default: %(default)s)")
+    add("--device", type=usable_device, default="cpu", help="torch device (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of both models (default: %(default)s)")
     add("--max-len", type=int, default=384, help="longest row, prompt and answer, in tokens (default: %(default)s)")
     add("--rounds", type=int, default=10, help="rounds of grid and trajectories (default: %(default)s)")

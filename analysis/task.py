@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import rstitch
+from rstitch_hf.loading import load_model
 from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, now, option, provenance, ratio_of_means, rotated, wilson
 from analysis.problems import Stated, problems, question, verify
 from analysis.stats import PARTS, read_problems
@@ -162,7 +163,7 @@ class Task(Pair):
 @lru_cache(maxsize=None)
 def control_of(task: Task):
     """The model that is shown beside the LLM, once per process."""
-    return rstitch.load_model("--control", str(task.path("control")), task.device, task.dtype)
+    return load_model("--control", str(task.path("control")), task.device, task.dtype)
 
 
 def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:

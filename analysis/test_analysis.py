@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import rstitch
+from rstitch_hf import command
 from analysis import bench, collect, compare, demo, figures, frontier, label, latency, pair, report, stats, train_policy, train_r2r
 from analysis.common import (COMMIT, MODELS, RESULTS, append_row, auroc, bootstrap, commit, load_pocket, make_pool, ratio_of_means, read_rows,
                              wilson)
@@ -356,7 +357,7 @@ def test_workers_know_the_commit():
 def test_the_command_leaves_the_threads_as_they_were(capsys):
     torch.set_num_threads(2)
     try:
-        rstitch.main(["--max-new-tokens", "2", "Ann has 5 coins."])
+        command.main(["--max-new-tokens", "2", "Ann has 5 coins."])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import rstitch
 from analysis import collect, compare, figures, label, latency, paper, task, train_policy, train_r2r
 from analysis.common import MODELS, load_pocket, read_rows
 from analysis.problems import problems, question, verify
-from test_rstitch import tiny, words
+from conftest import tiny, words
 
 torch.set_num_threads(1)
 ROOT = MODELS.parent.parent

@@ -21,7 +21,8 @@ from analysis.label import Case, LMJudge, SameAnswer, SameStatement, Settings, c
 from analysis.problems import problems, question
 from safetensors.torch import load_file
 from analysis.task import Task, solve
-from test_rstitch import DEVICES, tiny, words
+from conftest import tiny, words
+from test_rstitch import DEVICES
 
 torch.set_num_threads(1)
 EOS = 0
