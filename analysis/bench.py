@@ -469,6 +469,7 @@ def bench_schedule(tokens: int = 400, draws: int = 4) -> None:
 
 
 SHAPES = {  # Qwen2.5: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False), "14B": (5120, 13_824, 48, 40, 8, 152_064, False),
     "32B": (5120, 27_648, 64, 40, 8, 152_064, False), "mini-S": (128, 512, 4, 4, 2, 1024, True), "mini-L": (256, 1024, 12, 8, 2, 1024, False)}
 
