@@ -1661,7 +1661,7 @@ def __getattr__(name: str):
 # ---- 9. Loading and command line -----------------------------------------------------------------------------------------
 
 
-POCKET = Path(__file__).parent / "analysis" / "models"
+POCKET = Path(__file__).parent / "analysis" / "pocket" / "models"
 COLOURS = {SLM: "\033[36m", LLM: "\033[33m", "discarded": "\033[2;9m", "plain": "\033[0m"}
 
 

@@ -2,7 +2,7 @@
 
 Runs the commands below in turn and executes the notebooks. Each command skips what its files in analysis/results already hold, so
 this takes minutes; delete a file to have it computed anew (an hour for all). Trained weights are made by their own commands, see
-analysis/models/README.md, R2R's router with its curves among them, and timings (latency.json, bench.jsonl, overhead.jsonl) are not made again: they are of one quiet machine.
+analysis/pocket/models/README.md, R2R's router with its curves among them, and timings (latency.json, bench.jsonl, overhead.jsonl) are not made again: they are of one quiet machine.
 """
 import argparse
 import subprocess
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["-m analysis.pair --report", "-m analysis.train_policy --report", "-m analysis.label --workers 2 --report", "-m analysis.compare",
-            "-m analysis.collect --workers 2", "-m analysis.figures", "rstitch.py --json analysis/results/table.json",
+COMMANDS = ["-m analysis.presentation.report", "-m analysis.frontier", "-m analysis.label --workers 2 --report", "-m analysis.compare",
+            "-m analysis.collect --workers 2", "-m analysis.presentation.figures", "-m analysis.demo --json analysis/results/table.json",
             "-m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb"]
 
 

@@ -15,10 +15,15 @@ from pathlib import Path
 import torch
 
 import rstitch
-from analysis.common import add_options, append_row, fingerprint, given, processor, progress, provenance, read_rows, wilson
-from analysis.problems import question, verify
-from analysis.stats import PARTS
-from analysis.task import SEED, Task, encode_problems, ends_of
+from analysis.instruments.options import add_options, given
+from analysis.instruments.progress import progress
+from analysis.instruments.provenance import processor, provenance
+from analysis.instruments.rows import append_row, read_rows
+from analysis.instruments.stats import wilson
+from rstitch import fingerprint
+from analysis.instruments.problems import question, verify
+from analysis.instruments.problems import PARTS
+from analysis.instruments.task import SEED, Task, encode_problems, ends_of
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
 

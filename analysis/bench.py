@@ -32,10 +32,14 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, bootstrap, load_pocket, now, provenance, read_rows, rotated
-from analysis.problems import problems
-from analysis.stats import signed, with_interval
-from analysis.task import encode_problems, same_width
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS, append_row, read_rows
+from analysis.instruments.stats import bootstrap
+from analysis.instruments.timing import now, rotated
+from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
+from analysis.pocket.domain import problems
+from analysis.instruments.stats import signed, with_interval
+from analysis.instruments.task import encode_problems, same_width
 
 FILE = RESULTS / "bench.jsonl"
 

@@ -17,11 +17,16 @@ from pathlib import Path
 import numpy as np
 
 import rstitch
-from analysis.common import RESULTS, add_options, fingerprint, given, option, parallel_map, provenance, read_rows, write_rows
-from analysis.label import branches_together, decoder, run_stage
-from analysis.problems import Stated, problems, question, verify, verify_number
-from analysis.stats import read_problems
-from analysis.task import Pair, common_vocab
+from analysis.instruments.options import add_options, given, option
+from analysis.instruments.pool import parallel_map
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS, read_rows, write_rows
+from rstitch import fingerprint
+from analysis.instruments.runs import run_stage
+from analysis.instruments.problems import Stated, question, verify
+from analysis.pocket.domain import problems, verify_number
+from analysis.instruments.problems import read_problems
+from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
 
 
 N = 800

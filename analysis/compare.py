@@ -34,11 +34,16 @@ from transformers import GenerationConfig
 
 import rstitch
 from analysis import label
-from analysis.common import add_options, fill, fingerprint, given, now, provenance, read_rows
-from analysis.problems import question, verify
-from analysis.stats import at_share, difference, net_time, signed
-from analysis.task import (N_CALIBRATION, SEED, Pair, Task, common_vocab, control_of, cut_off, digest_of,
-                           encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock)
+from analysis.instruments.options import add_options, given
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import read_rows
+from analysis.instruments.runs import fill
+from analysis.instruments.timing import now
+from rstitch import fingerprint
+from analysis.instruments.problems import question, verify
+from analysis.instruments.stats import at_share, difference, net_time, signed
+from analysis.instruments.task import N_CALIBRATION, Pair, SEED, Task, common_vocab, control_of, cut_off
+from analysis.instruments.task import digest_of, encode_problems, ends_of, measure, same_width, solve, summarise, wall_clock
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
 WANTED = {"share": (0.05, 0.1, 0.2), "latency": (1.5, 2.0, 4.0)}  # of the tokens; times what the SLM alone takes

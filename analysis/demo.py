@@ -1,13 +1,14 @@
 """The pocket pair in two minutes: a few problems streamed, then every method in one table.
 
-    python rstitch.py                              (no question: this)
-    python rstitch.py --json table.json            (and the rows for scripts)
+    python -m analysis.demo                        (prints the table)
+    python -m analysis.demo --json table.json      (and writes its rows for scripts)
 
 Accuracy, tokens, LLM share and switches are over `n` test problems, answered greedily in batches. Latency is wall-clock per
 problem at batch 1 over the first `n_latency` of them, one thread per process: each problem is answered by all methods in turn,
 beginning with another one each time, so that whatever else the machine does hits them alike. The speed-up over the LLM alone is
 the product of two: how much shorter the answers are, and how much cheaper a token of them is.
 """
+import argparse
 import json
 import time
 from concurrent.futures import Executor, Future
@@ -19,10 +20,14 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, load_pocket, make_pool, provenance, rotated
-from analysis.problems import problems, question, verify
-from analysis.stats import with_interval
-from analysis.task import Task, cut_off, describe, solve
+from analysis.instruments.pool import make_pool
+from analysis.instruments.provenance import provenance
+from analysis.instruments.timing import rotated
+from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
+from analysis.instruments.problems import question, verify
+from analysis.pocket.domain import problems
+from analysis.instruments.stats import with_interval
+from analysis.instruments.task import Task, cut_off, describe, solve
 from analysis.train_r2r import ROUTER
 
 TAUS = (0.005, 0.02, 0.1)
@@ -146,3 +151,17 @@ def main(seed: int = 0, device: str = "cpu", json_file: str | None = None) -> No
     print(f"{time.perf_counter() - start:.0f} s in all")
     if json_file:
         Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def options() -> argparse.Namespace:
+    """The command line, as `main` takes it."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the problems and of random calls (default: %(default)s)")
+    parser.add_argument("--device", type=rstitch.usable_device, default="cpu", help="torch device (default: %(default)s)")
+    parser.add_argument("--json", dest="json_file", metavar="FILE", help="write the rows of the table there, too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(**vars(options()))

@@ -1,6 +1,6 @@
 """Learned routers against fixed thresholds: accuracy and fitted latency on the same test problems.
 
-    python -m analysis.train_policy --report       (appends to analysis/results/frontier.jsonl, skips what is there, prints all)
+    python -m analysis.frontier                    (appends to analysis/results/frontier.jsonl, skips what is there, prints all)
 
 The frontier is what fixed rules reach: one threshold, a threshold on a windowed entropy, two thresholds, either model alone,
 interpolated between neighbours. The gap of a method is 1 - its latency / the frontier's latency at its accuracy; positive is
@@ -10,16 +10,21 @@ at random, so that every chord between two points can be had, and the frontier i
 A policy calls the LLM where its logit is above 0. Every policy is also run with the logit that earns the highest mean reward, at
 the price it was trained with, on calibration problems, as R2R's threshold is set.
 """
+import argparse
 import json
 
 import numpy as np
 from scipy.special import expit
 
 import rstitch
-from analysis.common import bootstrap, fill, read_rows
-from analysis.report import TAUS
-from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, ratio_of_means, signed, with_interval
-from analysis.task import BASE, N_CALIBRATION, SEED, Task, cut_off, digest_of, measure, solve, wall_clock
+from analysis.instruments.options import add_options, given
+from analysis.instruments.rows import read_rows
+from analysis.instruments.runs import fill
+from analysis.instruments.stats import bootstrap
+from analysis.instruments.stats import frontier_gap, gap_with_interval, outcomes_of
+from analysis.instruments.stats import ratio_of_means, signed, with_interval
+from analysis.instruments.task import BASE, N_CALIBRATION, SEED, TAUS, Task
+from analysis.instruments.task import cut_off, digest_of, measure, solve, wall_clock
 from analysis.train_policy import RUNS, rewards
 
 FIXED = {
@@ -30,6 +35,7 @@ FIXED = {
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
 ABOVE = tuple(np.linspace(-6, 6, 13).tolist())  # logits that are tried on calibration problems
+KAPPAS = ("0.1", "0.35", "0.8")
 ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"), ("hidden-only", "no-entropy"),
@@ -138,7 +144,7 @@ def recipes(rows: list[dict]) -> str:
     fixed = outcomes_of([r for r in rows if r["kind"] == "fixed"])
     wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
     lines = ["| | right, % | LLM, % | tokens | fitted ms | wall-clock / LLM alone, seed 0 | more right than random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
-    for kappa in ("0.1", "0.35", "0.8"):
+    for kappa in KAPPAS:
         for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("calibrated", "with its threshold set on calibration"), ("random", "random at the shares as trained")):
             seeds = [r for (k, name), r in sorted(by.items()) if k == kind and name.startswith(f"kappa{kappa}-seed")]
             outcomes = outcomes_of(seeds)
@@ -167,9 +173,26 @@ def ablations(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(task: Task, n: int, n_wall: int, workers: int) -> None:
-    rows = run(task, n, n_wall, workers)
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, Task)
+    add = parser.add_argument
+    add("--n", type=int, default=1000, help="test problems (default: %(default)s)")
+    add("--wall-clock", type=int, default=200, help="of them, how many are timed one by one; 0 for none (default: %(default)s)")
+    add("--workers", type=int, default=2, help="processes; 1 on a GPU (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        task = Task(**given(args, Task))
+        for name, least in (("n", 1), ("wall_clock", 0), ("workers", 1)):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        rows = run(task, args.n, args.wall_clock, args.workers)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(show(rows))
-    if {f"kappa{kappa}-seed0" for kappa in ("0.1", "0.35", "0.8")} <= {r["name"] for r in rows}:
+    if {f"kappa{kappa}-seed0" for kappa in KAPPAS} <= {r["name"] for r in rows}:
         print("\nR-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as they are):", recipes(rows),
               "Ablations, one seed each (intervals over problems; they say nothing about other seeds):", ablations(rows), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

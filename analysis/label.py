@@ -20,23 +20,32 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache
 
 import rstitch
-from analysis.common import (RESULTS, add_options, append_row, bootstrap, fingerprint, given, option, parallel_map,
-                             provenance, ratio_of_means, read_rows, write_rows)
-from analysis.problems import final_answer, problems, question, same
-from analysis.stats import PAPER_LABELS, kind_of, read_problems
-from analysis.task import Pair, common_vocab, split_of
+from analysis.instruments.options import add_options, given, option
+from analysis.instruments.pool import parallel_map
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS, read_rows, write_rows
+from analysis.instruments.runs import run_stage
+from analysis.instruments.stats import bootstrap, ratio_of_means
+from rstitch import fingerprint
+from analysis.instruments.checkpoints import CHECKPOINTS
+from analysis.instruments.grading import final_answer, same
+from analysis.instruments.problems import question
+from analysis.pocket.domain import problems
+from analysis.instruments.problems import read_problems
+from analysis.instruments.stats import PAPER_LABELS, kind_of
+from analysis.instruments.problems import split_of
+from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
 
-FOLDER = Path(__file__).parent / "checkpoints" / "labels"
+FOLDER = CHECKPOINTS / "labels"
 SIZES = {"router-train": 1.0, "dev": 0.15, "calibration": 0.15, "test": 0.25}  # problems of the pocket domain, as shares of --n
 BOUNDARY = re.compile(r"[.!?][\"')\]]*\s|\n")  # a decimal point has no space behind it
 
@@ -186,10 +195,6 @@ def build_judge(name: str, device: str, dtype: str):
 # ---- stages --------------------------------------------------------------------------------------------------------------
 
 
-def decoder(tokenizer) -> Callable[[list[int]], str]:
-    return partial(tokenizer.decode, skip_special_tokens=True)
-
-
 def answers(settings: Settings, rows: list[dict]) -> list[dict]:
     """What the LLM says to each question."""
     slm, llm, tokenizer, _ = settings.load()
@@ -229,13 +234,6 @@ def readings(settings: Settings, rows: list[dict]) -> list[dict]:
 def goes_on_to_the_end(settings: Settings) -> bool:
     """Does the judge want whole answers rather than sentences?"""
     return settings.judge == "answer"
-
-
-def branches_together(chosen: Sequence[int], prompts: Sequence[list[int]], lengths: Sequence[int]) -> list[int]:
-    """The chosen ones in the order in which least is read: those that go on from one prompt follow each other, the one that has most of the
-    answer first. It reads the answer, the others copy it."""
-    first = {tuple(prompt): k for k, prompt in reversed(list(enumerate(prompts)))}
-    return sorted(chosen, key=lambda k: (first[tuple(prompts[k])], -lengths[k], k))
 
 
 def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> list[list[int] | None]:
@@ -317,22 +315,6 @@ def labels(settings: Settings, rows: list[dict]) -> list[dict]:
 
 
 STAGES = {"answers": answers, "readings": readings, "branches": branches, "labels": labels}
-
-
-def run_stage(path: Path, stage, settings: Settings, rows: list[dict], run) -> list[dict]:
-    """The rows with what the stage adds. A block that a kill cut short is worked on again, whole: rounding depends on who shares a batch."""
-    done = read_rows(path)
-    if len(done) < len(rows):
-        done = done[:len(done) // settings.block * settings.block]
-        if path.exists():
-            write_rows(path, done)
-        blocks = [rows[at:at + settings.block] for at in range(len(done), len(rows), settings.block)]
-        with tqdm(total=len(rows), initial=len(done), desc=path.stem, unit="problem", disable=None) as bar:
-            for block in run(partial(stage, settings), blocks):
-                append_row(path, *block)
-                done += block
-                bar.update(len(block))
-    return [row | more for row, more in zip(rows, done)]
 
 
 def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:

@@ -22,8 +22,14 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, add_options, append_row, fingerprint, given, now, provenance, rotated
-from analysis.task import REFERENCE, Prompting, Task, encode_problems, reference_ms
+from analysis.instruments.options import add_options, given
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS, append_row
+from analysis.instruments.timing import now, rotated
+from analysis.pocket.weights import MAX_NEW_TOKENS
+from rstitch import fingerprint
+from analysis.instruments.task import Prompting, Task, encode_problems
+from analysis.instruments.timing import REFERENCE, reference_ms
 
 METHODS = {
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "random, p 0.1": rstitch.RandomRouter(0.1),

@@ -16,9 +16,13 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import RESULTS, add_options, append_row, fingerprint, given, processor, provenance, read_rows, wilson
-from analysis.stats import with_interval
-from analysis.task import SEED, Task, encode_problems
+from analysis.instruments.options import add_options, given
+from analysis.instruments.provenance import processor, provenance
+from analysis.instruments.rows import RESULTS, append_row, read_rows
+from analysis.instruments.stats import wilson
+from rstitch import fingerprint
+from analysis.instruments.stats import with_interval
+from analysis.instruments.task import SEED, Task, encode_problems
 
 FILE = RESULTS / "rounding.jsonl"
 METHODS = {"SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(), "R-Stitch, tau 0.02": rstitch.EntropyRouter(0.02)}

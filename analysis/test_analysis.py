@@ -16,12 +16,19 @@ import torch
 from hypothesis import given, strategies as st
 
 import rstitch
-from analysis import bench, collect, compare, demo, figures, frontier, label, latency, pair, report, stats, train_policy, train_r2r
-from analysis.common import (COMMIT, MODELS, RESULTS, append_row, auroc, bootstrap, commit, load_pocket, make_pool, ratio_of_means, read_rows,
-                             wilson)
-from analysis.problems import (CORPORA, LIMIT, SPLITS, Problem, Stated, carries, columns, draw, problems, question, sentence, solution,
-                               stream, verify)
-from analysis.task import Task, digest_of, encode_problems, load_latency, solve, where_time_goes
+from analysis import bench, collect, compare, demo, frontier, label, latency, train_policy, train_r2r
+from analysis.instruments import stats
+from analysis.pocket import pair
+from analysis.presentation import figures, report
+from analysis.instruments.pool import make_pool
+from analysis.instruments.provenance import COMMIT, commit
+from analysis.instruments.rows import RESULTS, append_row, read_rows
+from analysis.instruments.stats import auroc, bootstrap, ratio_of_means, wilson
+from analysis.pocket.weights import MODELS, load_pocket
+from analysis.instruments.problems import Stated, verify
+from analysis.pocket.domain import CORPORA, LIMIT, Problem, SPLITS, carries, question
+from analysis.pocket.domain import columns, draw, problems, sentence, solution, stream
+from analysis.instruments.task import Task, digest_of, encode_problems, load_latency, solve, where_time_goes
 from test_rstitch import DEVICES
 
 torch.set_num_threads(1)
@@ -330,9 +337,9 @@ def test_records_mention_prompts_only_where_they_are_not_as_by_default(pocket):
     assert frontier.made_with(plain, "fixed", "SLM alone") in committed  # the rows are not stale
 
 
-@pytest.mark.parametrize("module", [collect, compare, figures, label, latency, pair, train_policy, train_r2r, bench])
+@pytest.mark.parametrize("module", [collect, compare, figures, label, latency, pair, train_policy, train_r2r, bench, frontier])
 def test_options_cannot_be_abbreviated(module, monkeypatch, capsys):
-    argv = ["--report", "--thread", "1"] if module is pair else ["--devic", "cpu"]
+    argv = ["--train", "slm", "--thread", "1"] if module is pair else ["--devic", "cpu"]
     monkeypatch.setattr("sys.argv", ["module", *argv])
     with pytest.raises(SystemExit):
         module.main()

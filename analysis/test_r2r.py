@@ -16,11 +16,13 @@ from hypothesis import given, strategies as st
 
 import rstitch
 from analysis import compare, label, train_r2r
-from analysis.common import MODELS, RESULTS, load_pocket, read_rows
+from analysis.instruments.rows import RESULTS, read_rows
+from analysis.pocket.weights import MODELS, load_pocket
 from analysis.label import Case, LMJudge, SameAnswer, SameStatement, Settings, closed, opening, sentence_end, sentences
-from analysis.problems import problems, question
+from analysis.instruments.problems import question
+from analysis.pocket.domain import problems
 from safetensors.torch import load_file
-from analysis.task import Task, solve
+from analysis.instruments.task import Task, branches_together, solve
 from test_rstitch import DEVICES, tiny, words
 
 torch.set_num_threads(1)
@@ -190,7 +192,7 @@ def test_labelling_killed_anywhere_ends_with_the_same_bytes(tmp_path, labelled, 
 def test_labelling_survives_kill_9(tmp_path, labelled):
     code = ("import sys; from pathlib import Path; from analysis import label; from analysis.test_r2r import FAST, TODO; "
             "label.make_labels(FAST, TODO, Path(sys.argv[1]))")
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=MODELS.parent.parent, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=RESULTS.parent.parent, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (tmp_path / "answers.jsonl").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
@@ -424,8 +426,8 @@ def test_branches_read_prompt_and_answer_once(pocket, monkeypatch):
 
 def test_branches_together_by_hand():
     prompts, lengths = [[5], [6], [5], [6], [5]], [3, 9, 7, 9, 1]
-    assert label.branches_together([0, 1, 2, 3, 4], prompts, lengths) == [2, 0, 4, 1, 3]
-    assert label.branches_together([4, 1, 3], prompts, lengths) == [4, 1, 3]
+    assert branches_together([0, 1, 2, 3, 4], prompts, lengths) == [2, 0, 4, 1, 3]
+    assert branches_together([4, 1, 3], prompts, lengths) == [4, 1, 3]
 
 
 @pytest.mark.parametrize("change, message", [

@@ -2,7 +2,7 @@
 
     python -m analysis.train_policy kappa0.35-seed0        (a run of RUNS; several names run one after the other)
     python -m analysis.train_policy --name mine --kappa 0.2 --seed 7
-    python -m analysis.train_policy --report               (every policy against fixed thresholds, on the test split)
+    python -m analysis.frontier                            (then: every policy against fixed rules, on the test split)
 
 An iteration answers `prompts` problems of the router-train split `rollouts` times each in one batch, actions sampled, tokens
 greedy; rewards each answer with `rstitch.reward` of its fitted latency; and takes several steps on the DAPO loss of all
@@ -22,11 +22,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import (add_options, append_row, fingerprint, given, load_checkpoint, option, provenance, read_rows, rewind, save_checkpoint,
-                             write_rows)
-from analysis.task import Task, solve
+from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, save_checkpoint
+from analysis.instruments.options import add_options, given, option
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import append_row, read_rows, rewind, write_rows
+from rstitch import fingerprint
+from analysis.instruments.task import Task, solve
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints" / "policies"
+FOLDER = CHECKPOINTS / "policies"
 
 
 @dataclass(frozen=True)
@@ -247,23 +250,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", help=f"names of RUNS: {', '.join(RUNS)}")
     parser.add_argument("--name", help="of a run with the options below")
-    parser.add_argument("--report", action="store_true", help="compare every exported policy with fixed thresholds on the test split")
-    parser.add_argument("--workers", type=int, default=2, help="report: processes; 1 on a GPU (default: %(default)s)")
-    parser.add_argument("--n", type=int, default=1000, help="report: test problems (default: %(default)s)")
-    parser.add_argument("--wall-clock", type=int, default=200, help="report: of them, how many are timed one by one; 0 for none (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of training (default: %(default)s)")
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of unfinished runs (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    parser.add_argument("--checkpoints", type=Path, default=FOLDER, help="folder of unfinished runs (default: %(default)s)")
     add_options(parser, Task)
     add_options(parser, Config)
     args = parser.parse_args()
     changes = given(args, Config)
     try:
         task = Task(**given(args, Task))
-        for name, value, least in (("workers", args.workers, 1), ("n", args.n, 1), ("wall-clock", args.wall_clock, 0), ("threads", args.threads, 1)):
-            rstitch.check_count(f"--{name}", value, least)
-        if args.report:
-            from analysis import frontier
-            return frontier.main(task, args.n, args.wall_clock, args.workers)
+        rstitch.check_count("--threads", args.threads)
         unknown = [name for name in args.run if name not in RUNS]
         if unknown or bool(args.run) == bool(args.name) or args.run and changes:
             raise ValueError(f"run {unknown[0]!r} is not in RUNS" if unknown else "expected names of RUNS, or --name with options, not both")

@@ -22,11 +22,16 @@ from tqdm import tqdm
 
 import rstitch
 from analysis import label
-from analysis.common import (MODELS, add_options, append_row, auroc, bootstrap, fingerprint, given, load_checkpoint, option, provenance,
-                             ratio_of_means, read_rows, rewind, save_checkpoint, write_rows)
-from analysis.task import common_vocab
+from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, save_checkpoint
+from analysis.instruments.options import add_options, given, option
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import append_row, read_rows, rewind, write_rows
+from analysis.instruments.stats import auroc, bootstrap, ratio_of_means
+from analysis.pocket.weights import MODELS
+from rstitch import fingerprint
+from analysis.instruments.task import common_vocab
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints" / "r2r"
+FOLDER = CHECKPOINTS / "r2r"
 ROUTER = MODELS / "r2r"
 USAGES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
 
@@ -300,7 +305,7 @@ def main() -> None:
     add("--n", type=int, help="labels: router-train problems of the pocket domain, and of the other splits a share (default: 2000)")
     add("--labels", type=Path, default=label.FOLDER, help="labels: their folder; what is missing there is made (default: %(default)s)")
     add("--workers", type=int, default=1, help="labels: processes, on a CPU (default: %(default)s)")
-    add("--run", type=Path, default=CHECKPOINTS, help="folder of checkpoints (default: %(default)s)")
+    add("--run", type=Path, default=FOLDER, help="folder of checkpoints (default: %(default)s)")
     add("--out", type=Path, default=ROUTER, help="folder of the finished router (default: %(default)s)")
     args = parser.parse_args()
     try:

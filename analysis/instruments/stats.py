@@ -1,47 +1,11 @@
-"""Intervals, frontiers and rows, without torch: what figures need."""
-import json
+"""Intervals and frontiers, without torch: what figures need."""
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 
-PARTS = ("router-train", "dev", "calibration", "test")  # splits of a user's problems
 PAPER_LABELS = {"identical": 0.89, "neutral": 0.06, "divergent": 0.05}  # R2R, section 3
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file; a last line torn by a kill is dropped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def read_problems(path: Path, *needed: str) -> list[dict]:
-    """The rows of a user's JSONL file; ValueError naming the line that lacks a field or is no JSON."""
-    if not Path(path).is_file():
-        raise ValueError(f"--problems {path}: there is no such file; expected JSONL, rows such as {{\"question\": ..., \"answer\": ...}}")
-    rows = []
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--problems {path}: line {i} is no JSON ({error})") from None
-            lacking = [name for name in needed if not isinstance(row, dict) or name not in row]
-            if lacking or not isinstance(row["question"], str) or not row["question"].strip():
-                raise ValueError(f"--problems {path}: line {i} has no {lacking[0] if lacking else 'text as its question'}; expected rows such as {{\"question\": ..., \"answer\": ...}}")
-            if row.get("split", "test") not in PARTS:
-                raise ValueError(f"--problems {path}: line {i} has split {row['split']!r}: expected {', '.join(PARTS)}, or no such field")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"--problems {path}: expected a problem a line, found none")
-    return rows
 
 
 def kind_of(text: str) -> str:

@@ -17,14 +17,19 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, now, option, provenance, ratio_of_means, rotated, wilson
-from analysis.problems import Stated, problems, question, verify
-from analysis.stats import PARTS, read_problems
+from analysis.instruments.options import option
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS
+from analysis.instruments.stats import bootstrap, ratio_of_means, wilson
+from analysis.instruments.timing import REFERENCE, now, reference_ms, rotated
+from analysis.pocket.weights import MAX_NEW_TOKENS, MODELS
+from rstitch import fingerprint
+from analysis.instruments.problems import Stated, question, read_problems, split_of, verify
+from analysis.pocket.domain import problems
 
-REFERENCE = (1, 64)  # tokens read and in the cache
 SEED = 0  # of the pocket domain's problems and of random switching
 N_CALIBRATION = 300  # problems on which thresholds are chosen
-FILE_SPLITS = dict(zip(PARTS, (70, 80, 90, 100)))  # upper ends, in % of hash space
+TAUS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4)  # R-Stitch's, normalised
 
 
 @lru_cache(maxsize=None)
@@ -56,12 +61,6 @@ def same_width(slm, llm):
         yield
     finally:
         slm.config.vocab_size = own
-
-
-def split_of(row: dict) -> str:
-    """Where a problem of a user's file belongs: its own field "split", else 70 / 10 / 10 / 10 by the hash of its question."""
-    percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
-    return row.get("split", next(split for split, end in FILE_SPLITS.items() if percent < end))
 
 
 @dataclass(frozen=True)
@@ -264,11 +263,6 @@ def measure(task: Task, router, split: str, n: int, pair=None) -> dict:
     return summarise(task, solved, router)
 
 
-def reference_ms(lm: rstitch.CachedLM) -> float:
-    """Milliseconds of a single step of the LLM: taken again and again, it shows how the machine drifts."""
-    return float(np.median([sample.ms for sample in rstitch.measure_latency(lm, [REFERENCE], repeats=9)]))
-
-
 def wall_clock(task: Task, routers: dict[str, object], n: int, others: dict[str, Callable[[torch.Tensor], object]] | None = None) -> dict:
     """Milliseconds by test problem at batch 1, of `stitch` with each router and of other ways to answer a prompt (1, P): problems in turn, ways
     interleaved, a reference step every ten problems."""
@@ -301,3 +295,14 @@ def digest_of(task: Task, *files: Path, also: str = "") -> str:
     content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm), fingerprint(llm), task.device, task.dtype, task.max_new_tokens,
                              *([task.prompting()] if task.prompting() else [])]).encode()]
     return hashlib.sha256(b"".join(content)).hexdigest()[:12]
+
+
+def decoder(tokenizer) -> Callable[[list[int]], str]:
+    return partial(tokenizer.decode, skip_special_tokens=True)
+
+
+def branches_together(chosen: Sequence[int], prompts: Sequence[list[int]], lengths: Sequence[int]) -> list[int]:
+    """The chosen ones in the order in which least is read: those that go on from one prompt follow each other, the one that has most of the
+    answer first. It reads the answer, the others copy it."""
+    first = {tuple(prompt): k for k, prompt in reversed(list(enumerate(prompts)))}
+    return sorted(chosen, key=lambda k: (first[tuple(prompts[k])], -lengths[k], k))

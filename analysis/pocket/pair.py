@@ -1,9 +1,7 @@
 """The pocket pair: a small and a large model that solve the pocket domain, and a large control trained on short solutions.
 
-    python -m analysis.pair --train slm            (or llm, llm-short; an interrupted run continues where it stopped)
-    python -m analysis.pair --export slm           (rounds the weights to bfloat16 and writes analysis/models/slm)
-    python -m analysis.pair --report design        (the models alone on the test split: is the pair accepted?)
-    python -m analysis.pair --report               (that, and the stitched pair over tau)
+    python -m analysis.pocket.pair --train slm            (or llm, llm-short; an interrupted run continues where it stopped)
+    python -m analysis.pocket.pair --export slm           (rounds the weights to bfloat16 and writes analysis/pocket/models/slm)
 
 All three are ordinary decoder-only models with one tokenizer, trained as Qwen2 and written as Llama (see `as_llama`). SLM and LLM differ in depth, width and corpus: the SLM is shallow and
 writes results at once, the LLM is deep and works results out (see `analysis.problems`). The control separates the two reasons
@@ -21,11 +19,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, load_checkpoint, provenance, read_rows, rewind, save_checkpoint
-from analysis.problems import problems, stream, verify
-from analysis.task import encode_problems
+from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, save_checkpoint
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import append_row, read_rows, rewind
+from analysis.pocket.weights import MAX_NEW_TOKENS, MODELS
+from analysis.instruments.problems import verify
+from analysis.pocket.domain import problems, stream
+from analysis.instruments.task import encode_problems
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 CONTEXT = 4096
 PIECES = r" ?[A-Za-z]+| ?\d|\n| ?[^A-Za-z\d\s]| "  # words, single digits and signs, each with the space before it
 
@@ -211,18 +212,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--train", choices=RECIPES, help="train one model from its recipe, or continue")
-    what.add_argument("--export", choices=["slm", "llm", "llm-short"], help="write a trained model to analysis/models")
-    what.add_argument("--report", nargs="?", const="all", choices=["all", "design"], help="measure on the test split, two processes, and print")
+    what.add_argument("--export", choices=["slm", "llm", "llm-short"], help="write a trained model to analysis/pocket/models")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of --train (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.train:
         train(args.train, RECIPES[args.train], CHECKPOINTS / args.train)
-    elif args.export:
-        export(args.export, RECIPES[args.export], CHECKPOINTS / args.export, MODELS / args.export)
     else:
-        from analysis import report
-        report.show(report.run(taus=report.TAUS if args.report == "all" else ()))
+        export(args.export, RECIPES[args.export], CHECKPOINTS / args.export, MODELS / args.export)
 
 
 if __name__ == "__main__":
