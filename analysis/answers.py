@@ -12,13 +12,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 import rstitch
 from analysis.instruments.options import add_options, given
 from analysis.instruments.progress import progress
-from analysis.instruments.provenance import processor, provenance
-from analysis.instruments.rows import append_row, read_rows
+from analysis.instruments.provenance import machine, provenance
+from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson
 from rstitch import fingerprint
 from analysis.instruments.problems import question, verify
@@ -92,27 +90,25 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
     """The rows of every method, those that are missing computed and appended."""
     chosen = [problem for problem in task.split(split, n) for _ in range(samples)]
     slm, llm, *_ = task.load()
-    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": processor() if task.device == "cpu" else torch.cuda.get_device_name(task.device),
+    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
              "dtype": task.dtype, "limit": task.max_new_tokens, "split": split, "temperature": temperature, **task.prompting()}
     digests = [hashlib.sha256(question(problem).encode()).hexdigest()[:12] for problem in chosen]
     seeds = rstitch.row_seeds(SEED, len(chosen))
 
-    def rows() -> dict[tuple, dict]:
-        return {(r["method"], r["problem"], r["sample"], r["question"]): r for r in read_rows(path) if all(r.get(k) == v for k, v in world.items())}
-
+    store = Rows(path, lambda row: tuple(row[name] for name in ("method", "problem", "sample", "question")), lambda key: world)
     keys = {method: [(method, i // samples, i % samples, digest) for i, digest in enumerate(digests)] for method in methods}
     for method in methods:
-        have = rows()
-        todo = [i for i, key in enumerate(keys[method]) if key not in have]
+        lacking = set(store.missing(keys[method]))
+        todo = [i for i, key in enumerate(keys[method]) if key in lacking]
 
         def save(at: int, row: dict) -> None:
-            name, problem, sample, digest = keys[method][todo[at]]
-            append_row(path, {"what": "answer", "method": name, "problem": problem, "sample": sample, "question": digest, **row, "rows": task.rows, **world,
-                              **provenance(SEED, n, task.device, task.dtype)})
+            name, problem, sample, digest = key = keys[method][todo[at]]
+            store.add(key, {"what": "answer", "method": name, "problem": problem, "sample": sample, "question": digest, **row,
+                            "rows": task.rows, **provenance(SEED, n, task.device, task.dtype)})
 
         if todo:
             answer(task, router_of(method), [chosen[i] for i in todo], [seeds[i] for i in todo], save, temperature, method)
-    have = rows()
+    have = store.have()
     return [have[key] for method in methods for key in keys[method]]
 
 

@@ -28,12 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
+from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import RESULTS, append_row, read_rows
+from analysis.instruments.rows import RESULTS, append_row, newest
 from analysis.instruments.stats import bootstrap
 from analysis.instruments.timing import now, rotated
 from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
@@ -259,11 +259,6 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
 
 
-def known(what: str, **key) -> dict | None:
-    """The row that was measured already."""
-    return next((r for r in reversed(read_rows(FILE)) if r["what"] == what and all(r.get(name) == value for name, value in key.items())), None)
-
-
 def bench_attention(batches: list[int], contexts: list[int], device: str, dtype: str, rounds: int) -> None:
     print(f"milliseconds of one layer, medians and quartiles (lower is better), {device_name(device)}, {dtype}")
     for shape in HEADS:
@@ -271,7 +266,7 @@ def bench_attention(batches: list[int], contexts: list[int], device: str, dtype:
             for context in contexts:
                 for S in (1, 4):
                     key = dict(shape=shape, batch=batch, context=context, tokens=S)
-                    row = known("attention", **key, n=rounds, threads=torch.get_num_threads(), dtype=dtype, device_name=device_name(device))
+                    row = newest(FILE, what="attention", **key, n=rounds, threads=torch.get_num_threads(), dtype=dtype, device_name=device_name(device))
                     if row is None:
                         row = attention_row(shape, batch, context, S, device, dtype, rounds)
                         append_row(FILE, row)
@@ -295,7 +290,7 @@ def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: i
             for tensor in (layer.keys, layer.values):
                 tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
     cells = [(batch, k) for batch in batches for k in range(len(contexts))]
-    for i in tqdm(range(rounds + 1), desc="steps", disable=None):
+    for i in tracked(range(rounds + 1), "steps"):
         for batch, k in np.random.default_rng(i).permutation(cells).tolist():
             lm = lms[batch]
             for _ in range(2):
@@ -607,7 +602,7 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
     def note(name: str, ms: float, written: int, *_) -> None:
         figures.setdefault(name, []).append(1e3 * written / ms)
 
-    for i in tqdm(range(rounds + 1), desc=f"{pair}, batch {batch}, context {context}", disable=None):
+    for i in tracked(range(rounds + 1), f"{pair}, batch {batch}, context {context}"):
         seen = {name: len(x) for name, x in figures.items()}
         for m, name in enumerate(names):
             note(f"{name} alone", *timed_stitch(lms, ids, (rstitch.SLMOnly, rstitch.LLMOnly)[m](), tokens, 1))
@@ -657,7 +652,7 @@ def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], scri
     for pair in pairs:
         for context in contexts:
             for batch in batches:
-                row = known("shapes", pair=pair, batch=batch, context=context, share=script.share, visit=script.visit, new_tokens=tokens, n=rounds, threads=torch.get_num_threads(), dtype=dtype,
+                row = newest(FILE, what="shapes", pair=pair, batch=batch, context=context, share=script.share, visit=script.visit, new_tokens=tokens, n=rounds, threads=torch.get_num_threads(), dtype=dtype,
                             device_name=device_name(device))
                 if row is None:
                     row = shapes_row(pair, batch, context, script, tokens, rounds, device, dtype)

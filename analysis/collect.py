@@ -12,6 +12,7 @@ time and go on after a kill with the same bytes (see `analysis.label`). collect.
 """
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ import rstitch
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import RESULTS, read_rows, write_rows
+from analysis.instruments.rows import RESULTS
 from rstitch import fingerprint
-from analysis.instruments.runs import run_stage
+from analysis.instruments.runs import run_stage, settle
 from analysis.instruments.problems import Stated, question, verify
 from analysis.pocket.domain import problems, verify_number
 from analysis.instruments.problems import read_problems
@@ -155,14 +156,8 @@ def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, s
     pair = settings.load()
     kept = settings.record() | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}
     made = {"settings": kept, "vocab": common_vocab(pair), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
-    path = out / "collect.json"
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_rows(path, [made | provenance(seed, len(rows), settings.device, settings.dtype)])
-    known = read_rows(path)[0]
-    for name, value in made.items():
-        if known[name] != value:
-            raise ValueError(f"--out {out} holds files of other {name}: expected {known[name]}, got {value}; take another folder")
+    first = partial(provenance, seed, len(rows), settings.device, settings.dtype)
+    known = settle(out, made, "files", "collect.json", first)
     if (known["n"], known["seed"]) != (len(rows), seed):
         raise ValueError(f"--out {out} holds files of {known['n']} problems of seed {known['seed']}, not of {len(rows)} of seed {seed}; take another folder")
 

@@ -36,8 +36,7 @@ import rstitch
 from analysis import label
 from analysis.instruments.options import add_options, given
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import read_rows
-from analysis.instruments.runs import fill
+from analysis.instruments.runs import Rows
 from analysis.instruments.timing import now
 from rstitch import fingerprint
 from analysis.instruments.problems import question, verify
@@ -350,11 +349,10 @@ def run(task: Task, n_calibration: int, n_test: int, n_live: int, n_timed: int, 
     def key_of(row: dict) -> tuple:
         return row["kind"], row["family"], (row["wanted"], row["value"]) if row["kind"] == "chosen" else row["knob"], row["n"]
 
-    def current() -> dict[tuple, dict]:
-        return {key_of(r): r for r in read_rows(path) if r["made_with"] == marks.get(r["family"])}
+    store = Rows(path, key_of, lambda key: {"made_with": marks.get(key[1])})
 
     def complete(jobs: dict[tuple, tuple]) -> dict[tuple, dict]:
-        have = fill(path, jobs, current, lambda key: marks[key[1]], workers, "routers")
+        have = store.fill(jobs, workers, "routers")
         return {key: have[key] for key in jobs}
 
     jobs = {("live labels", "live labels", None, n_live): (live_row, task, judge, n_live)} if judge and n_live else {}
@@ -370,7 +368,7 @@ def run(task: Task, n_calibration: int, n_test: int, n_live: int, n_timed: int, 
             if x is not None:
                 todo["test", name, x, n_test] = partial(row_of, target=target), task, name, x, "test", n_test
     chosen = {("chosen", "R-Stitch", (what, value), n_test): None for what, values in WANTED.items() for value in values}
-    if not chosen.keys() <= current().keys():
+    if store.missing(chosen):
         for one in choose_taus(task, n_calibration):
             x = math.log(max(one["tau"], 1e-9))
             chosen["chosen", "R-Stitch", (one["wanted"], one["value"]), n_test] = partial(row_of, kind="chosen", **one), task, "R-Stitch", x, "test", n_test

@@ -17,9 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import rstitch
+from analysis.instruments.progress import progress
 from analysis.instruments.pool import make_pool
 from analysis.instruments.provenance import provenance
 from analysis.instruments.timing import rotated
@@ -76,7 +76,7 @@ def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, devi
     chosen = problems("test", n, seed)
     here = pair("llm", device)
     learned = (Method("R-Stitch+, kappa 0.35", rstitch.PolicyRouter.load(Task().policy(), *here[:2])), Method("R2R", rstitch.R2RRouter.load(ROUTER, *here[:2])))
-    with tqdm(total=n * (len(ALONE) + 2 * len(STITCHED) + len(learned)) + n_latency, desc="answers", unit="problem", disable=None) as bar:
+    with progress(n * (len(ALONE) + 2 * len(STITCHED) + len(learned)) + n_latency, "answers", "problem") as bar:
 
         def start(weight: int, function, *args) -> Future:
             job = pool.submit(function, *args, seed, device)

@@ -18,8 +18,7 @@ from scipy.special import expit
 
 import rstitch
 from analysis.instruments.options import add_options, given
-from analysis.instruments.rows import read_rows
-from analysis.instruments.runs import fill
+from analysis.instruments.runs import Rows
 from analysis.instruments.stats import bootstrap
 from analysis.instruments.stats import frontier_gap, gap_with_interval, outcomes_of
 from analysis.instruments.stats import ratio_of_means, signed, with_interval
@@ -88,13 +87,12 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     seeded = [name for name in policies if "-seed" in name] or policies
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
 
-    def current() -> dict[tuple[str, str], dict]:
-        rows = {(r["kind"], r["name"]): r for r in read_rows(path)}
-        return {key: r for key, r in rows.items() if r.get("made_with") == marks.get(key) and (r["n"] == n or r["kind"] == "wall-clock")}
+    store = Rows(path, lambda row: (row["kind"], row["name"]),
+                 lambda key: {"made_with": marks.get(key)} | ({} if key[0] == "wall-clock" else {"n": n}))
 
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
         functions = {(kind, name): (calibrated_row, task, name, n) if kind == "calibrated" else (row_of, task, kind, name, n, *p) for kind, name, *p in jobs}
-        return fill(path, functions, current, lambda key: marks[key], workers, "methods")
+        return store.fill(functions, workers, "methods")
 
     rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
     rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded] + [("calibrated", name) for name in seeded])
@@ -103,7 +101,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
         on_hull = [r["name"] for r, point in zip(best, points) if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
         names = list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *timed]))
-        rows = fill(path, {("wall-clock", "wall-clock"): (timed_row, task, names, n_wall)}, current, lambda key: marks[key], 1, "wall-clock")
+        rows = store.fill({("wall-clock", "wall-clock"): (timed_row, task, names, n_wall)}, 1, "wall-clock")
     return list(rows.values())
 
 

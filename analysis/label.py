@@ -32,8 +32,8 @@ import rstitch
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import RESULTS, read_rows, write_rows
-from analysis.instruments.runs import run_stage
+from analysis.instruments.rows import RESULTS, read_rows
+from analysis.instruments.runs import run_stage, settle
 from analysis.instruments.stats import bootstrap, ratio_of_means
 from rstitch import fingerprint
 from analysis.instruments.checkpoints import CHECKPOINTS
@@ -317,27 +317,22 @@ def labels(settings: Settings, rows: list[dict]) -> list[dict]:
 STAGES = {"answers": answers, "readings": readings, "branches": branches, "labels": labels}
 
 
-def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:
+def check_folder(folder: Path, settings: Settings, todo: list[dict]) -> None:
     """Write down what a folder's labels are made with; ValueError where it holds those of other settings or problems."""
-    path = folder / "config.json"
-    pair = settings.load()
+    slm, llm, *_ = settings.load()
     if settings.judge not in JUDGES:
         rstitch.load_tokenizer("--judge", settings.judge)  # one that cannot be had is told now, not after hours
-    now = {"settings": {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rows(path, [now])
-    for name, value in json.loads(path.read_text()).items():
-        if value != now[name]:
-            raise ValueError(f"--out {folder} holds labels of other {name}: expected {value}, got {now[name]}; take another folder")
+    made = {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}
+    settle(folder, {"settings": made, "slm": fingerprint(slm), "llm": fingerprint(llm)}, "labels")
     for old, new in zip(read_rows(folder / "answers.jsonl"), todo):
         if (old["question"], old["split"]) != (new["question"], new["split"]):
-            raise ValueError(f"--out {folder} holds labels of other problems: its {old['split']} has {old['question']!r} where {new['question']!r} is asked for")
+            raise ValueError(f"--out {folder} holds labels of other problems: its {old['split']} has {old['question']!r} "
+                             f"where {new['question']!r} is asked for")
 
 
 def make_labels(settings: Settings, todo: list[dict], folder: Path, workers: int = 1) -> list[dict]:
     """Label the LLM's answers to `todo`, rows {question, split}, in the folder; the rows with what every stage added."""
-    settle(folder, settings, todo)
+    check_folder(folder, settings, todo)
     rows = todo
     with parallel_map(workers, __name__) as run:
         for name, stage in STAGES.items():

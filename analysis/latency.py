@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import rstitch
+from analysis.instruments.progress import tracked
 from analysis.instruments.options import add_options, given
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS, append_row
@@ -84,7 +84,7 @@ def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0, max_ne
     samples: dict[str, list[rstitch.Sample]] = {}
     trajectories, references = [], []
 
-    for i in tqdm(range(rounds), desc="rounds", disable=None):
+    for i in tracked(range(rounds), "rounds"):
         for name, lm in lms.items():
             samples.setdefault(name, []).extend(rstitch.measure_latency(lm, points, repeats=1))
             samples.setdefault(name + " held out", []).extend(rstitch.measure_latency(lm, held, repeats=1))
@@ -162,7 +162,7 @@ def overhead(pair, repeats: int, context: int = 100, tokens: int = 60) -> dict:
         return rstitch.advance(rstitch.SLM, lm, [row], router, lm.vocab, rstitch.GREEDY)
 
     prompt = torch.full((1, context), 5)
-    for _ in tqdm(range(repeats), desc="overhead", disable=None):
+    for _ in tracked(range(repeats), "overhead"):
         for name, router in routers.items():
             marks.clear()
             timed(name, lambda: step(router))

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import rstitch
 from analysis.instruments.options import add_options, given
-from analysis.instruments.provenance import processor, provenance
-from analysis.instruments.rows import RESULTS, append_row, read_rows
+from analysis.instruments.provenance import machine, provenance
+from analysis.instruments.rows import RESULTS
+from analysis.instruments.runs import Rows
+from analysis.instruments.progress import progress
 from analysis.instruments.stats import wilson
 from rstitch import fingerprint
 from analysis.instruments.stats import with_interval
@@ -40,17 +41,18 @@ def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:
     """The rows of both ways, what is missing computed and appended."""
     chosen = task.split("test", n)
     slm, llm, *_ = task.load()
-    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": processor() if task.device == "cpu" else torch.cuda.get_device_name(task.device),
+    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device), "dtype": task.dtype,
              "threads": torch.get_num_threads(), "limit": task.max_new_tokens, "of": len(chosen), **task.prompting()}
-    same = lambda row: all(row.get(name) == value for name, value in (world | {"dtype": task.dtype}).items())  # noqa: E731
-    have = {(r["method"], r["batch"], r["problem"]) for r in read_rows(path) if same(r)}
-    todo = [(method, batch, part) for method in methods for batch, parts in ((len(chosen), [range(len(chosen))]), (1, [[i] for i in range(len(chosen))]))
-            for part in parts if not {(method, batch, i) for i in part} <= have]
-    for method, batch, part in tqdm(todo, desc="answers", disable=None):
-        answers = answer(task, method, [chosen[i] for i in part])
-        append_row(path, *({"what": "rounding", "method": method, "batch": batch, "problem": i, "tokens": tokens, **world,
-                            **provenance(SEED, n, task.device, task.dtype)} for i, tokens in zip(part, answers)))
-    return [r for r in read_rows(path) if same(r) and r["method"] in methods]
+    store = Rows(path, lambda row: (row["method"], row["batch"], row["problem"]), lambda key: world)
+    todo = [(method, len(part), part) for method in methods for part in ([*range(len(chosen))], *([i] for i in range(len(chosen))))]
+    todo = [job for job in todo if store.missing((*job[:2], i) for i in job[2])]
+    with progress(len(todo), "answers") as bar:
+        for method, batch, part in todo:
+            for i, tokens in zip(part, answer(task, method, [chosen[i] for i in part])):
+                store.add((method, batch, i), {"what": "rounding", "method": method, "batch": batch, "problem": i, "tokens": tokens,
+                                               **provenance(SEED, n, task.device, task.dtype)})
+            bar.update()
+    return [row for row in store.have().values() if row["method"] in methods]
 
 
 def compare(rows: list[dict]) -> list[dict]:

@@ -544,7 +544,7 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
     assert train_policy.load_checkpoint(tmp_path / "whole" / "last.safetensors", trained) == 3
     moved = {name: not torch.equal(p, q) for (name, p), q in zip(trained.named_parameters(), untrained.parameters())}
     assert all(any(moved[name] for name in moved if name.startswith(part)) for part in trained)  # every policy learned something
-    with pytest.raises(ValueError, match="--kappa 0.9: the run in whole was started with 0.35"):
+    with pytest.raises(ValueError, match="whole holds a run of other config: expected {'kappa': 0.35}, got {'kappa': 0.9}"):
         train_policy.train(dataclasses.replace(config, kappa=0.9), timed(tmp_path), tmp_path / "whole")
 
 

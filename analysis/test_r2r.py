@@ -317,7 +317,7 @@ def test_a_killed_router_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatc
     parts = train_r2r.train(SMALL, slm, data, dev, tmp_path / "parts")
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters()))
     assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (tmp_path / "parts" / "last.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="was started with config .*'width': 16.*, now it is .*'width': 8"):
+    with pytest.raises(ValueError, match="holds a run of other config: expected .*'width': 16.*, got .*'width': 8"):
         train_r2r.train(dataclasses.replace(SMALL, width=8), slm, data, dev, tmp_path / "whole")
 
 
@@ -337,7 +337,7 @@ def test_a_run_on_other_labels_is_not_taken_for_this_one(tmp_path):
     data, dev = planted(200, 0), planted(50, 1)
     train_r2r.train(SMALL, tiny("Qwen2", 1), data, dev, tmp_path)
     data.label[7] = 1 - data.label[7]
-    with pytest.raises(ValueError, match="was started with labels"):
+    with pytest.raises(ValueError, match="holds a run of other labels"):
         train_r2r.train(SMALL, tiny("Qwen2", 1), data, dev, tmp_path)
 
 

@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import rstitch
-from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, save_checkpoint
+from analysis.instruments.progress import progress
+from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import append_row, read_rows, rewind, write_rows
+from analysis.instruments.rows import append_row, read_rows
+from analysis.instruments.runs import settle
 from rstitch import fingerprint
 from analysis.instruments.task import Task, solve
 
@@ -171,63 +172,72 @@ def price(config: Config, llm_ms: float) -> float:
     return config.lam or config.kappa / llm_ms
 
 
-def settle(config: Config, task: Task, folder: Path) -> float:
+def settled_price(config: Config, task: Task, folder: Path) -> float:
     """lambda, from kappa by the mean fitted latency of the LLM alone on the dev problems, which is written down at the first call.
     ValueError where the folder holds a run of another config."""
-    path, pair, models = folder / "config.json", task.load(), task.latencies()
+    pair, models = task.load(), task.latencies()
     world = {"slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]), "latency": [{k: list(v) for k, v in m.coefficients.items()} for m in models],
              "problems": hashlib.sha256(Path(task.problems).read_bytes()).hexdigest()[:16] if task.problems else "pocket", "dtype": task.dtype, "max_new_tokens": task.max_new_tokens,
              "prompting": task.prompting() or None}
-    if not path.exists():
-        _, _, alone = answer(pair, task.split("dev", config.dev, 1), rstitch.LLMOnly(), 0.0, models, batch_size=task.rows, max_new_tokens=task.max_new_tokens, settings=task)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rows(path, [{"config": asdict(config), "llm_ms": alone["latency_ms"], **world}])
-    settled = json.loads(path.read_text())
-    for name, value in world.items():
-        if settled.get(name) != value:
-            raise ValueError(f"{name}: the run in {folder.name} was started with {settled.get(name)}, now it is {value}; expected the same, or another --name")
-    if settled["config"] != asdict(config):
-        other = next(name for name, value in asdict(config).items() if settled["config"].get(name) != value)
-        raise ValueError(f"--{other.replace('_', '-')} {getattr(config, other)}: the run in {folder.name} was started with "
-                         f"{settled['config'].get(other)}; expected the same, or another --name")
+
+    def alone() -> dict:
+        chosen = task.split("dev", config.dev, 1)
+        *_, figures = answer(pair, chosen, rstitch.LLMOnly(), 0.0, models, batch_size=task.rows,
+                             max_new_tokens=task.max_new_tokens, settings=task)
+        return {"llm_ms": figures["latency_ms"]}
+
+    settled = settle(folder, {"config": asdict(config), **world}, "a run", first=alone)
     return price(config, settled["llm_ms"])
 
 
+def iterate(policies, optimizer, config: Config, task: Task, todo: list, lam: float, i: int) -> dict:
+    """Iteration i: a batch of rollouts and the steps on it; a row of the log. Fewer problems than all iterations take are gone
+    through again."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * (1 - i / config.iterations)
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
+    asked = range(i * config.prompts, (i + 1) * config.prompts)
+    batch = [todo[k % len(todo)] for k in asked for _ in range(config.rollouts)]
+    router = build_router(policies, config, seed)
+    solved, total, row = answer(task.load(), batch, router, lam, task.latencies(), config.gate, batch_size=len(batch), seed=seed,
+                                max_new_tokens=task.max_new_tokens, settings=task)
+    R = torch.tensor(total).view(config.prompts, config.rollouts)
+    keep = kept_groups(R, torch.tensor([s["correct"] for s in solved]).view_as(R), config.dynamic)
+    advantages, generator = rstitch.group_advantages(R, config.eps, config.scale), torch.Generator().manual_seed(seed)
+    return row | {"iteration": i, "groups": int(keep.sum())} | update(policies, optimizer, router, advantages, keep, config, generator)
+
+
+def in_a_line(row: dict) -> str:
+    """A row of the log, as progress shows it."""
+    dev = f" | dev reward {row['dev']['reward']:.3f}" if "dev" in row else ""
+    return (f"reward {row['reward']:.3f} right {100 * row['accuracy']:.0f} % LLM {100 * row['llm_share']:.0f} % "
+            f"{row['latency_ms']:.0f} ms{dev}")
+
+
 def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
-    """Train one policy, from its last checkpoint if there is one. The best on dev ends up in best.safetensors and is returned.
-    A file of too few problems for all iterations is gone through again."""
-    pair, models, length = task.load(), task.latencies(), task.max_new_tokens
-    lam = settle(config, task, folder)
+    """Train one policy, from its last checkpoint if there is one. The best on dev ends up in best.safetensors and is returned."""
+    pair, lam = task.load(), settled_price(config, task, folder)
     policies = build_policies(config, *pair[:2])
     optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
-    first = load_checkpoint(folder / "last.safetensors", policies, optimizer)
-    rewind(folder / "log.jsonl", "iteration", first)
+    first = resume(folder, policies, optimizer, "iteration")
     best = max((row["dev"]["reward"] for row in read_rows(folder / "log.jsonl") if "dev" in row), default=-float("inf"))
-    todo, dev = task.split("router-train", config.prompts * config.iterations, config.seed), task.split("dev", config.dev, 1)
-    with tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc=folder.name, disable=None) as bar:
-        for i in bar:
+    todo = task.split("router-train", config.prompts * config.iterations, config.seed)
+    dev = task.split("dev", config.dev, 1)
+    with progress(config.iterations, folder.name, initial=first) as bar:
+        for i in range(first, config.iterations):
             start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * (1 - i / config.iterations)
-            seed = int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
-            batch = [todo[k % len(todo)] for k in range(i * config.prompts, (i + 1) * config.prompts) for _ in range(config.rollouts)]
-            router = build_router(policies, config, seed)
-            solved, total, row = answer(pair, batch, router, lam, models, config.gate, batch_size=len(batch), seed=seed, max_new_tokens=length, settings=task)
-            R = torch.tensor(total).view(config.prompts, config.rollouts)
-            keep = kept_groups(R, torch.tensor([s["correct"] for s in solved]).view_as(R), config.dynamic)
-            row |= {"iteration": i, "groups": int(keep.sum())}
-            row |= update(policies, optimizer, router, rstitch.group_advantages(R, config.eps, config.scale), keep, config,
-                          torch.Generator().manual_seed(seed))
+            row = iterate(policies, optimizer, config, task, todo, lam, i)
             if (i + 1) % config.dev_every == 0 or i + 1 == config.iterations:
-                _, _, row["dev"] = answer(pair, dev, build_router(policies, config), lam, models, config.gate, batch_size=task.rows, max_new_tokens=length, settings=task)
+                *_, row["dev"] = answer(pair, dev, build_router(policies, config), lam, task.latencies(), config.gate,
+                                        batch_size=task.rows, max_new_tokens=task.max_new_tokens, settings=task)
                 if row["dev"]["reward"] > best:
                     best = row["dev"]["reward"]
                     save_checkpoint(folder / "best.safetensors", policies, optimizer, i + 1)
             row["seconds"] = time.perf_counter() - start
             append_row(folder / "log.jsonl", row)
             save_checkpoint(folder / "last.safetensors", policies, optimizer, i + 1)
-            bar.set_postfix_str(f"reward {row['reward']:.3f} right {100 * row['accuracy']:.0f} % LLM {100 * row['llm_share']:.0f} % {row['latency_ms']:.0f} ms"
-                                + (f" | dev reward {row['dev']['reward']:.3f}" if "dev" in row else ""))
+            bar.set_postfix_str(in_a_line(row), refresh=False)
+            bar.update()
     load_checkpoint(folder / "best.safetensors", policies)
     return policies
 

@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import rstitch
 from analysis import label
-from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, save_checkpoint
+from analysis.instruments.progress import progress, tracked
+from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import append_row, read_rows, rewind, write_rows
+from analysis.instruments.rows import append_row, read_rows, write_rows
+from analysis.instruments.runs import settle
 from analysis.instruments.stats import auroc, bootstrap, ratio_of_means
 from analysis.pocket.weights import MODELS
 from rstitch import fingerprint
@@ -100,7 +101,7 @@ def features(slm, vocab: int, rows: list[dict], top_k: int, path: Path) -> Token
     if not known or known[0] != whose:
         done = 0
         write_rows(path, [whose | {"done": 0}])  # before anything of another run is overwritten
-    for i in tqdm(range(done, len(rows)), initial=done, total=len(rows), desc=path.stem, unit="problem", disable=None):
+    for i in tracked(range(done, len(rows)), path.stem, "problem"):
         at = ends[i]
         for h, logits in label.teacher_forced(slm, rows[i]["prompt"], rows[i]["answer"]):
             logits = logits[:, :vocab].float()
@@ -135,50 +136,51 @@ def weighted_bce(score: np.ndarray, y: np.ndarray, positive: float) -> float:
     return float(np.mean(np.where(y == 1, -positive * np.log(p), -np.log(1 - p))))
 
 
+def train_epoch(net, optimizer, data: Tokens, known: torch.Tensor, positive: float, batch: int, seed: int) -> float:
+    """One pass over the judged tokens, indices (N,); the mean loss. `positive`: weight of a divergent token."""
+    device, y, total = net.head.weight.device, torch.from_numpy(data.label), 0.0
+    net.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for index in known[torch.randperm(len(known))].split(batch):
+            logit = net(*data.batch(index, device))
+            weight = torch.tensor(positive).to(logit)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, y[index].to(logit), pos_weight=weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(index)
+    return total / len(known)
+
+
 def train(config: Config, slm, data: Tokens, dev: Tokens, folder: Path) -> rstitch.R2RNet:
     """The net of the epoch with the lowest dev loss. ValueError where the folder holds a run of another config."""
-    path = folder / "config.json"
     world = {"config": asdict(config), "slm": fingerprint(slm), "dtype": str(slm.dtype),
              "labels": digest([[float(x) for x in np.nan_to_num(part.label, nan=-1)] for part in (data, dev)])}
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        write_rows(path, [world])
-    for name, value in json.loads(path.read_text()).items():
-        if value != world[name]:
-            raise ValueError(f"the run in {folder} was started with {name} {value}, now it is {world[name]}; expected the same, or another folder")
+    settle(folder, world, "a run")
     known = torch.from_numpy(np.flatnonzero(~np.isnan(data.label)))
-    y = torch.from_numpy(data.label)
     if not 0 < data.label[known].sum() < len(known):
         raise ValueError(f"the labels have {int(data.label[known].sum())} divergent tokens of {len(known)}: expected some of both kinds")
-    positive = float((y[known] == 0).sum() / (y[known] == 1).sum())
+    positive = float((data.label[known] == 0).sum() / (data.label[known] == 1).sum())
     net = build_net(config, slm)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    first = load_checkpoint(folder / "last.safetensors", net, optimizer)
-    rewind(folder / "log.jsonl", "epoch", first)
+    first = resume(folder, net, optimizer, "epoch")
     losses = [row["dev_loss"] for row in read_rows(folder / "log.jsonl")]
     judged = ~np.isnan(dev.label)
-    bar = tqdm(range(first, config.epochs), initial=first, total=config.epochs, desc="epochs", disable=None)
-    for epoch in bar:
-        if losses and len(losses) - 1 - int(np.argmin(losses)) >= config.patience:
-            break
-        start, total = time.perf_counter(), 0.0
-        net.train()
-        with torch.random.fork_rng(devices=[slm.device] if slm.device.type == "cuda" else []):
-            torch.manual_seed(config.seed * 1000 + epoch)
-            order = known[torch.randperm(len(known))]
-            for index in order.split(config.batch):
-                logit = net(*data.batch(index, slm.device))
-                loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, y[index].to(logit), pos_weight=torch.tensor(positive).to(logit))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += loss.item() * len(index)
-        losses.append(weighted_bce(scores(net, dev)[judged], dev.label[judged], positive))
-        if losses[-1] == min(losses):
-            save_checkpoint(folder / "best.safetensors", net, optimizer, epoch + 1)
-        append_row(folder / "log.jsonl", {"epoch": epoch, "loss": total / len(known), "dev_loss": losses[-1], "seconds": time.perf_counter() - start})
-        save_checkpoint(folder / "last.safetensors", net, optimizer, epoch + 1)
-        bar.set_postfix_str(f"loss {total / len(known):.4f} | dev loss {losses[-1]:.4f}, lowest {min(losses):.4f}")
+    with progress(config.epochs, "epochs", initial=first) as bar:
+        for epoch in range(first, config.epochs):
+            if losses and len(losses) - 1 - int(np.argmin(losses)) >= config.patience:
+                break
+            start, seed = time.perf_counter(), config.seed * 1000 + epoch
+            loss = train_epoch(net, optimizer, data, known, positive, config.batch, seed)
+            losses.append(weighted_bce(scores(net, dev)[judged], dev.label[judged], positive))
+            if losses[-1] == min(losses):
+                save_checkpoint(folder / "best.safetensors", net, optimizer, epoch + 1)
+            append_row(folder / "log.jsonl", {"epoch": epoch, "loss": loss, "dev_loss": losses[-1],
+                                              "seconds": time.perf_counter() - start})
+            save_checkpoint(folder / "last.safetensors", net, optimizer, epoch + 1)
+            bar.set_postfix_str(f"loss {loss:.4f} | dev loss {losses[-1]:.4f}, lowest {min(losses):.4f}", refresh=False)
+            bar.update()
     load_checkpoint(folder / "best.safetensors", net)
     return net.eval()
 

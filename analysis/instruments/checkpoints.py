@@ -6,6 +6,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from analysis.instruments.rows import read_rows, write_rows
+
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # not committed
 
 
@@ -34,3 +36,13 @@ def load_checkpoint(path: Path, model, optimizer=None) -> int:
         if optimizer is not None:
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(file.metadata()["done"])
+
+
+def resume(folder: Path, model, optimizer, key: str) -> int:
+    """Go on with the run in a folder: what is done, by its last checkpoint. Rows of its log from there on are dropped: those
+    of work that was killed before its checkpoint, and is done again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done, log = load_checkpoint(folder / "last.safetensors", model, optimizer), folder / "log.jsonl"
+    if log.exists():
+        write_rows(log, [row for row in read_rows(log) if row[key] < done])
+    return done

@@ -1,5 +1,6 @@
 """How far a long piece of work is: a bar on a terminal, lines in a log file."""
 import sys
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -21,4 +22,13 @@ def progress(total: int, label: str = "", unit: str = "it", **options) -> tqdm:
     if sys.stderr.isatty():
         return tqdm(total=total, desc=label, unit=unit, miniters=0, **options)
     return tqdm(total=total, desc=label, unit=unit, miniters=0, mininterval=30, file=Lines(),
-                bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left", **options)
+                bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}", **options)
+
+
+def tracked(items: Sequence, label: str = "", unit: str = "it", **options) -> Iterator:
+    """The items, one after the other, and how many of them are done."""
+    with progress(len(items), label, unit, **options) as bar:
+        for item in items:
+            bar.update(0)
+            yield item
+            bar.update()

@@ -21,6 +21,11 @@ def processor() -> str:
     return f"{name} ({', '.join(found) or 'no bfloat16 instructions'})"
 
 
+def machine(device: str) -> str:
+    """Of rows that hang on rounding: the processor, or the GPU's name."""
+    return processor() if device == "cpu" else torch.cuda.get_device_name(device)
+
+
 def commit() -> str | None:
     """The commit of this code, "+dirty" where files differ from it; None outside of git. A worker takes it over from `make_pool`."""
     if multiprocessing.parent_process() is not None:

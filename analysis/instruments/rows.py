@@ -36,7 +36,7 @@ def append_row(path: Path, *rows: dict) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def rewind(path: Path, key: str, done: int) -> None:
-    """Drop the rows of a log from `done` on: those of work that was logged but killed before its checkpoint, and is done again."""
-    if path.exists():
-        write_rows(path, [row for row in read_rows(path) if row[key] < done])
+def newest(path: Path, **wanted) -> dict | None:
+    """The last row that has all of these."""
+    rows = (row for row in reversed(read_rows(path)) if all(row.get(name) == x for name, x in wanted.items()))
+    return next(rows, None)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import rstitch
+from analysis.instruments.progress import progress as progress_bar, tracked
 from analysis.instruments.options import option
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS
@@ -182,7 +182,7 @@ def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = ""
     slm, llm, tokenizer, *_ = pair
     out, ends = [], ends_of(pair)
     ids, mask = encode_problems(tokenizer, chosen, settings)
-    with tqdm(total=len(chosen), desc=label, unit="problem", leave=False, disable=None if progress else True) as bar:
+    with progress_bar(len(chosen), label, "problem", leave=False, disable=not progress) as bar:
 
         def count(row: int, call: rstitch.Call) -> None:
             bar.update(call.kept and (call.token in ends or call.position + 1 == max_new_tokens))
@@ -275,7 +275,7 @@ def wall_clock(task: Task, routers: dict[str, object], n: int, others: dict[str,
     reference = []
     for run in runs.values():  # warm-up
         run(prompts[0])
-    for i, ids in enumerate(tqdm(prompts, desc="wall-clock", disable=None)):
+    for i, ids in enumerate(tracked(prompts, "wall-clock")):
         if i % 10 == 0:
             reference.append(reference_ms(lms[1]))
         for name in rotated(list(runs), i):

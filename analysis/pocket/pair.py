@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, save_checkpoint
+from analysis.instruments.progress import tracked
+from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import append_row, read_rows, rewind
+from analysis.instruments.rows import append_row, read_rows
 from analysis.pocket.weights import MAX_NEW_TOKENS, MODELS
 from analysis.instruments.problems import verify
 from analysis.pocket.domain import problems, stream
@@ -126,11 +126,11 @@ def schedule(done: float, recipe: Recipe) -> float:
     return min(done / 1.6, 1.0, (1 - done / recipe.chunks) / recipe.decay)
 
 
-def train_chunk(model, optimizer, recipe: Recipe, chunk: int, work) -> float:
+def train_chunk(model, optimizer, recipe: Recipe, chunk: int, work: list, label: str = "") -> float:
     """One pass over the batches of a chunk; the mean loss, in nats per labelled token."""
     model.train()
     losses = []
-    for i, (ids, labels) in enumerate(work):
+    for i, (ids, labels) in enumerate(tracked(work, label, leave=False)):
         logits = model(ids).logits[:, :-1]  # (B, T-1, V)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
@@ -148,15 +148,13 @@ def train(role: str, recipe: Recipe, folder: Path, size: int = CHUNK) -> Qwen2Fo
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
     optimizer = build_optimizer(model, recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    first = load_checkpoint(folder / "last.safetensors", model, optimizer)
+    first = resume(folder, model, optimizer, "chunk")
     if recipe.start and not first and not load_checkpoint(folder.parent / recipe.start / "last.safetensors", model):
         raise ValueError(f"--train {role} starts from {recipe.start}, which has no checkpoint: train {recipe.start} first")
-    rewind(folder / "log.jsonl", "chunk", first)
     for chunk in range(first, recipe.end):
         start = time.time()
         work = batches(tokenizer, recipe, chunk, size)
-        loss = train_chunk(model, optimizer, recipe, chunk, tqdm(work, desc=f"{role} {chunk + 1}/{recipe.end}", leave=False, disable=None))
+        loss = train_chunk(model, optimizer, recipe, chunk, work, f"{role} {chunk + 1}/{recipe.end}")
         row = {"chunk": chunk, "loss": loss, "tokens": sum(ids.numel() for ids, _ in work), "seconds": time.time() - start}
         if chunk % 5 == 4 or chunk + 1 == recipe.end:
             row["dev_accuracy"] = dev_accuracy(model.eval(), tokenizer)
