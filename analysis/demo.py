@@ -3,10 +3,11 @@
     python -m analysis.demo                        (prints the table)
     python -m analysis.demo --json table.json      (and writes its rows for scripts)
 
-Accuracy, tokens, LLM share and switches are over `n` test problems, answered greedily in batches. Latency is wall-clock per
-problem at batch 1 over the first `n_latency` of them, one thread per process: each problem is answered by all methods in turn,
-beginning with another one each time, so that whatever else the machine does hits them alike. The speed-up over the LLM alone is
-the product of two: how much shorter the answers are, and how much cheaper a token of them is.
+Accuracy, tokens, LLM share and switches are over `n` test problems, answered greedily in batches. Latency is
+wall-clock per problem at batch 1 over the first `n_latency` of them, one thread per process: each problem is
+answered by all methods in turn, beginning with another one each time, so that whatever else the machine does
+hits them alike. The speed-up over the LLM alone is the product of two: how much shorter the answers are, and
+how much cheaper a token of them is.
 """
 import argparse
 import json
@@ -52,12 +53,14 @@ def pair(llm: str, device: str):
     """Loaded and warmed up once per process."""
     torch.set_num_threads(1)
     models = load_pocket(llm=llm, device=device)
-    rstitch.stitch(*models[:2], torch.tensor([[5, 6]]), rstitch.RandomRouter(0.5), max_new_tokens=8, eos_token_id=[], seed=0)
+    rstitch.stitch(*models[:2], torch.tensor([[5, 6]]), rstitch.RandomRouter(0.5), max_new_tokens=8,
+                   eos_token_id=[], seed=0)
     return models
 
 
 def answer(method: Method, chosen: list, seed: int, device: str) -> list[dict]:
-    return solve(pair(method.llm, device), chosen, method.router, batch_size=len(chosen), seed=seed, progress=False)
+    return solve(pair(method.llm, device), chosen, method.router, batch_size=len(chosen), seed=seed,
+                 progress=False)
 
 
 def latencies(methods: list[Method], problem, i: int, seed: int, device: str) -> list[tuple[float, int]]:
@@ -71,22 +74,27 @@ def latencies(methods: list[Method], problem, i: int, seed: int, device: str) ->
     return [out[method] for method in methods]
 
 
-def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, device: str = "cpu") -> list[dict]:
+def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0,
+          device: str = "cpu") -> list[dict]:
     """The rows, one per method, LLM alone second."""
     chosen = problems("test", n, seed)
     here = pair("llm", device)
-    learned = (Method("R-Stitch+, kappa 0.35", rstitch.PolicyRouter.load(Task().policy(), *here[:2])), Method("R2R", rstitch.R2RRouter.load(ROUTER, *here[:2])))
-    with progress(n * (len(ALONE) + 2 * len(STITCHED) + len(learned)) + n_latency, "answers", "problem") as bar:
+    learned = (Method("R-Stitch+, kappa 0.35", rstitch.PolicyRouter.load(Task().policy(), *here[:2])),
+               Method("R2R", rstitch.R2RRouter.load(ROUTER, *here[:2])))
+    with progress(n * (len(ALONE) + 2 * len(STITCHED) + len(learned)) + n_latency, "answers",
+                  "problem") as bar:
 
         def start(weight: int, function, *args) -> Future:
             job = pool.submit(function, *args, seed, device)
             job.add_done_callback(lambda _: bar.update(weight))
             return job
 
-        # R-Stitch first, for its LLM shares; everything else is queued behind it, so that no process waits for another.
+        # R-Stitch first, for its LLM shares; everything else is queued behind it, so that no process waits
+        # for another.
         jobs = {method: start(n, answer, method, chosen) for method in (*STITCHED, *learned, *ALONE)}
         figures = {method: describe(jobs[method].result()) for method in STITCHED}
-        random = [Method(f"random, {100 * r['llm_share']:.1f} % LLM", rstitch.RandomRouter(r["llm_share"], seed=seed)) for r in figures.values()]
+        random = [Method(f"random, {100 * r['llm_share']:.1f} % LLM",
+                         rstitch.RandomRouter(r["llm_share"], seed=seed)) for r in figures.values()]
         jobs |= {method: start(n, answer, method, chosen) for method in random}
         methods = [*ALONE, *(m for both in zip(STITCHED, random) for m in both), *learned]
         timed = [start(1, latencies, methods, problem, i) for i, problem in enumerate(chosen[:n_latency])]
@@ -95,8 +103,10 @@ def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0, devi
     rows = []
     for k, method in enumerate(methods):
         seconds, tokens = (sum(timed[i][k][x] for i in range(n_latency)) for x in (0, 1))
-        rows.append({"what": "demo", "method": method.name, **figures[method], "latency_ms": 1e3 * seconds / n_latency,
-                     "latency_tokens": tokens / n_latency, "n_latency": n_latency, **provenance(seed, n, device)})
+        rows.append({"what": "demo", "method": method.name, **figures[method],
+                     "latency_ms": 1e3 * seconds / n_latency,
+                     "latency_tokens": tokens / n_latency, "n_latency": n_latency,
+                     **provenance(seed, n, device)})
     llm = rows[1]
     for row in rows:
         row["shorter"] = llm["latency_tokens"] / row["latency_tokens"]
@@ -117,11 +127,14 @@ def show(rows: list[dict]) -> str:
              f"{r['speed_up']:.2f} = {r['shorter']:.2f} x {r['cheaper']:.2f}"]
             for r, share in zip(rows, right)]
     widths = [max(map(len, column)) for column in zip(head, units, *body)]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                       for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
              for line in (head, units, *body)]
     r = rows[0]
-    note = (f"n = {r['n']} test problems, greedy, batched; ms/problem and speed-up: batch 1, first {r['n_latency']}, methods interleaved. "
-            f"Seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}, transformers {r['transformers']}.")
+    note = (f"n = {r['n']} test problems, greedy, batched; ms/problem and speed-up: batch 1, first "
+            f"{r['n_latency']}, methods interleaved. "
+            f"Seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}, transformers "
+            f"{r['transformers']}.")
     return "\n".join([*lines, note])
 
 
@@ -132,7 +145,8 @@ def stream(n: int = 3, seed: int = 0, device: str = "cpu") -> None:
     for problem in problems("test", n, seed):
         print(f"\n{question(problem)}")
         ids, _ = rstitch.encode(tokenizer, question(problem))
-        result = rstitch.run_question(slm, llm, tokenizer, ids, STITCHED[0].router, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+        result = rstitch.run_question(slm, llm, tokenizer, ids, STITCHED[0].router,
+                                      max_new_tokens=MAX_NEW_TOKENS, seed=seed)
         text = tokenizer.decode(result.sequences[0, ids.shape[1]:], skip_special_tokens=True)
         print("right" if verify(problem, text) else f"wrong: it is {problem.answer}")
 
@@ -157,9 +171,12 @@ def options() -> argparse.Namespace:
     """The command line, as `main` takes it."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the problems and of random calls (default: %(default)s)")
-    parser.add_argument("--device", type=rstitch.usable_device, default="cpu", help="torch device (default: %(default)s)")
-    parser.add_argument("--json", dest="json_file", metavar="FILE", help="write the rows of the table there, too")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the problems and of random calls (default: %(default)s)")
+    parser.add_argument("--device", type=rstitch.usable_device, default="cpu",
+                        help="torch device (default: %(default)s)")
+    parser.add_argument("--json", dest="json_file", metavar="FILE",
+                        help="write the rows of the table there, too")
     return parser.parse_args()
 
 

@@ -21,7 +21,8 @@ def save_checkpoint(path: Path, model, optimizer, done: int) -> None:
 
 
 def load_checkpoint(path: Path, model, optimizer=None) -> int:
-    """Restore what `save_checkpoint` wrote; what is done, 0 where there is no checkpoint. Weights only without optimizer."""
+    """Restore what `save_checkpoint` wrote; what is done, 0 where there is no checkpoint. Weights only
+    without optimizer."""
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
@@ -34,13 +35,14 @@ def load_checkpoint(path: Path, model, optimizer=None) -> int:
                 i, moment = name.split(".")
                 state.setdefault(int(i), {})[moment] = file.get_tensor(key)
         if optimizer is not None:
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict({"state": state,
+                                       "param_groups": optimizer.state_dict()["param_groups"]})
         return int(file.metadata()["done"])
 
 
 def resume(folder: Path, model, optimizer, key: str) -> int:
-    """Go on with the run in a folder: what is done, by its last checkpoint. Rows of its log from there on are dropped: those
-    of work that was killed before its checkpoint, and is done again."""
+    """Go on with the run in a folder: what is done, by its last checkpoint. Rows of its log from there on are
+    dropped: those of work that was killed before its checkpoint, and is done again."""
     folder.mkdir(parents=True, exist_ok=True)
     done, log = load_checkpoint(folder / "last.safetensors", model, optimizer), folder / "log.jsonl"
     if log.exists():

@@ -99,8 +99,8 @@ def readings(gold: str) -> tuple[Answer, ...]:
 
 
 def beside(value, other):
-    """A value; for an equation without unknowns (5 + 6 = 11, f(2) = 8), of which math-verify takes any two for
-    equal, its outer sides, and beside what is no equation its last side."""
+    """A value; for an equation without unknowns (5 + 6 = 11, f(2) = 8), of which math-verify takes any two
+    for equal, its outer sides, and beside what is no equation its last side."""
     from math_verify.grader import is_equation, take_first_relation, take_last_relation
     from sympy import Tuple
     if not is_equation(value) or value.free_symbols:
@@ -119,7 +119,8 @@ def as_near(x, y) -> bool:
 
 
 def equal(x, y) -> bool:
-    """By math-verify, which reads one as the gold and the other as an attempt: it has to find so both ways."""
+    """By math-verify, which reads one as the gold and the other as an attempt: it has to find so both
+    ways."""
     from math_verify import verify
     options = dict(allow_set_relation_comp=True, timeout_seconds=limit())
     return verify(x, y, **options) and verify(y, x, **options) and as_near(x, y)

@@ -11,13 +11,21 @@ def option(default, text: str):
 
 
 def add_options(parser: argparse.ArgumentParser, config, what: str = "", **others) -> None:
-    """An argument for each field of a config; left out it is None. `others`: defaults of another config, to tell of beside the first."""
+    """An argument for each field of a config; left out it is None. `others`: defaults of another config, to
+    tell of beside the first."""
     for f in fields(config):
-        default = f"{f.default}" * (f.default not in ("", None, ())) + "".join(f", {name} {getattr(other, f.name)}" for name, other in others.items() if getattr(other, f.name) != f.default)
-        kind = {"device": dict(type=rstitch.usable_device), "dtype": dict(choices=["float32", "bfloat16", "float16"]), "template": dict(type=rstitch.template_option, action="append", metavar="KEY=VALUE"),
+        default = f"{f.default}" * (f.default not in ("", None,
+                                                      ())) + "".join(f", {name} {getattr(other, f.name)}"
+                                                                     for name, other in others.items()
+                                                                     if getattr(other, f.name) != f.default)
+        kind = {"device": dict(type=rstitch.usable_device),
+                "dtype": dict(choices=["float32", "bfloat16", "float16"]),
+                "template": dict(type=rstitch.template_option, action="append", metavar="KEY=VALUE"),
                 "system": dict(type=str), "instruction": dict(type=str)}.get(
             f.name, dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type))
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=None, help=f"{what}{f.metadata['help']}" + f" (default: {default})" * bool(default), **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=None,
+                            help=f"{what}{f.metadata['help']}" + f" (default: {default})" * bool(default),
+                            **kind)
 
 
 def given(args: argparse.Namespace, config) -> dict:

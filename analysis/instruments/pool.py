@@ -9,19 +9,23 @@ from analysis.instruments.provenance import COMMIT
 
 
 def make_pool(workers: int, *preload: str) -> Executor:
-    """Processes, or for one worker a thread of this one. A server that has imported `preload` once forks them, where there is one."""
+    """Processes, or for one worker a thread of this one. A server that has imported `preload` once forks
+    them, where there is one."""
     if workers == 1:
         return ThreadPoolExecutor(1)
     if COMMIT:
         os.environ["RSTITCH_COMMIT"] = COMMIT
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context = multiprocessing.get_context("forkserver"
+                                          if "forkserver" in multiprocessing.get_all_start_methods()
+                                          else "spawn")
     context.set_forkserver_preload(list(preload))
     return ProcessPoolExecutor(workers, mp_context=context)
 
 
 @contextmanager
 def parallel_map(workers: int, *preload: str):
-    """`map` over processes, in order; with one worker the plain one, in this thread (math-verify's time limits need the main thread)."""
+    """`map` over processes, in order; with one worker the plain one, in this thread (math-verify's time
+    limits need the main thread)."""
     if workers == 1:
         yield map
     else:
@@ -30,7 +34,8 @@ def parallel_map(workers: int, *preload: str):
 
 
 def completed(workers: int, jobs: dict[Hashable, tuple], *preload: str) -> Iterator[tuple]:
-    """(key, result) of every job (function, *arguments), as it ends; with one worker in turn, in this thread."""
+    """(key, result) of every job (function, *arguments), as it ends; with one worker in turn, in this
+    thread."""
     if workers == 1:
         yield from ((key, function(*arguments)) for key, (function, *arguments) in jobs.items())
     elif jobs:

@@ -37,7 +37,8 @@ def verify(problem: Problem | Stated, text: str, finished: bool = True) -> bool:
 def read_problems(path: Path, *needed: str) -> list[dict]:
     """The rows of a user's JSONL file; ValueError naming the line that lacks a field or is no JSON."""
     if not Path(path).is_file():
-        raise ValueError(f"--problems {path}: there is no such file; expected JSONL, rows such as {{\"question\": ..., \"answer\": ...}}")
+        raise ValueError(f"--problems {path}: there is no such file; expected JSONL, rows such as "
+                         f"{{\"question\": ..., \"answer\": ...}}")
     rows = []
     for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
@@ -47,9 +48,12 @@ def read_problems(path: Path, *needed: str) -> list[dict]:
                 raise ValueError(f"--problems {path}: line {i} is no JSON ({error})") from None
             lacking = [name for name in needed if not isinstance(row, dict) or name not in row]
             if lacking or not isinstance(row["question"], str) or not row["question"].strip():
-                raise ValueError(f"--problems {path}: line {i} has no {lacking[0] if lacking else 'text as its question'}; expected rows such as {{\"question\": ..., \"answer\": ...}}")
+                raise ValueError(f"--problems {path}: line {i} has no "
+                                 f"{lacking[0] if lacking else 'text as its question'}; expected rows such "
+                                 f"as {{\"question\": ..., \"answer\": ...}}")
             if row.get("split", "test") not in PARTS:
-                raise ValueError(f"--problems {path}: line {i} has split {row['split']!r}: expected {', '.join(PARTS)}, or no such field")
+                raise ValueError(f"--problems {path}: line {i} has split {row['split']!r}: expected "
+                                 f"{', '.join(PARTS)}, or no such field")
             rows.append(row)
     if not rows:
         raise ValueError(f"--problems {path}: expected a problem a line, found none")
@@ -57,6 +61,7 @@ def read_problems(path: Path, *needed: str) -> list[dict]:
 
 
 def split_of(row: dict) -> str:
-    """Where a problem of a user's file belongs: its own field "split", else 70 / 10 / 10 / 10 by the hash of its question."""
+    """Where a problem of a user's file belongs: its own field "split", else 70 / 10 / 10 / 10 by the hash of
+    its question."""
     percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
     return row.get("split", next(split for split, end in FILE_SPLITS.items() if percent < end))

@@ -18,11 +18,13 @@ class Lines:
 
 
 def progress(total: int, label: str = "", unit: str = "it", **options) -> tqdm:
-    """A bar on a terminal; elsewhere a line every half a minute. Call update(0) often, so that it can tell the time."""
+    """A bar on a terminal; elsewhere a line every half a minute. Call update(0) often, so that it can tell
+    the time."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=label, unit=unit, miniters=0, **options)
     return tqdm(total=total, desc=label, unit=unit, miniters=0, mininterval=30, file=Lines(),
-                bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}", **options)
+                bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}",
+                **options)
 
 
 def tracked(items: Sequence, label: str = "", unit: str = "it", **options) -> Iterator:

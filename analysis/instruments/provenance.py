@@ -17,7 +17,8 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     about = dict(line.split("\t: ", 1) for line in reversed(lines) if "\t: " in line)
     name = about.get("model name\t", about.get("model name", platform.processor()))
-    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in about.get("flags\t", about.get("flags", "")).split()]
+    found = [flag for flag in ("avx512_bf16", "amx_bf16")
+             if flag in about.get("flags\t", about.get("flags", "")).split()]
     return f"{name} ({', '.join(found) or 'no bfloat16 instructions'})"
 
 
@@ -27,10 +28,12 @@ def machine(device: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of this code, "+dirty" where files differ from it; None outside of git. A worker takes it over from `make_pool`."""
+    """The commit of this code, "+dirty" where files differ from it; None outside of git. A worker takes it
+    over from `make_pool`."""
     if multiprocessing.parent_process() is not None:
         return os.environ.get("RSTITCH_COMMIT")
-    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, cwd=ANALYSIS).stdout.strip()  # noqa: E731
+    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True,
+                                       cwd=ANALYSIS).stdout.strip()  # noqa: E731
     head = git("rev-parse", "--short", "HEAD")
     return head + ("+dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "") if head else None
 
@@ -43,5 +46,6 @@ def provenance(seed: int, n: int, device: str = "cpu", dtype: str = "float32") -
     spec = sys.modules["__main__"].__spec__
     command = " ".join(["python", *(["-m", spec.name] if spec else [Path(sys.argv[0]).name]), *sys.argv[1:]])
     return {"source": "measured", "command": command, "seed": seed, "n": n, "device": device, "dtype": dtype,
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "commit": COMMIT}

@@ -10,7 +10,8 @@ from analysis.instruments.progress import progress
 from analysis.instruments.rows import append_row, read_rows, write_rows
 
 
-def settle(folder: Path, made: dict, what: str, name: str = "config.json", first: Callable[[], dict] = dict) -> dict:
+def settle(folder: Path, made: dict, what: str, name: str = "config.json",
+           first: Callable[[], dict] = dict) -> dict:
     """What the files of a folder are made with, written down at the first call, with what `first` adds then.
 
     ValueError where that is not `made`: `what` says in a word or two what the folder holds."""
@@ -37,7 +38,8 @@ class Rows:
 
     path: Path
     key: Callable[[dict], Hashable]  # what a row is of
-    made: Callable[[Hashable], dict]  # fields of the row of a key; one with others is passed over, not removed
+    # fields of the row of a key; one with others is passed over, not removed
+    made: Callable[[Hashable], dict]
 
     def have(self) -> dict[Hashable, dict]:
         """The rows that count, the last of each key."""
@@ -56,7 +58,8 @@ class Rows:
         append_row(self.path, row | self.made(key))
 
     def fill(self, jobs: dict[Hashable, tuple], workers: int, label: str) -> dict[Hashable, dict]:
-        """Run the jobs (function, *arguments) whose rows are missing, and add what each returns; the rows that count."""
+        """Run the jobs (function, *arguments) whose rows are missing, and add what each returns; the rows
+        that count."""
         todo = {key: jobs[key] for key in self.missing(jobs)}
         with progress(len(todo), label) as bar:
             for key, row in completed(workers, todo, "__main__"):
@@ -66,8 +69,9 @@ class Rows:
 
 
 def run_stage(path: Path, stage: Callable, settings, rows: list[dict], run: Callable) -> list[dict]:
-    """The rows with what the stage adds, in order and a block at a time, so that a run that was killed ends with the same
-    bytes: a block that it cut short is worked on again, whole, since rounding depends on who shares a batch."""
+    """The rows with what the stage adds, in order and a block at a time, so that a run that was killed ends
+    with the same bytes: a block that it cut short is worked on again, whole, since rounding depends on who
+    shares a batch."""
     done = read_rows(path)
     if len(done) < len(rows):
         done = done[:len(done) // settings.block * settings.block]

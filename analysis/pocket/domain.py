@@ -1,13 +1,14 @@
 """The pocket domain: short stories about a count that changes, with solutions that are right by construction.
 
-A problem is a starting count and two to four operations (add or subtract up to 999, multiply by one digit, never above 9,999
-or below zero). Its text is one sentence per operation, each opened by its own connective; in 40 % of problems one more sentence,
-without a connective, tells about somebody else.
+A problem is a starting count and two to four operations (add or subtract up to 999, multiply by one digit,
+never above 9,999 or below zero). Its text is one sentence per operation, each opened by its own connective;
+in 40 % of problems one more sentence, without a connective, tells about somebody else.
 
-    Ann has 596 coins. First Ann ends up with 7 times as many. Ben has 33 coins. Finally Ann loses 120. How many coins does ...
+    Ann has 596 coins. First Ann ends up with 7 times as many. Ben has 33 coins. Finally Ann loses 120. How
+    many coins does ...
 
-A solution has one sentence per operation, with the connective of the story, and states every result. A result is either written
-at once
+A solution has one sentence per operation, with the connective of the story, and states every result. A result
+is either written at once
 
     First, 596 * 7 = 4172.
 
@@ -15,11 +16,13 @@ or worked out digit by digit first, from the units up, each column as `a*b+carry
 
     First, 596 * 7: 6*7+0: 2 carry 4; 9*7+4: 7 carry 6; 5*7+6: 1 carry 4; = 4172.
 
-The token after the second operand (" =" or ":") decides which, once the operation stands there to be judged. What a model learns
-to do depends on its corpus (`CORPORA`): the short corpus works a step out with probability 0.03 per carry, as people do who
-take their time only where it is hard; the long corpus works out 80 % of all steps, whatever they are.
+The token after the second operand (" =" or ":") decides which, once the operation stands there to be judged.
+What a model learns to do depends on its corpus (`CORPORA`): the short corpus works a step out with
+probability 0.03 per carry, as people do who take their time only where it is hard; the long corpus works out
+80 % of all steps, whatever they are.
 
-Splits are by hash of the canonical problem (operations and operands, not names or wording), so no two splits share one.
+Splits are by hash of the canonical problem (operations and operands, not names or wording), so no two splits
+share one.
 """
 import hashlib
 import random
@@ -28,10 +31,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-SPLITS = {"pair-train": 70, "router-train": 85, "dev": 90, "calibration": 95, "test": 100}  # upper ends, in % of hash space
+# upper ends, in % of hash space
+SPLITS = {"pair-train": 70, "router-train": 85, "dev": 90, "calibration": 95, "test": 100}
 NAMES = ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jon", "Kira", "Leo"]
-THINGS = ["apples", "beads", "books", "cards", "coins", "eggs", "nails", "pens", "seeds", "shells", "stamps", "stones"]
-CONNECTIVES = {2: ["First", "Finally"], 3: ["First", "Then", "Finally"], 4: ["First", "Then", "Next", "Finally"]}
+THINGS = ["apples", "beads", "books", "cards", "coins", "eggs", "nails", "pens", "seeds", "shells", "stamps",
+          "stones"]
+CONNECTIVES = {2: ["First", "Finally"], 3: ["First", "Then", "Finally"],
+               4: ["First", "Then", "Next", "Finally"]}
 GAIN, LOSE = ["buys", "finds", "wins"], ["loses", "sells", "uses"]
 LIMIT = 9_999
 
@@ -93,13 +99,15 @@ def problems(split: str, n: int, seed: int) -> list[Problem]:
 
 
 def question(problem: Problem, seed: int = 0) -> str:
-    """The story. Wording depends on (problem, seed) alone, so a problem reads the same wherever it is used."""
+    """The story. Wording depends on (problem, seed) alone, so a problem reads the same wherever it is
+    used."""
     rng = random.Random(f"{problem.key} {seed}")
     who, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     story = [f"{who} has {problem.start} {thing}."]
     for opening, (op, n) in zip(CONNECTIVES[len(problem.steps)], problem.steps):
-        event = {"+": f"{rng.choice(GAIN)} {n} more.", "-": f"{rng.choice(LOSE)} {n}.", "*": f"ends up with {n} times as many."}[op]
+        event = {"+": f"{rng.choice(GAIN)} {n} more.", "-": f"{rng.choice(LOSE)} {n}.",
+                 "*": f"ends up with {n} times as many."}[op]
         story.append(f"{opening} {who} {event}")
     if rng.random() < 0.4:
         aside = rng.choice([f"{other} has {rng.randint(10, 999)} {thing}.",
@@ -110,7 +118,8 @@ def question(problem: Problem, seed: int = 0) -> str:
 
 
 def columns(a: int, op: str, b: int) -> list[tuple[int, int, int, int, int]]:
-    """Schoolbook columns from the units up: (digit of a, digit of b or the factor, carry in, digit out, carry out)."""
+    """Schoolbook columns from the units up: (digit of a, digit of b or the factor, carry in, digit out, carry
+    out)."""
     rows, carry = [], 0
     digits_a, digits_b = str(a)[::-1], str(b)[::-1]
     width = len(digits_a) if op == "*" else max(len(digits_a), len(digits_b))
@@ -134,7 +143,8 @@ def sentence(opening: str, a: int, op: str, b: int, result: int, worked: bool) -
     if not worked:
         return f"{opening}, {a} {op} {b} = {result}."
     word, sign = ("borrow", "-") if op == "-" else ("carry", "+")
-    work = " ".join(f"{x}{op}{y}{sign}{c}: {digit} {word} {out};" for x, y, c, digit, out in columns(a, op, b))
+    work = " ".join(f"{x}{op}{y}{sign}{c}: {digit} {word} {out};"
+                    for x, y, c, digit, out in columns(a, op, b))
     return f"{opening}, {a} {op} {b}: {work} = {result}."
 
 
@@ -146,7 +156,8 @@ CORPORA = {  # probability that a step is worked out
 
 def solution(problem: Problem, corpus: str, rng: random.Random) -> str:
     """A right solution in the style of a corpus."""
-    sentences = [sentence(opening, a, op, n, result, worked=rng.random() < CORPORA[corpus](a, op, n)) for opening, a, (op, n), result
+    sentences = [sentence(opening, a, op, n, result, worked=rng.random() < CORPORA[corpus](a, op, n))
+                 for opening, a, (op, n), result
                  in zip(CONNECTIVES[len(problem.steps)], problem.values, problem.steps, problem.values[1:])]
     return " ".join(sentences + [f"The answer is {problem.answer}."])
 
