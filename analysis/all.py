@@ -1,8 +1,10 @@
 """Everything that is committed, made again: python -m analysis.all
 
-Runs the commands below in turn and executes the notebooks. Each command skips what its files in analysis/results already hold, so
-this takes minutes; delete a file to have it computed anew (an hour for all). Trained weights are made by their own commands, see
-analysis/models/README.md, R2R's router with its curves among them, and timings (latency.json, bench.jsonl, overhead.jsonl) are not made again: they are of one quiet machine.
+Runs the commands below in turn and executes the notebooks. Each command skips what its files in
+analysis/results already hold, so this takes minutes; delete a file to have it computed anew (an hour for
+all). Trained weights are made by their own commands, see analysis/pocket/models/README.md, R2R's router with
+its curves among them, and timings (latency.json, bench.jsonl, overhead.jsonl) are not made again: they are of
+one quiet machine.
 """
 import argparse
 import subprocess
@@ -10,16 +12,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["-m analysis.pair --report", "-m analysis.train_policy --report", "-m analysis.label --workers 2 --report", "-m analysis.compare",
-            "-m analysis.collect --workers 2", "-m analysis.figures", "-m analysis.demo --json analysis/results/table.json",
-            "-m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb"]
+COMMANDS = ["-m analysis.presentation.report", "-m analysis.frontier",
+            "-m analysis.label --workers 2 --report", "-m analysis.compare",
+            "-m analysis.collect --workers 2", "-m analysis.presentation.figures",
+            "-m analysis.demo --json analysis/results/table.json",
+            "-m jupyter nbconvert --to notebook --execute --inplace "
+            "--ExecutePreprocessor.record_timing=False notebooks/*.ipynb"]
 
 
 def main() -> None:
-    argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for command in COMMANDS:
         print(f"\n$ python {command}", flush=True)
-        words = [path for word in command.split() for path in (sorted(map(str, ROOT.glob(word))) if "*" in word else [word])]
+        words = [path for word in command.split()
+                 for path in (sorted(map(str, ROOT.glob(word))) if "*" in word else [word])]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 

@@ -1,24 +1,28 @@
 """Answers to the problems of a split, a row of JSON each, written as they end.
 
-    python -m analysis.answers --slm SMALL --llm LARGE --problems file.jsonl --n 300 --methods llm tau=0.02 slm --out answers.jsonl
-    python -m analysis.answers ... --methods tau=0.02 --temperature 0.6 --samples 4
+    python -m analysis.answers --slm SMALL --llm LARGE --problems file.jsonl --n 300 --methods llm tau=0.02
+    slm --out answers.jsonl python -m analysis.answers ... --methods tau=0.02 --temperature 0.6 --samples 4
 
-A method is `slm`, `llm`, `random=P`, or `tau=T`, with `back=T` and `window=N` behind a comma: `tau=0.02,back=1` makes visits of one token.
-A row holds the tokens, who wrote each, its entropy, the proposals that were discarded, and whether the answer is right; `calls_of` makes the
-forward passes of it again. The problem's text is not kept. A run that was killed goes on with the answers that are missing.
+A method is `slm`, `llm`, `random=P`, or `tau=T`, with `back=T` and `window=N` behind a comma:
+`tau=0.02,back=1` makes visits of one token. A row holds the tokens, who wrote each, its entropy, the
+proposals that were discarded, and whether the answer is right; `calls_of` makes the forward passes of it
+again. The problem's text is not kept. A run that was killed goes on with the answers that are missing.
 """
 import argparse
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 import rstitch
-from analysis.common import add_options, append_row, fingerprint, given, processor, progress, provenance, read_rows, wilson
-from analysis.problems import question, verify
-from analysis.stats import PARTS
-from analysis.task import SEED, Task, encode_problems, ends_of
+from analysis.instruments.options import add_options, given
+from analysis.instruments.progress import progress
+from analysis.instruments.provenance import machine, provenance
+from analysis.instruments.runs import Rows
+from analysis.instruments.stats import wilson
+from rstitch import fingerprint
+from analysis.instruments.problems import question, verify
+from analysis.instruments.problems import PARTS
+from analysis.instruments.task import SEED, Task, encode_problems, ends_of
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
 
@@ -31,21 +35,26 @@ def router_of(method: str):
         options = dict(part.split("=") for part in method.split(","))
         if options.keys() == {"random"}:
             return rstitch.RandomRouter(float(options["random"]), seed=SEED)
-        return rstitch.EntropyRouter(**{KINDS[name][0]: KINDS[name][1](value) for name, value in options.items()})
+        return rstitch.EntropyRouter(**{KINDS[name][0]: KINDS[name][1](value)
+                                        for name, value in options.items()})
     except (ValueError, KeyError) as error:
-        raise ValueError(f"--methods {method}: expected slm, llm, random=P or tau=T[,back=T][,window=N] ({error})") from None
+        raise ValueError(f"--methods {method}: expected slm, llm, random=P or tau=T[,back=T][,window=N] "
+                         f"({error})") from None
 
 
 def row_of(calls: Sequence[rstitch.Call]) -> dict:
     """An answer's forward passes as a row keeps them: what follows from Algorithm 1 is left out."""
     kept = [call for call in calls if call.kept]
     return {"prompt": calls[0].n_inf, "tokens": [call.token for call in kept],
-            "writer": "".join("SL"[call.model] for call in kept), "entropy": [float(f"{call.entropy:.4g}") for call in kept],
-            "discarded": [[call.position, call.token, float(f"{call.entropy:.4g}")] for call in calls if not call.kept]}
+            "writer": "".join("SL"[call.model] for call in kept),
+            "entropy": [float(f"{call.entropy:.4g}") for call in kept],
+            "discarded": [[call.position, call.token, float(f"{call.entropy:.4g}")]
+                          for call in calls if not call.kept]}
 
 
 def calls_of(row: dict) -> list[rstitch.Call]:
-    """The forward passes of an answer: each reads what its model has not read of the prompt and of the tokens before."""
+    """The forward passes of an answer: each reads what its model has not read of the prompt and of the tokens
+    before."""
     discarded = {position: (token, H) for position, token, H in row["discarded"]}
     cursor, calls = [0, 0], []
 
@@ -61,7 +70,8 @@ def calls_of(row: dict) -> list[rstitch.Call]:
     return calls
 
 
-def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Callable[[int, dict], None], temperature: float = 0.0,
+def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Callable[[int, dict], None],
+           temperature: float = 0.0,
            label: str = "") -> None:
     """Call save(index into todo, row) with each answer as it ends."""
     slm, llm, tokenizer, *_ = task.load()
@@ -79,54 +89,65 @@ def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Calla
                 save(i, {"correct": verify(todo[i], text, finished), "finished": finished, **row})
             bar.update(ended)
 
-        rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=task.max_new_tokens, temperature=temperature, seed=list(seeds),
+        rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=task.max_new_tokens,
+                       temperature=temperature, seed=list(seeds),
                        slots=task.rows, on_token=count)
 
 
-def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temperature: float = 0.0, samples: int = 1) -> list[dict]:
+def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temperature: float = 0.0,
+        samples: int = 1) -> list[dict]:
     """The rows of every method, those that are missing computed and appended."""
     chosen = [problem for problem in task.split(split, n) for _ in range(samples)]
     slm, llm, *_ = task.load()
-    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": processor() if task.device == "cpu" else torch.cuda.get_device_name(task.device),
-             "dtype": task.dtype, "limit": task.max_new_tokens, "split": split, "temperature": temperature, **task.prompting()}
+    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
+             "dtype": task.dtype, "limit": task.max_new_tokens, "split": split, "temperature": temperature,
+             **task.prompting()}
     digests = [hashlib.sha256(question(problem).encode()).hexdigest()[:12] for problem in chosen]
     seeds = rstitch.row_seeds(SEED, len(chosen))
 
-    def rows() -> dict[tuple, dict]:
-        return {(r["method"], r["problem"], r["sample"], r["question"]): r for r in read_rows(path) if all(r.get(k) == v for k, v in world.items())}
-
-    keys = {method: [(method, i // samples, i % samples, digest) for i, digest in enumerate(digests)] for method in methods}
+    store = Rows(path, lambda row: tuple(row[name] for name in ("method", "problem", "sample",
+                                                                "question")), lambda key: world)
+    keys = {method: [(method, i // samples, i % samples, digest) for i, digest in enumerate(digests)]
+            for method in methods}
     for method in methods:
-        have = rows()
-        todo = [i for i, key in enumerate(keys[method]) if key not in have]
+        lacking = set(store.missing(keys[method]))
+        todo = [i for i, key in enumerate(keys[method]) if key in lacking]
 
         def save(at: int, row: dict) -> None:
-            name, problem, sample, digest = keys[method][todo[at]]
-            append_row(path, {"what": "answer", "method": name, "problem": problem, "sample": sample, "question": digest, **row, "rows": task.rows, **world,
-                              **provenance(SEED, n, task.device, task.dtype)})
+            name, problem, sample, digest = key = keys[method][todo[at]]
+            store.add(key, {"what": "answer", "method": name, "problem": problem, "sample": sample,
+                            "question": digest, **row,
+                            "rows": task.rows, **provenance(SEED, n, task.device, task.dtype)})
 
         if todo:
-            answer(task, router_of(method), [chosen[i] for i in todo], [seeds[i] for i in todo], save, temperature, method)
-    have = rows()
+            answer(task, router_of(method), [chosen[i] for i in todo], [seeds[i] for i in todo], save,
+                   temperature, method)
+    have = store.have()
     return [have[key] for method in methods for key in keys[method]]
 
 
 def show(method: str, rows: list[dict]) -> str:
     right, tokens = [r["correct"] for r in rows], sum(len(r["tokens"]) for r in rows)
     low, high = wilson(sum(right), len(rows))
-    return (f"{method:24} {100 * sum(right) / len(rows):5.1f} % right [{100 * low:.1f}, {100 * high:.1f}] of {len(rows)}, "
-            f"{100 * sum(r['writer'].count('L') for r in rows) / tokens:5.1f} % LLM tokens, {tokens / len(rows):.0f} tokens, "
+    return (f"{method:24} {100 * sum(right) / len(rows):5.1f} % right [{100 * low:.1f}, {100 * high:.1f}] of "
+            f"{len(rows)}, "
+            f"{100 * sum(r['writer'].count('L') for r in rows) / tokens:5.1f} % LLM tokens, "
+            f"{tokens / len(rows):.0f} tokens, "
             f"{100 * sum(not r['finished'] for r in rows) / len(rows):.1f} % cut off")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Task)
-    parser.add_argument("--methods", nargs="+", default=["llm", "tau=0.02", "slm"], help="(default: llm tau=0.02 slm)")
+    parser.add_argument("--methods", nargs="+", default=["llm", "tau=0.02", "slm"],
+                        help="(default: llm tau=0.02 slm)")
     parser.add_argument("--split", choices=PARTS, default="test", help="(default: %(default)s)")
     parser.add_argument("--n", type=int, default=300, help="problems (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=1, help="answers to each problem (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0,
+                        help="of sampling; 0 is greedy (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1,
+                        help="answers to each problem (default: %(default)s)")
     args = parser.parse_args()
     try:
         task = Task(**given(args, Task))

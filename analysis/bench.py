@@ -1,22 +1,27 @@
-"""Speed: the loop against generate(), ways to attend to a cache, the cost of a step, schedules, and whole pairs at real shapes.
+"""Speed: the loop against generate(), ways to attend to a cache, the cost of a step, schedules, and whole
+pairs at real shapes.
 
-    python -m analysis.bench                       (pocket pair: stitch with the LLM alone against generate(), batch 1 and 32)
-    python -m analysis.bench --slots 16            (pocket pair: so many rows in the caches, refilled, against batches of as many)
-    python -m analysis.bench --branches            (pocket pair: tokens and time to go on from inside of answers, against their length)
-    python -m analysis.bench --attention           (one read of a cache at real shapes, by kernel)
-    python -m analysis.bench --steps               (pocket LLM: time per token against context and batch, fitted; writes steps.png)
-    python -m analysis.bench --schedule            (simulated: who runs next, by rule, cost ratio and batch)
-    python -m analysis.bench --shapes 1.5B+7B --device cuda --dtype bfloat16 --batch 1 4 16 --context 1024
+    python -m analysis.bench                       (pocket pair: stitch with the LLM alone against generate(),
+    batch 1 and 32) python -m analysis.bench --slots 16            (pocket pair: so many rows in the caches,
+    refilled, against batches of as many) python -m analysis.bench --branches            (pocket pair: tokens
+    and time to go on from inside of answers, against their length) python -m analysis.bench --attention
+    (one read of a cache at real shapes, by kernel) python -m analysis.bench --steps               (pocket
+    LLM: time per token against context and batch, fitted; writes steps.png) python -m analysis.bench
+    --schedule            (simulated: who runs next, by rule, cost ratio and batch) python -m analysis.bench
+    --shapes 1.5B+7B --device cuda --dtype bfloat16 --batch 1 4 16 --context 1024
 
-Rows are appended to analysis/results/bench.jsonl, but for --schedule, which prints; --attention and --shapes skip cells that are there. What is
-compared runs interleaved, in one process; the first round is warm-up; the device is synchronised before every clock; figures are
-medians with quartiles, and ratios are taken within a round, so that other work on the machine hits both sides.
+Rows are appended to analysis/results/bench.jsonl, but for --schedule, which prints; --attention and --shapes
+skip cells that are there. What is compared runs interleaved, in one process; the first round is warm-up; the
+device is synchronised before every clock; figures are medians with quartiles, and ratios are taken within a
+round, so that other work on the machine hits both sides.
 
---shapes builds Qwen2.5 shapes with random weights on the device; nothing is downloaded. Who writes is replayed from a script (share of
-the LLM, mean length of its visits), and the clock starts when both models have read the prompt. In one run: either model alone, stitched,
-generate() of either (dynamic and static cache), assisted generation (batch 1; a worst case, since random models agree on nothing). The ceiling is an event simulation of the same script under
-the same schedule with steps timed alone. The floor of a step is the bytes it must read, weights without an untied input embedding and live
-cache, over the bandwidth of a read-only stream measured in the same run. Shapes of "mini" size run on a CPU.
+--shapes builds Qwen2.5 shapes with random weights on the device; nothing is downloaded. Who writes is
+replayed from a script (share of the LLM, mean length of its visits), and the clock starts when both models
+have read the prompt. In one run: either model alone, stitched, generate() of either (dynamic and static
+cache), assisted generation (batch 1; a worst case, since random models agree on nothing). The ceiling is an
+event simulation of the same script under the same schedule with steps timed alone. The floor of a step is the
+bytes it must read, weights without an untied input embedding and live cache, over the bandwidth of a
+read-only stream measured in the same run. Shapes of "mini" size run on a CPU.
 """
 import argparse
 import gc
@@ -28,16 +33,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
+from analysis.instruments.progress import tracked
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS, append_row, newest
+from analysis.instruments.stats import bootstrap
+from analysis.instruments.timing import now, rotated
+from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
+from analysis.pocket.domain import problems
+from analysis.instruments.stats import signed, with_interval
+from analysis.instruments.task import encode_problems, same_width
 from rstitch_hf.command import usable_device
 from rstitch_hf.loading import left_padded
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, bootstrap, load_pocket, now, provenance, read_rows, rotated
-from analysis.problems import problems
-from analysis.stats import signed, with_interval
-from analysis.task import encode_problems, same_width
 
 FILE = RESULTS / "bench.jsonl"
 
@@ -63,19 +72,21 @@ def in_words(x: Sequence[float], unit: str = "", digits: int = 2) -> str:
     return "{:.{d}f}{u} ({:.{d}f}, {:.{d}f})".format(*x, u=unit, d=digits)
 
 
-# ---- the loop against generate() -----------------------------------------------------------------------------------------
+# ---- the loop against generate() --------------------------------------------------------------------------
 
 
 def against_generate(pair, batch_size: int, new_tokens: int, rounds: int, seed: int = 0) -> dict:
-    """tokens/s of `generate()` and of `stitch(LLMOnly)`, which also records entropies and calls, and their ratio; the same prompts, as many
-    tokens, greedy."""
+    """tokens/s of `generate()` and of `stitch(LLMOnly)`, which also records entropies and calls, and their
+    ratio; the same prompts, as many tokens, greedy."""
     slm, llm, tokenizer = pair
     speed: dict[str, list[float]] = {"generate": [], "stitch": []}
     for i in range(rounds + 1):
         ids, mask = encode_problems(tokenizer, problems("dev", batch_size, seed=1000 * seed + i))
         options = dict(attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id)
-        runs = {"generate": lambda: llm.generate(ids, do_sample=False, min_new_tokens=new_tokens, **options),  # noqa: B023
-                "stitch": lambda: rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), eos_token_id=-1, **options)}  # noqa: B023
+        runs = {"generate": lambda: llm.generate(ids, do_sample=False, min_new_tokens=new_tokens, **options),
+                # noqa: B023
+                "stitch": lambda: rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), eos_token_id=-1,
+                                                 **options)}  # noqa: B023
         for name in rotated(list(runs), i):
             start = now()
             runs[name]()
@@ -83,8 +94,10 @@ def against_generate(pair, batch_size: int, new_tokens: int, rounds: int, seed: 
                 speed[name].append(batch_size * new_tokens / (now() - start))
     ratio = spread(np.array(speed["stitch"]) / np.array(speed["generate"]))
     return {"what": "stitch(LLMOnly) against generate()", "batch_size": batch_size, "new_tokens": new_tokens,
-            "generate_tokens_per_s": float(np.median(speed["generate"])), "stitch_tokens_per_s": float(np.median(speed["stitch"])),
-            "ratio": ratio[0], "ratio_quartiles": ratio[1:], "threads": torch.get_num_threads(), **provenance(seed, rounds)}
+            "generate_tokens_per_s": float(np.median(speed["generate"])),
+            "stitch_tokens_per_s": float(np.median(speed["stitch"])),
+            "ratio": ratio[0], "ratio_quartiles": ratio[1:], "threads": torch.get_num_threads(),
+            **provenance(seed, rounds)}
 
 
 def bench_loop(new_tokens: int, rounds: int) -> None:
@@ -93,64 +106,76 @@ def bench_loop(new_tokens: int, rounds: int) -> None:
         rows.append(against_generate(pair, batch_size, new_tokens, rounds))
         append_row(FILE, rows[-1])
         r = rows[-1]
-        print(f"batch {batch_size:>2}: generate {r['generate_tokens_per_s']:.0f} tokens/s, stitch {r['stitch_tokens_per_s']:.0f} tokens/s, "
+        print(f"batch {batch_size:>2}: generate {r['generate_tokens_per_s']:.0f} tokens/s, stitch "
+              f"{r['stitch_tokens_per_s']:.0f} tokens/s, "
               f"ratio {in_words([r['ratio'], *r['ratio_quartiles']])}, higher is better", flush=True)
     print(f"batch 32 over batch 1: {rows[1]['stitch_tokens_per_s'] / rows[0]['stitch_tokens_per_s']:.1f} x")
 
 
-# ---- slots and shared beginnings ----------------------------------------------------------------------------------------
+# ---- slots and shared beginnings --------------------------------------------------------------------------
 
 
 def slots_row(pair, n: int, slots: int, rounds: int, tau: float = 0.005, seed: int = 0) -> dict:
-    """tokens/s of R-Stitch over n problems with `slots` rows in the caches, a finished one's slot going to the next problem, and of batches
-    of as many rows, each as slow as its slowest; and their ratio."""
+    """tokens/s of R-Stitch over n problems with `slots` rows in the caches, a finished one's slot going to
+    the next problem, and of batches of as many rows, each as slow as its slowest; and their ratio."""
     slm, llm, tokenizer = pair
     chosen, router = problems("dev", n, seed), rstitch.EntropyRouter(tau)
     ids, mask = encode_problems(tokenizer, chosen)
     written: list[int] = []
 
     def refilled() -> None:
-        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, slots=slots)
+        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS,
+                                slots=slots)
         written[:] = [int((result.source >= 0).sum())]
 
     def batches() -> None:
         for at in range(0, n, slots):
             part = slice(at, at + slots)
-            rstitch.stitch(slm, llm, ids[part], router, attention_mask=mask[part], max_new_tokens=MAX_NEW_TOKENS)
+            rstitch.stitch(slm, llm, ids[part], router, attention_mask=mask[part],
+                           max_new_tokens=MAX_NEW_TOKENS)
 
     ms = interleaved({"slots": refilled, "batches": batches}, rounds)
     speed = {name: spread(1e3 * written[0] / np.array(times)) for name, times in ms.items()}
-    return {"what": "slots against batches", "slots": slots, "tau": tau, "problems": n, "tokens": written[0], "tokens_per_s": speed,
-            "ratio": spread(np.array(ms["batches"]) / np.array(ms["slots"])), "threads": torch.get_num_threads(), **provenance(seed, rounds)}
+    return {"what": "slots against batches", "slots": slots, "tau": tau, "problems": n, "tokens": written[0],
+            "tokens_per_s": speed,
+            "ratio": spread(np.array(ms["batches"]) / np.array(ms["slots"])),
+            "threads": torch.get_num_threads(), **provenance(seed, rounds)}
 
 
 def bench_slots(slots: int, n: int, rounds: int) -> None:
     row = slots_row(load_pocket(), n, slots, rounds)
     append_row(FILE, row)
-    print(f"{n} problems, R-Stitch at tau {row['tau']:g}: {slots} slots {in_words(row['tokens_per_s']['slots'], digits=0)} tokens/s, batches of {slots} "
-          f"{in_words(row['tokens_per_s']['batches'], digits=0)}, ratio {in_words(row['ratio'])}, higher is better")
+    print(f"{n} problems, R-Stitch at tau {row['tau']:g}: {slots} slots "
+          f"{in_words(row['tokens_per_s']['slots'], digits=0)} tokens/s, batches of {slots} "
+          f"{in_words(row['tokens_per_s']['batches'], digits=0)}, ratio {in_words(row['ratio'])}, higher is "
+          "better")
 
 
 def branches_row(pair, lengths: Sequence[int], every: int, more: int, rounds: int, seed: int = 0) -> dict:
-    """Tokens that the LLM reads, and milliseconds, to go on for `more` tokens from every `every`-th token of an answer, by its length: all
-    branches in one call of `stitch`, and each one reading its whole beginning anew."""
+    """Tokens that the LLM reads, and milliseconds, to go on for `more` tokens from every `every`-th token of
+    an answer, by its length: all branches in one call of `stitch`, and each one reading its whole beginning
+    anew."""
     slm, llm, tokenizer = pair
     prompt = rstitch.unpadded(*encode_problems(tokenizer, problems("dev", 1, seed)))[0]
-    answer = rstitch.stitch(slm, llm, torch.tensor([prompt]), rstitch.LLMOnly(), max_new_tokens=max(lengths), eos_token_id=[]).sequences[0].tolist()[len(prompt):]
-    out = {"what": "branches", "lengths": list(lengths), "every": every, "more": more, "read": {"shared": [], "alone": []}, "ms": {"shared": [], "alone": []}}
+    answer = rstitch.stitch(slm, llm, torch.tensor([prompt]), rstitch.LLMOnly(), max_new_tokens=max(lengths),
+                            eos_token_id=[]).sequences[0].tolist()[len(prompt):]
+    out = {"what": "branches", "lengths": list(lengths), "every": every, "more": more,
+           "read": {"shared": [], "alone": []}, "ms": {"shared": [], "alone": []}}
     for length in lengths:
         ids, mask = left_padded([prompt + answer[:t] for t in range(length, 0, -every)])
         options = dict(attention_mask=mask, max_new_tokens=more, eos_token_id=[], slots=16)
         read: dict[str, int] = {}
 
         def together() -> None:
-            read["shared"] = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), **options).n_read[1]  # noqa: B023
+            read["shared"] = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(),
+                                            **options).n_read[1]  # noqa: B023
 
         def apart() -> None:
             share = rstitch.SHARED
             try:
                 rstitch.SHARED = 10**9  # no beginning is that long
-                read["alone"] = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), **options).n_read[1]  # noqa: B023
+                read["alone"] = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(),
+                                               **options).n_read[1]  # noqa: B023
             finally:
                 rstitch.SHARED = share
 
@@ -159,27 +184,32 @@ def branches_row(pair, lengths: Sequence[int], every: int, more: int, rounds: in
             out["read"][name].append(read[name])
     for what in ("read", "ms"):  # of cost = length ^ exponent
         costs = {name: [x[0] if what == "ms" else x for x in of] for name, of in out[what].items()}
-        out[f"exponent of {what}"] = {name: float(np.polyfit(np.log(lengths), np.log(cost), 1)[0]) for name, cost in costs.items()}
+        out[f"exponent of {what}"] = {name: float(np.polyfit(np.log(lengths), np.log(cost), 1)[0])
+                                      for name, cost in costs.items()}
     return out | {"threads": torch.get_num_threads(), **provenance(seed, rounds)}
 
 
 def bench_branches(rounds: int) -> None:
     row = branches_row(load_pocket(), (100, 200, 400, 800), 5, 20, rounds)
     append_row(FILE, row)
-    print(f"{'answer, tokens':>14} {'read, shared':>13} {'read, alone':>12} {'ms, shared':>11} {'ms, alone':>10}   (lower is better)")
+    print(f"{'answer, tokens':>14} {'read, shared':>13} {'read, alone':>12} {'ms, shared':>11} "
+          f"{'ms, alone':>10}   (lower is better)")
     for i, length in enumerate(row["lengths"]):
-        print(f"{length:>14} {row['read']['shared'][i]:>13} {row['read']['alone'][i]:>12} {row['ms']['shared'][i][0]:>11.0f} {row['ms']['alone'][i][0]:>10.0f}")
+        print(f"{length:>14} {row['read']['shared'][i]:>13} {row['read']['alone'][i]:>12} "
+              f"{row['ms']['shared'][i][0]:>11.0f} {row['ms']['alone'][i][0]:>10.0f}")
     for what in ("read", "ms"):
-        print(f"exponent of {what} in the length: shared {row[f'exponent of {what}']['shared']:.2f}, alone {row[f'exponent of {what}']['alone']:.2f}")
+        print(f"exponent of {what} in the length: shared {row[f'exponent of {what}']['shared']:.2f}, alone "
+              f"{row[f'exponent of {what}']['alone']:.2f}")
 
 
-# ---- attention -----------------------------------------------------------------------------------------------------------
+# ---- attention --------------------------------------------------------------------------------------------
 
 
 def copied(q, k, v, mask, scale):
     """What sdpa of transformers does where it is given a mask (since 5.23 from two tokens on)."""
     shared = q.shape[1] // k.shape[1]
-    return scaled_dot_product_attention(q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), attn_mask=mask, scale=scale)
+    return scaled_dot_product_attention(q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1),
+                                        attn_mask=mask, scale=scale)
 
 
 def enable_gqa(q, k, v, mask, scale):
@@ -194,11 +224,13 @@ def folded(q, k, v, mask, scale):
 def folded_matmul(q, k, v, mask, scale):
     n, H, S, D = q.shape
     shared = H // k.shape[1]
-    scores = (q.reshape(n, -1, shared * S, D) * scale) @ k.transpose(2, 3) + (mask if S == 1 else mask.repeat(1, 1, shared, 1))
+    scores = (q.reshape(n, -1, shared * S,
+                        D) * scale) @ k.transpose(2, 3) + (mask if S == 1 else mask.repeat(1, 1, shared, 1))
     return (scores.float().softmax(-1).to(v.dtype) @ v).reshape(n, H, S, D)
 
 
-KERNELS = {"sdpa, keys copied": copied, "sdpa, enable_gqa": enable_gqa, "sdpa, folded": folded, "matmul, folded": folded_matmul}
+KERNELS = {"sdpa, keys copied": copied, "sdpa, enable_gqa": enable_gqa, "sdpa, folded": folded,
+           "matmul, folded": folded_matmul}
 HEADS = {"1.5B": (12, 2, 128), "7B": (28, 4, 128), "32B": (40, 8, 128)}
 
 
@@ -235,56 +267,63 @@ def replayed(runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
 
 @torch.inference_mode()
 def attention_row(shape: str, batch: int, context: int, S: int, device: str, dtype: str, rounds: int) -> dict:
-    """One read of S tokens over caches of `context` tokens in one layer, by every kernel: milliseconds, and the largest difference from the first. As in a
-    model, layer follows layer, twenty of them (on a GPU replayed as one graph), each with keys of its own as long as all fit 256 MB."""
+    """One read of S tokens over caches of `context` tokens in one layer, by every kernel: milliseconds, and
+    the largest difference from the first. As in a model, layer follows layer, twenty of them (on a GPU
+    replayed as one graph), each with keys of its own as long as all fit 256 MB."""
     (H, K, D), kind, cuda = HEADS[shape], getattr(torch, dtype), torch.device(device).type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
     layers = max(1, min(20, (256 << 20) // (2 * batch * K * context * D * kind.itemsize)))
-    q, *caches = (torch.randn(batch, heads, n, D, generator=generator, device=device, dtype=kind) for heads, n in ((H, S), *[(K, context)] * (2 * layers)))
+    q, *caches = (torch.randn(batch, heads, n, D, generator=generator, device=device, dtype=kind)
+                  for heads, n in ((H, S), *[(K, context)] * (2 * layers)))
     mask = torch.zeros(batch, 1, S, context, device=device, dtype=kind)
     mask[..., context - 3:] = torch.finfo(kind).min
     kernels = KERNELS | ({"flex_attention": flex(context - 3)} if cuda else {})
     over = lambda kernel, i=0: lambda: kernel(q, *caches[2 * i:2 * i + 2], mask, D**-0.5)  # noqa: E731
     expected = copied(q, *caches[:2], mask, D**-0.5)
     error = {name: float((over(kernel)() - expected).abs().max()) for name, kernel in kernels.items()}
-    runs = {name: (replayed if cuda else in_turn)([over(kernel, i % layers) for i in range(20)]) for name, kernel in kernels.items()}
+    runs = {name: (replayed if cuda else in_turn)([over(kernel, i % layers) for i in range(20)])
+            for name, kernel in kernels.items()}
     times = {name: [x / 20 for x in ms] for name, ms in interleaved(runs, rounds, device).items()}
-    return {"what": "attention", "shape": shape, "batch": batch, "context": context, "tokens": S, "ms": {name: spread(ms) for name, ms in times.items()}, "error": error,
-            "threads": torch.get_num_threads(), "device_name": device_name(device), **provenance(0, rounds, device, dtype)}
+    return {"what": "attention", "shape": shape, "batch": batch, "context": context, "tokens": S,
+            "ms": {name: spread(ms) for name, ms in times.items()}, "error": error,
+            "threads": torch.get_num_threads(), "device_name": device_name(device),
+            **provenance(0, rounds, device, dtype)}
 
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
 
 
-def known(what: str, **key) -> dict | None:
-    """The row that was measured already."""
-    return next((r for r in reversed(read_rows(FILE)) if r["what"] == what and all(r.get(name) == value for name, value in key.items())), None)
-
-
 def bench_attention(batches: list[int], contexts: list[int], device: str, dtype: str, rounds: int) -> None:
-    print(f"milliseconds of one layer, medians and quartiles (lower is better), {device_name(device)}, {dtype}")
+    print(f"milliseconds of one layer, medians and quartiles (lower is better), {device_name(device)}, "
+          f"{dtype}")
     for shape in HEADS:
         for batch in batches:
             for context in contexts:
                 for S in (1, 4):
                     key = dict(shape=shape, batch=batch, context=context, tokens=S)
-                    row = known("attention", **key, n=rounds, threads=torch.get_num_threads(), dtype=dtype, device_name=device_name(device))
+                    row = newest(FILE, what="attention", **key, n=rounds, threads=torch.get_num_threads(),
+                                 dtype=dtype, device_name=device_name(device))
                     if row is None:
                         row = attention_row(shape, batch, context, S, device, dtype, rounds)
                         append_row(FILE, row)
-                    print(f"{shape:>5} batch {batch:>2} context {context:>6} tokens {S}: " + ", ".join(f"{name} {in_words(ms, digits=3)}" for name, ms in row["ms"].items()), flush=True)
+                    print(f"{shape:>5} batch {batch:>2} context {context:>6} tokens {S}: "
+                          + ", ".join(f"{name} {in_words(ms, digits=3)}" for name, ms in row["ms"].items()),
+                          flush=True)
 
 
-# ---- the cost of a step --------------------------------------------------------------------------------------------------
+# ---- the cost of a step -----------------------------------------------------------------------------------
 
 
-LONG = 2048  # tokens; steps over fewer are cheaper than the line of those over more, for what the processor's caches hold
+# tokens; steps over fewer are cheaper than the line of those over more, for what the processor's caches hold
+LONG = 2048
 
 
-def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: int) -> dict[int, list[list[float]]]:
-    """Milliseconds of a decode step, batches x contexts x rounds, caches filled with random keys. Each follows an untimed one over the same keys, as a
-    step follows another while an answer is written; every round takes all cells in another order, so that whatever else the machine does is spread."""
+def step_times(model, batches: Sequence[int], contexts: Sequence[int],
+               rounds: int) -> dict[int, list[list[float]]]:
+    """Milliseconds of a decode step, batches x contexts x rounds, caches filled with random keys. Each
+    follows an untimed one over the same keys, as a step follows another while an answer is written; every
+    round takes all cells in another order, so that whatever else the machine does is spread."""
     lms = {batch: rstitch.CachedLM(model, batch, max(contexts) + 1) for batch in batches}
     times: dict[int, list[list[float]]] = {batch: [[] for _ in contexts] for batch in batches}
     for batch, lm in lms.items():
@@ -293,7 +332,7 @@ def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: i
             for tensor in (layer.keys, layer.values):
                 tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
     cells = [(batch, k) for batch in batches for k in range(len(contexts))]
-    for i in tqdm(range(rounds + 1), desc="steps", disable=None):
+    for i in tracked(range(rounds + 1), "steps"):
         for batch, k in np.random.default_rng(i).permutation(cells).tolist():
             lm = lms[batch]
             for _ in range(2):
@@ -308,8 +347,9 @@ def step_times(model, batches: Sequence[int], contexts: Sequence[int], rounds: i
 
 
 def fit_line(contexts: Sequence[int], times: list[list[float]]) -> dict:
-    """Decode time as the latency model has it, c n + d, to the medians by relative least squares; and what a further term in n^2 would add at the
-    largest context, as a share of the time there, with a 95 % interval over rounds."""
+    """Decode time as the latency model has it, c n + d, to the medians by relative least squares; and what a
+    further term in n^2 would add at the largest context, as a share of the time there, with a 95 % interval
+    over rounds."""
     n = np.array(contexts, float)
 
     def fit(ms: np.ndarray, *powers: int) -> np.ndarray:
@@ -322,19 +362,25 @@ def fit_line(contexts: Sequence[int], times: list[list[float]]) -> dict:
     ms = np.median(times, 1)
     d, c = fit(ms, 0, 1)
     error = np.abs((c * n + d) / ms - 1)
-    return {"d_ms": float(d), "c_ms": float(c), "median_error": float(np.median(error)), "largest_error": float(error.max()),
+    return {"d_ms": float(d), "c_ms": float(c), "median_error": float(np.median(error)),
+            "largest_error": float(error.max()),
             "square_share": [share(*times), *bootstrap(share, *times)]}
 
 
-def key_prices(contexts: Sequence[int], times: dict[int, list[list[float]]], totals: Sequence[int] = (1024, 4096, 8192, 32768)) -> dict[str, dict[int, list[float]]]:
-    """Microseconds that a key costs between one number of keys in all rows together and the next, with a 95 % interval over rounds, for each batch whose
-    contexts hold both. Where it is the same at every batch size, what bends the line is how memory is read and not the loop."""
+def key_prices(contexts: Sequence[int], times: dict[int, list[list[float]]],
+               totals: Sequence[int] = (1024, 4096, 8192, 32768)) -> dict[str, dict[int, list[float]]]:
+    """Microseconds that a key costs between one number of keys in all rows together and the next, with a 95 %
+    interval over rounds, for each batch whose contexts hold both. Where it is the same at every batch size,
+    what bends the line is how memory is read and not the loop."""
     out: dict[str, dict[int, list[float]]] = {}
     for low, high in itertools.pairwise(totals):
         prices = out[f"{low:,} to {high:,}"] = {}
         for b, rows in times.items():
             if low // b in contexts and high // b in contexts:
-                price = lambda first, last: 1e3 * (np.median(last) - np.median(first)) / (high - low)  # noqa: B023, E731
+
+                def price(first, last, keys=high - low) -> float:
+                    return 1e3 * (np.median(last) - np.median(first)) / keys
+
                 ends = [rows[contexts.index(keys // b)] for keys in (low, high)]
                 prices[b] = [float(price(*ends)), *bootstrap(price, *ends)]
     return out
@@ -345,8 +391,10 @@ def bench_steps(rounds: int) -> None:
     torch.set_num_threads(1)
     times = step_times(model, (1, 4, 16), contexts, rounds)
     long = contexts.index(LONG)
-    row = {"what": "steps", "contexts": contexts, "ms": {b: [spread(ms) for ms in rows] for b, rows in times.items()},
-           "fit": {b: fit_line(contexts, rows) for b, rows in times.items()}, "fit_long": {b: fit_line(contexts[long:], rows[long:]) for b, rows in times.items()},
+    row = {"what": "steps", "contexts": contexts,
+           "ms": {b: [spread(ms) for ms in rows] for b, rows in times.items()},
+           "fit": {b: fit_line(contexts, rows) for b, rows in times.items()},
+           "fit_long": {b: fit_line(contexts[long:], rows[long:]) for b, rows in times.items()},
            "key_us": key_prices(contexts, times), "threads": 1, **provenance(0, rounds)}
     append_row(FILE, row)
     print(show_steps(row))
@@ -354,10 +402,15 @@ def bench_steps(rounds: int) -> None:
 
 
 def show_steps(row: dict) -> str:
-    lines = [f"batch {b:>2}: {f['c_ms']:.3g} n_kv + {f['d_ms']:.2f} ms; error of the line: median {100 * f['median_error']:.1f} %, largest {100 * f['largest_error']:.1f} %; "
-                     f"a term in n_kv^2 would be {signed([100 * x for x in f['square_share']], unit=' %')} of the time at {row['contexts'][-1]}{what}"
-                     for fits, what in (("fit", ""), ("fit_long", f", fitted from {LONG:,} tokens on")) for b, f in row[fits].items()]
-    return "\n".join(lines + [f"keys in all {keys}: a key costs, in us, " + ", ".join(f"{with_interval(price)} (batch {b})" for b, price in prices.items())
+    lines = [f"batch {b:>2}: {f['c_ms']:.3g} n_kv + {f['d_ms']:.2f} ms; error of the line: median "
+             f"{100 * f['median_error']:.1f} %, largest {100 * f['largest_error']:.1f} %; "
+                     f"a term in n_kv^2 would be {signed([100 * x for x in f['square_share']], unit=' %')} "
+                     f"of the time at {row['contexts'][-1]}{what}"
+                     for fits, what in (("fit", ""), ("fit_long", f", fitted from {LONG:,} tokens on"))
+             for b, f in row[fits].items()]
+    return "\n".join(lines + [f"keys in all {keys}: a key costs, in us, "
+                              + ", ".join(f"{with_interval(price)} (batch {b})"
+                                          for b, price in prices.items())
                               for keys, prices in row["key_us"].items()])
 
 
@@ -372,13 +425,16 @@ def plot_steps(row: dict, path: Path) -> None:
         ax.errorbar(n, median, [median - low, high - median], fmt="o", color=colour, capsize=3)
         for fits, style in (("fit", "-"), ("fit_long", ":")):
             ax.plot(n, row[fits][b]["c_ms"] * n + row[fits][b]["d_ms"], style, color=colour)
-        ax.annotate(f"batch {b}", (n[-1], median[-1]), (4, 0), textcoords="offset points", color=colour, va="center")
-    ax.set(xlabel="tokens in the cache, n_kv", ylabel="one decode step (ms), lower is better", title=f"Decode steps of the pocket LLM, and the line of the latency model\n(dotted: fitted from {LONG:,} tokens on)", xlim=(0, 1.12 * n[-1]))
+        ax.annotate(f"batch {b}", (n[-1], median[-1]), (4, 0), textcoords="offset points", color=colour,
+                    va="center")
+    ax.set(xlabel="tokens in the cache, n_kv", ylabel="one decode step (ms), lower is better",
+           title="Decode steps of the pocket LLM, and the line of the latency model\n(dotted: fitted from "
+                 f"{LONG:,} tokens on)", xlim=(0, 1.12 * n[-1]))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-# ---- schedules -----------------------------------------------------------------------------------------------------------
+# ---- schedules --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -390,13 +446,15 @@ class Script:
 
     def __post_init__(self):
         if not 0 < self.share < 1 or not self.visit >= 1:
-            raise ValueError(f"--share {self.share} --visit {self.visit}: expected a share in (0, 1) and visits of 1 token or more")
+            raise ValueError(f"--share {self.share} --visit {self.visit}: expected a share in (0, 1) and "
+                             "visits of 1 token or more")
 
     def leaves(self, batch: int, tokens: int, seed: int = 0) -> np.ndarray:
-        """(2, batch, tokens) bool: does the SLM, the LLM leave at this position? The LLM writes the first token and hands back, so that both have
-        read the prompt."""
+        """(2, batch, tokens) bool: does the SLM, the LLM leave at this position? The LLM writes the first
+        token and hands back, so that both have read the prompt."""
         stay = 1 - 1 / self.visit
-        p = self.share * (1 - stay) / (1 - self.share * stay)  # of RandomRouter, whose share is p / (1 - stay (1 - p))
+        # of RandomRouter, whose share is p / (1 - stay (1 - p))
+        p = self.share * (1 - stay) / (1 - self.share * stay)
         out = np.random.default_rng(seed).random((2, batch, tokens)) < np.array([p, 1 - stay])[:, None, None]
         out[1, :, 0] = True
         return out
@@ -411,9 +469,11 @@ class Cursors:
         self.cursor, self.graphs, self.free = [0] * batch, graphs, rstitch.FREE["cuda" if graphs else "cpu"]
 
 
-def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=rstitch.next_model, graphs: bool = False) -> tuple[float, int, int]:
-    """(time, tokens written in it, longest wait in calls) of a script under a schedule: what the loop of `stitch` would take if its reads were all. cost(model, unread)
-    is the time of one read, unread being the tokens of each row that takes part. Both models have read the prompt but for its last token; the clock
+def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=rstitch.next_model,
+             graphs: bool = False) -> tuple[float, int, int]:
+    """(time, tokens written in it, longest wait in calls) of a script under a schedule: what the loop of
+    `stitch` would take if its reads were all. cost(model, unread) is the time of one read, unread being the
+    tokens of each row that takes part. Both models have read the prompt but for its last token; the clock
     starts when every row has its second token."""
     _, B, N = leaves.shape
     rows = [rstitch.Row(i, 0, [0], 1, rstitch.LLM) for i in range(B)]
@@ -441,43 +501,57 @@ def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=r
 
 
 def weighed(ratio: float, power: float):
-    """A rule that runs the model whose waiting rows, over its cost to some power, are more; patience bounds the wait as in `next_model`."""
+    """A rule that runs the model whose waiting rows, over its cost to some power, are more; patience bounds
+    the wait as in `next_model`."""
 
     def rule(rows: list[rstitch.Row], last: int, in_a_row: int) -> int:
-        waiting = [sum(row.active == m for row in rows) / (ratio**power if m else 1.0) for m in (rstitch.SLM, rstitch.LLM)]
+        waiting = [sum(row.active == m for row in rows) / (ratio**power if m else 1.0)
+                   for m in (rstitch.SLM, rstitch.LLM)]
         other = 1 - last
-        return other if waiting[other] and (waiting[other] > waiting[last] or in_a_row >= rstitch.PATIENCE) else last
+        return other if waiting[other] and (waiting[other] > waiting[last]
+                                            or in_a_row >= rstitch.PATIENCE) else last
 
     return rule
 
 
 def bench_schedule(tokens: int = 400, draws: int = 4) -> None:
-    print("tokens per time relative to the rule that rstitch keeps (most rows waiting, patience 8), higher is better; and the longest wait in calls\n"
-          f"{'LLM / SLM':>9} {'batch':>6} {'share':>6} {'visit':>6} {'rows over the root of the cost':>31} {'rows over the cost':>19}")
+    print("tokens per time relative to the rule that rstitch keeps (most rows waiting, patience 8), higher "
+          "is better; and the longest wait in calls\n"
+          f"{'LLM / SLM':>9} {'batch':>6} {'share':>6} {'visit':>6} {'rows over the root of the cost':>31} "
+          f"{'rows over the cost':>19}")
     for ratio in (2, 5, 10):
         for batch in (4, 16):
             for script in (Script(0.1, 1), Script(0.25, 1), Script(0.25, 4)):
                 cost = lambda model, unread: ratio if model else 1.0  # noqa: B023, E731
-                taken = {power: [simulate(script.leaves(batch, tokens, seed), cost, rule) for seed in range(draws)]
-                         for power, rule in ((None, rstitch.next_model), (0.5, weighed(ratio, 0.5)), (1.0, weighed(ratio, 1.0)))}
-                rate = {power: sum(n for _, n, _ in runs) / sum(ms for ms, *_ in runs) for power, runs in taken.items()}
-                cells = [f"{rate[power] / rate[None]:.2f} ({max(w for *_, w in taken[power])})" for power in (0.5, 1.0)]
-                print(f"{ratio:>9} {batch:>6} {script.share:>6} {script.visit:>6} {cells[0]:>31} {cells[1]:>19}   kept: longest wait {max(w for *_, w in taken[None])}")
+                taken = {power: [simulate(script.leaves(batch, tokens, seed), cost, rule)
+                                 for seed in range(draws)]
+                         for power, rule in ((None, rstitch.next_model), (0.5, weighed(ratio, 0.5)),
+                                             (1.0, weighed(ratio, 1.0)))}
+                rate = {power: sum(n for _, n, _ in runs) / sum(ms for ms, *_ in runs)
+                        for power, runs in taken.items()}
+                cells = [f"{rate[power] / rate[None]:.2f} ({max(w for *_, w in taken[power])})"
+                         for power in (0.5, 1.0)]
+                print(f"{ratio:>9} {batch:>6} {script.share:>6} {script.visit:>6} {cells[0]:>31} "
+                      f"{cells[1]:>19}   kept: longest wait {max(w for *_, w in taken[None])}")
 
 
-# ---- real shapes ---------------------------------------------------------------------------------------------------------
+# ---- real shapes ------------------------------------------------------------------------------------------
 
 
 SHAPES = {  # Qwen2.5: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False), "14B": (5120, 13_824, 48, 40, 8, 152_064, False),
-    "32B": (5120, 27_648, 64, 40, 8, 152_064, False), "mini-S": (128, 512, 4, 4, 2, 1024, True), "mini-L": (256, 1024, 12, 8, 2, 1024, False)}
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "14B": (5120, 13_824, 48, 40, 8, 152_064, False),
+    "32B": (5120, 27_648, 64, 40, 8, 152_064, False), "mini-S": (128, 512, 4, 4, 2, 1024, True),
+    "mini-L": (256, 1024, 12, 8, 2, 1024, False)}
 
 
 def config_of(shape: str, longest: int) -> Qwen2Config:
     hidden, inner, layers, heads, shared, vocab, tied = SHAPES[shape]
-    return Qwen2Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared, vocab_size=vocab,
-                       tie_word_embeddings=tied, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    return Qwen2Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=shared, vocab_size=vocab,
+                       tie_word_embeddings=tied, max_position_embeddings=longest, bos_token_id=None,
+                       eos_token_id=None, pad_token_id=0)
 
 
 def bytes_of(shape: str, batch: int, context: int, itemsize: int) -> tuple[int, int, int]:
@@ -486,7 +560,8 @@ def bytes_of(shape: str, batch: int, context: int, itemsize: int) -> tuple[int, 
     width = hidden // heads
     block = 2 * hidden * hidden + hidden + 2 * shared * width * (hidden + 1) + 3 * hidden * inner + 2 * hidden
     read = layers * block + hidden + vocab * hidden
-    return itemsize * (read + (0 if tied else vocab * hidden)), itemsize * read, itemsize * 2 * layers * shared * width * batch * context
+    weights = read + (0 if tied else vocab * hidden)
+    return itemsize * weights, itemsize * read, itemsize * 2 * layers * shared * width * batch * context
 
 
 def build(shape: str, longest: int, device: str, dtype: torch.dtype, seed: int = 0) -> Qwen2ForCausalLM:
@@ -498,7 +573,8 @@ def build(shape: str, longest: int, device: str, dtype: torch.dtype, seed: int =
 
 def bandwidth(device: str, dtype: torch.dtype, rounds: int = 10) -> float:
     """Bytes per second of a stream that is only read."""
-    x = torch.ones((4 << 30 if torch.device(device).type == "cuda" else 1 << 28) // dtype.itemsize, device=device, dtype=dtype)
+    x = torch.ones((4 << 30 if torch.device(device).type == "cuda" else 1 << 28) // dtype.itemsize,
+                   device=device, dtype=dtype)
     return 1e3 * x.nbytes / float(np.median(interleaved({"sum": x.sum}, rounds, device)["sum"]))
 
 
@@ -511,7 +587,8 @@ class ScriptRouter:
         self.leaves, self.rows = torch.from_numpy(leaves).to(device), {}
 
     def decide(self, model: int, step: rstitch.Step) -> torch.Tensor:
-        """What the script says. Which rows are there is kept on the device: a copy would wait for the read to end."""
+        """What the script says. Which rows are there is kept on the device: a copy would wait for the read to
+        end."""
         key = tuple(step.rows)
         if key not in self.rows:
             self.rows[key] = torch.tensor(key, device=self.leaves.device)
@@ -539,7 +616,8 @@ class TimedLM(rstitch.CachedLM):
 
 
 def timed_stitch(lms, ids: torch.Tensor, router, tokens: int, first: int) -> tuple[float, int, float]:
-    """(milliseconds, tokens kept) from the moment on when every row has `first` tokens, and that moment (s)."""
+    """(milliseconds, tokens kept) from the moment on when every row has `first` tokens, and that moment
+    (s)."""
     count, marks = [0] * len(ids), []
 
     def on_token(row: int, call: rstitch.Call) -> None:
@@ -547,7 +625,8 @@ def timed_stitch(lms, ids: torch.Tensor, router, tokens: int, first: int) -> tup
         if not marks and min(count) >= first:
             marks.extend((now(lms[0].model.device), sum(count)))
 
-    rstitch.stitch(*lms, ids, router, max_new_tokens=tokens, eos_token_id=[], pad_token_id=0, seed=0, on_token=on_token)
+    rstitch.stitch(*lms, ids, router, max_new_tokens=tokens, eos_token_id=[], pad_token_id=0, seed=0,
+                   on_token=on_token)
     return 1e3 * (now(lms[0].model.device) - marks[0]), sum(count) - marks[1], marks[0]
 
 
@@ -575,88 +654,134 @@ def generate_ms(model, ids: torch.Tensor, tokens: int, **options) -> float:
     device, times = model.device, []
     for n in (tokens, 1):
         start = now(device)
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=0, **options)
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n,
+                       min_new_tokens=n, pad_token_id=0, **options)
         times.append(now(device) - start)
     return 1e3 * (times[0] - times[1])
 
 
-def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int, rounds: int, device: str, dtype: str) -> dict:
-    """One cell: tokens/s of every way to write, milliseconds per step against the floor, where the time goes, the simulated ceiling, memory."""
-    names, kind, cuda = pair.split("+"), getattr(torch, dtype), torch.device(device).type == "cuda"
-    longest = context + tokens + rstitch.BLOCK
-    sizes = [bytes_of(name, batch, longest, kind.itemsize) for name in names]
-    needed, key = sum(w + 2 * c for w, _, c in sizes) + 2e9, {"what": "shapes", "pair": pair, "batch": batch, "context": context, "share": script.share, "visit": script.visit, "new_tokens": tokens,
-                                                         "device_name": device_name(device), "threads": torch.get_num_threads(), **provenance(0, rounds, device, dtype)}
-    if cuda:
-        gc.collect()
-        torch.compiler.reset()  # generate() compiles its static cache: what it holds of dead models, and its limit of eight shapes
-        torch.cuda.empty_cache()
-    if cuda and needed > 0.95 * torch.cuda.mem_get_info(device)[0]:
-        return key | {"fits": False, "needed_gb": needed / 1e9}
-    stream = bandwidth(device, kind)
-    models = [build(name, longest, device, kind, seed) for seed, name in enumerate(names)]
-    ids = torch.randint(10, 1000, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
-    lms, leaves = [rstitch.CachedLM(model, batch, longest, graphs=cuda) for model in models], script.leaves(batch, tokens)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    timed_stitch(lms, ids, ScriptRouter(leaves, device), tokens, 2)  # graphs are captured, and generate() holds nothing yet
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
+def race(models, lms, names: list[str], ids: torch.Tensor, leaves: np.ndarray, rounds: int,
+         label: str) -> dict[str, list[float]]:
+    """tokens/s of every way to write, by round, but for a first one."""
+    batch, tokens, device = len(ids), leaves.shape[2], models[0].device
     figures: dict[str, list[float]] = {}
 
     def note(name: str, ms: float, written: int, *_) -> None:
         figures.setdefault(name, []).append(1e3 * written / ms)
 
-    for i in tqdm(range(rounds + 1), desc=f"{pair}, batch {batch}, context {context}", disable=None):
-        seen = {name: len(x) for name, x in figures.items()}
+    for i in tracked(range(rounds + 1), label):
         for m, name in enumerate(names):
             note(f"{name} alone", *timed_stitch(lms, ids, (rstitch.SLMOnly, rstitch.LLMOnly)[m](), tokens, 1))
             note(f"{name} generate()", generate_ms(models[m], ids, tokens), batch * (tokens - 1))
-            note(f"{name} generate(), static cache", generate_ms(models[m], ids, tokens, cache_implementation="static"), batch * (tokens - 1))
+            static = generate_ms(models[m], ids, tokens, cache_implementation="static")
+            note(f"{name} generate(), static cache", static, batch * (tokens - 1))
         note("stitched", *timed_stitch(lms, ids, ScriptRouter(leaves, device), tokens, 2))
         if batch == 1:
             with same_width(*models):
-                note("assisted generation", generate_ms(models[1], ids, tokens, assistant_model=models[0]), tokens - 1)
-        if not i:  # warm-up
-            figures = {name: x[:seen.get(name, 0)] for name, x in figures.items()}
+                drafted = generate_ms(models[1], ids, tokens, assistant_model=models[0])
+            note("assisted generation", drafted, tokens - 1)
+        if not i:
+            warm = {name: len(x) for name, x in figures.items()}
+    return {name: x[warm[name]:] for name, x in figures.items()}
+
+
+def time_spent(models, names: list[str], longest: int, ids: torch.Tensor, leaves: np.ndarray,
+               graphs: bool) -> dict[str, float]:
+    """Milliseconds of a stitched token, by what they are spent on."""
+    timed = [TimedLM(model, len(ids), longest, graphs) for model in models]
+    for _ in range(2):  # the first time graphs are captured
+        whole, n, start = timed_stitch(timed, ids, ScriptRouter(leaves, models[0].device), leaves.shape[2], 2)
+    parts = {}
+    for name, lm in zip(names, timed):
+        for what in ("single tokens", "catching up"):
+            parts[f"{name}, {what}"] = sum(ms for at, width, ms in lm.times
+                                           if at >= start and (width == 1) == (what == "single tokens"))
+        lm.close()
+    return {part: ms / n for part, ms in parts.items()} | {
+        "router, entropy, bookkeeping": (whole - sum(parts.values())) / n}
+
+
+def forget(device: str) -> None:
+    """Free what the models of the last cell held on a GPU."""
+    gc.collect()
+    # generate() compiles its static cache: what it holds of dead models, and its limit of eight shapes
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int, rounds: int, device: str,
+               dtype: str) -> dict:
+    """One cell: tokens/s of every way to write, milliseconds per step against the floor, where the time goes,
+    the simulated ceiling, memory."""
+    names, kind, cuda = pair.split("+"), getattr(torch, dtype), torch.device(device).type == "cuda"
+    longest = context + tokens + rstitch.BLOCK
+    sizes = [bytes_of(name, batch, longest, kind.itemsize) for name in names]
+    needed = sum(w + 2 * c for w, _, c in sizes) + 2e9
+    key = {"what": "shapes", "pair": pair, "batch": batch, "context": context, "share": script.share,
+           "visit": script.visit,
+           "new_tokens": tokens, "device_name": device_name(device), "threads": torch.get_num_threads(),
+           **provenance(0, rounds, device, dtype)}
+    if cuda:
+        forget(device)
+        if needed > 0.95 * torch.cuda.mem_get_info(device)[0]:
+            return key | {"fits": False, "needed_gb": needed / 1e9}
+    stream, leaves = bandwidth(device, kind), script.leaves(batch, tokens)
+    models = [build(name, longest, device, kind, seed) for seed, name in enumerate(names)]
+    ids = torch.randint(10, 1000, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
+    lms = [rstitch.CachedLM(model, batch, longest, graphs=cuda) for model in models]
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    # graphs are captured, and generate() holds nothing yet
+    timed_stitch(lms, ids, ScriptRouter(leaves, device), tokens, 2)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
+    speed = race(models, lms, names, ids, leaves, rounds, f"{pair}, batch {batch}, context {context}")
     cost = read_cost(lms, context + tokens // 2, 5)
     simulated, written, wait = simulate(leaves, cost, graphs=cuda)
     steps = {name: cost(m, [1] * batch) for m, name in enumerate(names)}
     for lm in lms:
         lm.close()
     del lms, cost  # and so their caches, before the next are made
-    timed = [TimedLM(model, batch, longest, cuda) for model in models]
-    for _ in range(2):  # the first time graphs are captured
-        whole, n, start = timed_stitch(timed, ids, ScriptRouter(leaves, device), tokens, 2)
-    parts = {f"{name}, {what}": sum(ms for at, width, ms in lm.times if at >= start and (width == 1) == (what == "single tokens"))
-             for name, lm in zip(names, timed) for what in ("single tokens", "catching up")}
-    floors = {name: 1e3 * (read + live) / stream for name, (_, read, live) in zip(names, (bytes_of(name, batch, context + tokens // 2, kind.itemsize) for name in names))}
-    for lm in timed:
-        lm.close()
-    return key | {"fits": True, "tokens_per_s": {name: spread(x) for name, x in figures.items()}, "step_ms": steps, "floor_ms": floors, "of_floor": {name: floors[name] / steps[name] for name in names},
-                  "stream_gb_per_s": stream / 1e9, "simulated_tokens_per_s": 1e3 * written / simulated, "longest_wait_calls": wait,
-                  "spent_ms_per_token": {**{part: ms / n for part, ms in parts.items()}, "router, entropy, bookkeeping": (whole - sum(parts.values())) / n},
+    floors = {}
+    for name in names:
+        _, read, live = bytes_of(name, batch, context + tokens // 2, kind.itemsize)
+        floors[name] = 1e3 * (read + live) / stream
+    return key | {"fits": True, "tokens_per_s": {name: spread(x) for name, x in speed.items()},
+                  "step_ms": steps,
+                  "floor_ms": floors, "of_floor": {name: floors[name] / steps[name] for name in names},
+                  "stream_gb_per_s": stream / 1e9, "simulated_tokens_per_s": 1e3 * written / simulated,
+                  "longest_wait_calls": wait,
+                  "spent_ms_per_token": time_spent(models, names, longest, ids, leaves, cuda),
                   "peak_gb": peak, "weights_and_caches_gb": sum(w + c for w, _, c in sizes) / 1e9}
 
 
 def show_shapes(row: dict) -> str:
-    head = f"{row['pair']}, batch {row['batch']}, context {row['context']}, {100 * row['share']:g} % LLM in visits of {row['visit']:g}, {row['device_name']}, {row['dtype']}"
+    head = (f"{row['pair']}, batch {row['batch']}, context {row['context']}, {100 * row['share']:g} % LLM in "
+            f"visits of {row['visit']:g}, {row['device_name']}, {row['dtype']}")
     if not row["fits"]:
         return f"{head}: does not fit: {row['needed_gb']:.0f} GB"
     lines = [head, *(f"  {name:32} {in_words(x, ' tokens/s', 1)}" for name, x in row["tokens_per_s"].items())]
-    lines.append(f"  simulated ceiling                {row['simulated_tokens_per_s']:.1f} tokens/s, reached {100 * row['tokens_per_s']['stitched'][0] / row['simulated_tokens_per_s']:.0f} %; "
+    lines.append(f"  simulated ceiling                {row['simulated_tokens_per_s']:.1f} tokens/s, reached "
+                 f"{100 * row['tokens_per_s']['stitched'][0] / row['simulated_tokens_per_s']:.0f} %; "
                  f"longest wait of a row {row['longest_wait_calls']} calls")
-    lines += [f"  {name} step {row['step_ms'][name]:.2f} ms, floor {row['floor_ms'][name]:.2f} ms at {row['stream_gb_per_s']:.0f} GB/s: {100 * row['of_floor'][name]:.0f} % of it reached" for name in row["step_ms"]]
-    lines.append("  where a stitched token's time goes: " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in row["spent_ms_per_token"].items()))
+    lines += [f"  {name} step {row['step_ms'][name]:.2f} ms, floor {row['floor_ms'][name]:.2f} ms at "
+              f"{row['stream_gb_per_s']:.0f} GB/s: {100 * row['of_floor'][name]:.0f} % of it reached"
+              for name in row["step_ms"]]
+    lines.append("  where a stitched token's time goes: "
+                 + ", ".join(f"{part} {ms:.2f} ms" for part, ms in row["spent_ms_per_token"].items()))
     if row["peak_gb"]:
-        lines.append(f"  peak memory {row['peak_gb']:.1f} GB, weights and caches {row['weights_and_caches_gb']:.1f} GB")
+        lines.append(f"  peak memory {row['peak_gb']:.1f} GB, weights and caches "
+                     f"{row['weights_and_caches_gb']:.1f} GB")
     return "\n".join(lines)
 
 
-def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], script: Script, tokens: int, rounds: int, device: str, dtype: str) -> None:
+def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], script: Script, tokens: int,
+                 rounds: int, device: str, dtype: str) -> None:
     for pair in pairs:
         for context in contexts:
             for batch in batches:
-                row = known("shapes", pair=pair, batch=batch, context=context, share=script.share, visit=script.visit, new_tokens=tokens, n=rounds, threads=torch.get_num_threads(), dtype=dtype,
+                row = newest(FILE, what="shapes", pair=pair, batch=batch, context=context, share=script.share,
+                             visit=script.visit, new_tokens=tokens, n=rounds, threads=torch.get_num_threads(),
+                             dtype=dtype,
                             device_name=device_name(device))
                 if row is None:
                     row = shapes_row(pair, batch, context, script, tokens, rounds, device, dtype)
@@ -664,12 +789,15 @@ def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], scri
                 print(show_shapes(row), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--slots", type=int, metavar="N", help="N rows in the caches, refilled, against batches of N")
-    add("--problems", type=int, default=300, help="--slots: problems of the pocket domain (default: %(default)s)")
-    add("--branches", action="store_true", help="what it costs to go on from inside of answers, against their length")
+    add("--problems", type=int, default=300,
+        help="--slots: problems of the pocket domain (default: %(default)s)")
+    add("--branches", action="store_true",
+        help="what it costs to go on from inside of answers, against their length")
     add("--attention", action="store_true", help="ways to attend to a cache")
     add("--steps", action="store_true", help="time per token against context and batch")
     add("--schedule", action="store_true", help="rules for who runs next, simulated")
@@ -677,24 +805,39 @@ def main() -> None:
     add("--rounds", type=int, default=12, help="measured rounds (default: %(default)s)")
     add("--new-tokens", type=int, default=100, help="tokens per answer (default: %(default)s)")
     add("--batch", type=int, nargs="+", default=[1, 16], help="--attention, --shapes: rows (default: 1 16)")
-    add("--context", type=int, nargs="+", default=[1024], help="--attention, --shapes: tokens in the cache (default: 1024)")
-    add("--share", type=float, default=0.25, help="--shapes: of the tokens, how many the LLM writes (default: %(default)s)")
-    add("--visit", type=float, default=2.0, help="--shapes: mean length of the LLM's visits, in tokens (default: %(default)s)")
-    add("--device", type=usable_device, default="cpu", help="--attention, --shapes: torch device (default: %(default)s)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="--attention, --shapes (default: %(default)s)")
+    add("--context", type=int, nargs="+", default=[1024],
+        help="--attention, --shapes: tokens in the cache (default: 1024)")
+    add("--share", type=float, default=0.25,
+        help="--shapes: of the tokens, how many the LLM writes (default: %(default)s)")
+    add("--visit", type=float, default=2.0,
+        help="--shapes: mean length of the LLM's visits, in tokens (default: %(default)s)")
+    add("--device", type=usable_device, default="cpu",
+        help="--attention, --shapes: torch device (default: %(default)s)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="--attention, --shapes (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    return parser
+
+
+def script_of(args: argparse.Namespace) -> Script:
+    """The script that the options name. ValueError for options that cannot be."""
+    if args.slots is not None:
+        rstitch.check_count("--slots", args.slots)
+    for name, least in (("rounds", 1), ("new_tokens", 3), ("threads", 1), ("problems", 1)):
+        rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    for value in (*args.batch, *args.context):
+        rstitch.check_count("--batch and --context", value)
+    for pair in args.shapes or ():
+        if len(pair.split("+")) != 2 or not set(pair.split("+")) <= SHAPES.keys():
+            raise ValueError(f"--shapes {pair}: expected two of {', '.join(SHAPES)}, joined by +")
+    return Script(args.share, args.visit)
+
+
+def main() -> None:
+    parser = build_parser()
     args = parser.parse_args()
     try:
-        if args.slots is not None:
-            rstitch.check_count("--slots", args.slots)
-        for name, least in (("rounds", 1), ("new_tokens", 3), ("threads", 1), ("problems", 1)):
-            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
-        for value in (*args.batch, *args.context):
-            rstitch.check_count("--batch and --context", value)
-        unknown = [pair for pair in args.shapes or () if len(pair.split("+")) != 2 or not set(pair.split("+")) <= SHAPES.keys()]
-        if unknown:
-            raise ValueError(f"--shapes {unknown[0]}: expected two of {', '.join(SHAPES)}, joined by +")
-        script = Script(args.share, args.visit)
+        script = script_of(args)
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(args.threads)
@@ -709,7 +852,8 @@ def main() -> None:
     if args.schedule:
         bench_schedule()
     if args.shapes:
-        bench_shapes(args.shapes, args.batch, args.context, script, args.new_tokens, args.rounds, args.device, args.dtype)
+        bench_shapes(args.shapes, args.batch, args.context, script, args.new_tokens, args.rounds, args.device,
+                     args.dtype)
     if not (args.slots or args.branches or args.attention or args.steps or args.schedule or args.shapes):
         bench_loop(args.new_tokens, args.rounds)
 

@@ -1,28 +1,37 @@
 """What the figures need models for: trajectories and interventions, a few MB in all.
 
     python -m analysis.collect                            (pocket pair; into analysis/results)
-    python -m analysis.collect --slm SMALL --llm LARGE --problems file.jsonl --out results --device cuda --dtype bfloat16
+    python -m analysis.collect --slm SMALL --llm LARGE --problems file.jsonl --out results --device cuda
+    --dtype bfloat16
 
-    trajectories.jsonl    the SLM's and the LLM's greedy answers to every problem: right or wrong, entropies; the SLM's also sampled
-    interventions.jsonl   where the SLM is wrong and the LLM right: from every token on of the SLM's answer the LLM goes on, greedily (is
+    trajectories.jsonl    the SLM's and the LLM's greedy answers to every problem: right or wrong, entropies;
+    the SLM's also sampled interventions.jsonl   where the SLM is wrong and the LLM right: from every token on
+    of the SLM's answer the LLM goes on, greedily (is
                           it right in the end?), and for the first problems by several sampled continuations
 
-A file of problems holds rows {"question": ..., "answer": ...}, graded by math-verify. Both stages append a block of problems at a
-time and go on after a kill with the same bytes (see `analysis.label`). collect.json says how they were made.
+A file of problems holds rows {"question": ..., "answer": ...}, graded by math-verify. Both stages append a
+block of problems at a time and go on after a kill with the same bytes (see `analysis.label`). collect.json
+says how they were made.
 """
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import rstitch
+from analysis.instruments.options import add_options, given, option
+from analysis.instruments.pool import parallel_map
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS
+from rstitch import fingerprint
+from analysis.instruments.runs import run_stage, settle
+from analysis.instruments.problems import Stated, question, verify
+from analysis.pocket.domain import problems, verify_number
+from analysis.instruments.problems import read_problems
+from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
 from rstitch_hf.loading import left_padded
-from analysis.common import RESULTS, add_options, fingerprint, given, option, parallel_map, provenance, read_rows, write_rows
-from analysis.label import branches_together, decoder, run_stage
-from analysis.problems import Stated, problems, question, verify, verify_number
-from analysis.stats import read_problems
-from analysis.task import Pair, common_vocab
 
 
 N = 800
@@ -35,7 +44,8 @@ class Settings(Pair):
     temperature: float = option(0.6, "of sampled answers and continuations")
     samples: int = option(8, "sampled answers of the SLM to each of the first --sampled problems")
     sampled: int = option(200, "problems with sampled answers")
-    continuations: int = option(4, "sampled continuations from each token, for the first --continued problems with interventions")
+    continuations: int = option(4, "sampled continuations from each token, for the first --continued "
+                                   "problems with interventions")
     continued: int = option(40, "problems with sampled continuations")
     every: int = option(1, "tokens between two interventions")
     block: int = option(25, "problems worked on together")
@@ -50,7 +60,8 @@ class Settings(Pair):
 
 
 def grade(text: str, row: dict, finished: bool = True) -> bool:
-    """Is the final answer of the text right? The pocket domain by its last sentence, any other by math-verify."""
+    """Is the final answer of the text right? The pocket domain by its last sentence, any other by
+    math-verify."""
     if row["domain"] == "pocket":
         return verify_number(row["answer"], text)
     return verify(Stated(row["question"], str(row["answer"])), text, finished)
@@ -60,7 +71,8 @@ def significant(H: list[float]) -> list[float]:
     return [float(f"{h:.3g}") for h in H]
 
 
-def write_on(settings: Settings, router, prompts: list[list[int]], temperature: float = 0.0, seeds: list[int] | None = None,
+def write_on(settings: Settings, router, prompts: list[list[int]], temperature: float = 0.0,
+             seeds: list[int] | None = None,
              heads: list[list[int]] | None = None) -> list[list[rstitch.Call]]:
     """The kept calls of each prompt's answer; of an answer that begins with its head, the rest."""
     slm, llm, *_ = settings.load()
@@ -71,7 +83,8 @@ def write_on(settings: Settings, router, prompts: list[list[int]], temperature: 
     order = branches_together(range(len(prompts)), prompts, list(map(len, heads)))
     ids, mask = left_padded([prompts[k] + heads[k] for k in order])
     room = [settings.max_new_tokens - len(heads[k]) for k in order]
-    stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=room, temperature=temperature, slots=settings.rows,
+    stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=room,
+                              temperature=temperature, slots=settings.rows,
                               seed=0 if seeds is None else [seeds[k] for k in order])
     for k, calls in zip(order, stitched.calls):
         out[k] = [call for call in calls if call.kept]
@@ -96,7 +109,8 @@ def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
     drawn = [i for i, row in enumerate(rows) if row["id"] < settings.sampled for _ in range(settings.samples)]
     seeds = rstitch.row_seeds(rows[0]["id"], len(drawn)) if drawn else []
     sampled: list[list] = [[] for _ in rows]
-    for i, calls in zip(drawn, write_on(settings, rstitch.SLMOnly(), [prompts[i] for i in drawn], settings.temperature, seeds) if drawn else []):
+    for i, calls in zip(drawn, write_on(settings, rstitch.SLMOnly(), [prompts[i] for i in drawn],
+                                        settings.temperature, seeds) if drawn else []):
         sampled[i].append([right(calls, rows[i]), mean(calls), len(calls)])
     return [{"id": row["id"], "steps": row.get("steps"), "slm": right(s, row), "llm": right(b, row),
              "slm_tokens": [c.token for c in s], "H": significant([c.entropy for c in s]),
@@ -105,8 +119,9 @@ def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
 
 
 def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
-    """`right`: a letter per prefix of the SLM's answer, from none of it to all of it: 1 if the LLM, going on from there, is right in the
-    end, 0 if not, - where it was not asked. `sampled`: how many of the sampled continuations are right. Empty where there is nothing to ask."""
+    """`right`: a letter per prefix of the SLM's answer, from none of it to all of it: 1 if the LLM, going on
+    from there, is right in the end, 0 if not, - where it was not asked. `sampled`: how many of the sampled
+    continuations are right. Empty where there is nothing to ask."""
     *_, tokenizer, eos = settings.load()
     decode, prompts = decoder(tokenizer), encoded(settings, rows)
     todo, drawn = [], []
@@ -115,13 +130,16 @@ def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
             n = len(row["slm_tokens"])
             places = [t for t in range(n) if t % settings.every == 0] + [n]
             todo += [(i, t) for t in places]
-            drawn += [(i, t) for t in places for _ in range(settings.continuations)] if row["asked"] < settings.continued else []
+            drawn += [(i, t) for t in places
+                      for _ in range(settings.continuations)] if row["asked"] < settings.continued else []
 
     def ends(pairs: list[tuple[int, int]], temperature: float) -> list[bool]:
         heads = [rows[i]["slm_tokens"][:t] for i, t in pairs]
-        ask = [k for k, head in enumerate(heads) if not (head and head[-1] in eos) and len(head) < settings.max_new_tokens]
+        ask = [k for k, head in enumerate(heads) if not (head and head[-1] in eos)
+               and len(head) < settings.max_new_tokens]
         seeds = rstitch.row_seeds(rows[0]["id"], len(pairs)) if pairs else []
-        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] for k in ask], temperature,
+        went_on = dict(zip(ask, write_on(settings, rstitch.LLMOnly(), [prompts[pairs[k][0]] for k in ask],
+                                         temperature,
                                          [seeds[k] for k in ask], [heads[k] for k in ask])))
         whole = [head + [call.token for call in went_on.get(k, [])] for k, head in enumerate(heads)]
         return [grade(decode(tokens), rows[i], tokens[-1] in eos) for (i, _), tokens in zip(pairs, whole)]
@@ -133,43 +151,46 @@ def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
     for i, row in enumerate(rows):
         n = len(row["slm_tokens"])
         asked = row["llm"] and not row["slm"]
-        out.append({"id": row["id"], "right": "".join({True: "1", False: "0", None: "-"}[right.get((i, t))] for t in range(n + 1)) if asked else "",
-                    "sampled": [counts.get((i, t)) for t in range(n + 1)] if (i, 0) in counts else [], "text": [decode([t]) for t in row["slm_tokens"]] if asked else []})
+        out.append({"id": row["id"], "right": "".join({True: "1", False: "0", None: "-"}[right.get((i, t))]
+                                                      for t in range(n + 1)) if asked else "",
+                    "sampled": [counts.get((i, t)) for t in range(n + 1)] if (i, 0) in counts else [],
+                    "text": [decode([t]) for t in row["slm_tokens"]] if asked else []})
     return out
 
 
 def pocket_rows(n: int, seed: int) -> list[dict]:
-    return [{"id": i, "question": question(p), "answer": p.answer, "steps": len(p.steps), "domain": "pocket"} for i, p in enumerate(problems("test", n, seed))]
+    return [{"id": i, "question": question(p), "answer": p.answer, "steps": len(p.steps), "domain": "pocket"}
+            for i, p in enumerate(problems("test", n, seed))]
 
 
 def file_rows(path: Path) -> list[dict]:
-    return [{"id": i, "question": row["question"], "answer": row["answer"], "domain": "file"} for i, row in enumerate(read_problems(path, "question", "answer"))]
+    return [{"id": i, "question": row["question"], "answer": row["answer"], "domain": "file"}
+            for i, row in enumerate(read_problems(path, "question", "answer"))]
 
 
 def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, seed: int = 0) -> list[dict]:
-    """Both files; the problems with what each stage found. ValueError where `out` holds those of other settings or problems."""
+    """Both files; the problems with what each stage found. ValueError where `out` holds those of other
+    settings or problems."""
     pair = settings.load()
     kept = settings.record() | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name}
-    made = {"settings": kept, "vocab": common_vocab(pair), "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
-    path = out / "collect.json"
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_rows(path, [made | provenance(seed, len(rows), settings.device, settings.dtype)])
-    known = read_rows(path)[0]
-    for name, value in made.items():
-        if known[name] != value:
-            raise ValueError(f"--out {out} holds files of other {name}: expected {known[name]}, got {value}; take another folder")
+    made = {"settings": kept, "vocab": common_vocab(pair), "slm": fingerprint(pair[0]),
+            "llm": fingerprint(pair[1])}
+    first = partial(provenance, seed, len(rows), settings.device, settings.dtype)
+    known = settle(out, made, "files", "collect.json", first)
     if (known["n"], known["seed"]) != (len(rows), seed):
-        raise ValueError(f"--out {out} holds files of {known['n']} problems of seed {known['seed']}, not of {len(rows)} of seed {seed}; take another folder")
+        raise ValueError(f"--out {out} holds files of {known['n']} problems of seed {known['seed']}, not of "
+                         f"{len(rows)} of seed {seed}; take another folder")
 
     with parallel_map(workers, __name__) as run:
         found = run_stage(out / "trajectories.jsonl", trajectories, settings, rows, run)
         asked = np.cumsum([bool(row["llm"] and not row["slm"]) for row in found])
-        return run_stage(out / "interventions.jsonl", interventions, settings, [row | {"asked": int(k) - 1} for row, k in zip(found, asked)], run)
+        return run_stage(out / "interventions.jsonl", interventions, settings,
+                         [row | {"asked": int(k) - 1} for row, k in zip(found, asked)], run)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Settings)
     add = parser.add_argument
     add("--problems", type=Path, help="JSONL file of problems (default: the pocket domain's test split)")
@@ -182,13 +203,16 @@ def main() -> None:
         settings = Settings(**given(args, Settings))
         rstitch.check_count("--workers", args.workers)
         if args.problems and args.n is not None:
-            raise ValueError(f"--n {args.n} is of the pocket domain: --problems {args.problems} has its own number of problems")
+            raise ValueError(f"--n {args.n} is of the pocket domain: --problems {args.problems} has its own "
+                             "number of problems")
         rstitch.check_count("--n", N if args.n is None else args.n)
-        rows = file_rows(args.problems) if args.problems else pocket_rows(N if args.n is None else args.n, args.seed)
+        rows = file_rows(args.problems) if args.problems else pocket_rows(N if args.n is None else args.n,
+                                                                          args.seed)
         if args.problems and not args.out:
             raise ValueError("--out is missing: expected a folder for the files of --problems")
         found = collect(settings, rows, args.out or RESULTS, args.workers, args.seed)
-        print(f"{len(found)} problems, the SLM right on {sum(r['slm'] for r in found)}, the LLM on {sum(r['llm'] for r in found)}, {sum(bool(r['right']) for r in found)} with interventions")
+        print(f"{len(found)} problems, the SLM right on {sum(r['slm'] for r in found)}, the LLM on "
+              f"{sum(r['llm'] for r in found)}, {sum(bool(r['right']) for r in found)} with interventions")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

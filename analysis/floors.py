@@ -17,7 +17,8 @@ from torch.nn.functional import linear
 
 import rstitch
 from analysis.bench import FILE, SHAPES, bandwidth, build, bytes_of, device_name, interleaved, read_cost
-from analysis.common import append_row, provenance
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import append_row
 from rstitch_hf.command import usable_device
 from rstitch_hf.loading import turn_products
 

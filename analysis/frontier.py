@@ -1,44 +1,58 @@
 """Learned routers against fixed thresholds: accuracy and fitted latency on the same test problems.
 
-    python -m analysis.train_policy --report       (appends to analysis/results/frontier.jsonl, skips what is there, prints all)
+    python -m analysis.frontier                    (appends to analysis/results/frontier.jsonl, skips what is
+    there, prints all)
 
-The frontier is what fixed rules reach: one threshold, a threshold on a windowed entropy, two thresholds, either model alone,
-interpolated between neighbours. The gap of a method is 1 - its latency / the frontier's latency at its accuracy; positive is
-better than every fixed rule. A second, stricter gap is against mixtures too: which of two fixed rules answers a problem is drawn
-at random, so that every chord between two points can be had, and the frontier is their lower convex hull.
+The frontier is what fixed rules reach: one threshold, a threshold on a windowed entropy, two thresholds,
+either model alone, interpolated between neighbours. The gap of a method is 1 - its latency / the frontier's
+latency at its accuracy; positive is better than every fixed rule. A second, stricter gap is against mixtures
+too: which of two fixed rules answers a problem is drawn at random, so that every chord between two points can
+be had, and the frontier is their lower convex hull.
 
-A policy calls the LLM where its logit is above 0. Every policy is also run with the logit that earns the highest mean reward, at
-the price it was trained with, on calibration problems, as R2R's threshold is set.
+A policy calls the LLM where its logit is above 0. Every policy is also run with the logit that earns the
+highest mean reward, at the price it was trained with, on calibration problems, as R2R's threshold is set.
 """
+import argparse
 import json
 
 import numpy as np
 from scipy.special import expit
 
 import rstitch
-from analysis.common import bootstrap, fill, read_rows
-from analysis.report import TAUS
-from analysis.stats import frontier_gap, gap_with_interval, outcomes_of, ratio_of_means, signed, with_interval
-from analysis.task import BASE, N_CALIBRATION, SEED, Task, cut_off, digest_of, measure, solve, wall_clock
+from analysis.instruments.options import add_options, given
+from analysis.instruments.runs import Rows
+from analysis.instruments.stats import bootstrap
+from analysis.instruments.stats import frontier_gap, gap_with_interval, outcomes_of
+from analysis.instruments.stats import ratio_of_means, signed, with_interval
+from analysis.instruments.task import BASE, N_CALIBRATION, SEED, TAUS, Task
+from analysis.instruments.task import cut_off, digest_of, measure, solve, wall_clock
 from analysis.train_policy import RUNS, rewards
 
 FIXED = {
     **{f"tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (*TAUS, 0.0035, 0.007)},
-    **{f"tau {tau:g}, window {w}": rstitch.EntropyRouter(tau, window=w) for w in (2, 4, 8) for tau in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)},
-    **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.0005, 0.001, 0.002, 0.005) for back in (0.02, 0.1, 1.0)},
-    **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back) for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
+    **{f"tau {tau:g}, window {w}": rstitch.EntropyRouter(tau, window=w) for w in (2, 4, 8)
+       for tau in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02)},
+    **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back)
+       for tau in (0.0005, 0.001, 0.002, 0.005) for back in (0.02, 0.1, 1.0)},
+    **{f"tau {tau:g}, back at {back:g}": rstitch.EntropyRouter(tau, tau_back=back)
+       for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
 ABOVE = tuple(np.linspace(-6, 6, 13).tolist())  # logits that are tried on calibration problems
+KAPPAS = ("0.1", "0.35", "0.8")
 ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
-    ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"), ("hidden-only", "no-entropy"),
-    *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none", "advantages-std", "dynamic-accuracy"))]
+    ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"),
+    ("hidden-only", "no-entropy"),
+    *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none",
+                                "advantages-std", "dynamic-accuracy"))]
 
 
 def made_with(task: Task, kind: str, name: str) -> str:
-    """Changes where a row of this kind and name has to be computed anew: with the task, and with a policy's weights."""
-    return digest_of(task, *([task.path("policies") / name / "policy.safetensors"] if kind != "fixed" else []), also=f"{N_CALIBRATION} {ABOVE}" if kind == "calibrated" else "")
+    """Changes where a row of this kind and name has to be computed anew: with the task, and with a policy's
+    weights."""
+    return digest_of(task, *([task.path("policies") / name / "policy.safetensors"] if kind != "fixed"
+                             else []), also=f"{N_CALIBRATION} {ABOVE}" if kind == "calibrated" else "")
 
 
 def policy_of(task: Task, name: str, above: float = 0.0) -> rstitch.PolicyRouter:
@@ -48,19 +62,24 @@ def policy_of(task: Task, name: str, above: float = 0.0) -> rstitch.PolicyRouter
 
 def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> dict:
     """One method over the first n test problems, greedy."""
-    router = policy_of(task, name) if kind == "policy" else FIXED[name] if kind == "fixed" else rstitch.RandomRouter(p, seed=SEED)
+    router = (policy_of(task, name) if kind == "policy" else FIXED[name] if kind == "fixed"
+              else rstitch.RandomRouter(p, seed=SEED))
     return {"kind": kind, "name": name, "p": p, **measure(task, router, "test", n)}
 
 
 def calibrated_row(task: Task, name: str, n: int) -> dict:
-    """A policy over the first n test problems, calling the LLM above the logit that earns most on calibration problems."""
+    """A policy over the first n test problems, calling the LLM above the logit that earns most on calibration
+    problems."""
     folder, pair, models, curve = task.path("policies") / name, task.load(), task.latencies(), []
-    lam, chosen = json.loads((folder / "made.json").read_text())["lam"], task.split("calibration", N_CALIBRATION)
+    lam, chosen = json.loads((folder / "made.json").read_text())["lam"], task.split("calibration",
+                                                                                    N_CALIBRATION)
     for above in ABOVE:
-        solved = solve(pair, chosen, policy_of(task, name, above), batch_size=task.rows, progress=False, max_new_tokens=task.max_new_tokens, settings=task)
+        solved = solve(pair, chosen, policy_of(task, name, above), batch_size=task.rows, progress=False,
+                       max_new_tokens=task.max_new_tokens, settings=task)
         curve.append([above, float(rewards(solved, lam, models)[0].mean())])
     above = max(curve, key=lambda point: (point[1], -abs(point[0])))[0]
-    return {"kind": "calibrated", "name": name, "above": above, "curve": curve, **measure(task, policy_of(task, name, above), "test", n)}
+    return {"kind": "calibrated", "name": name, "above": above, "curve": curve,
+            **measure(task, policy_of(task, name, above), "test", n)}
 
 
 def timed_row(task: Task, names: list[str], n: int) -> dict:
@@ -70,34 +89,42 @@ def timed_row(task: Task, names: list[str], n: int) -> dict:
 
 
 def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
-    """Compute what frontier.jsonl lacks, a row at a time: fixed rules, policies, policies with their logits calibrated, random switching at the share of
-    the policies, wall-clock; the last three, where names end in seeds, for those (wall-clock for one of each recipe). Rows of other weights, problems or
-    latencies are passed over."""
+    """Compute what frontier.jsonl lacks, a row at a time: fixed rules, policies, policies with their logits
+    calibrated, random switching at the share of the policies, wall-clock; the last three, where names end in
+    seeds, for those (wall-clock for one of each recipe). Rows of other weights, problems or latencies are
+    passed over."""
     path, n = task.needed("out") / "frontier.jsonl", len(task.split("test", n))
-    policies = sorted(made.parent.name for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
+    policies = sorted(made.parent.name
+                      for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
     for name in policies:
         policy_of(task, name)  # one of another pair is told now
-    marks = dict.fromkeys((("fixed", name) for name in FIXED), made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name) for kind in ORDER if kind != "fixed" for name in policies}
-    marks["wall-clock", "wall-clock"] = digest_of(task, *(task.path("policies") / name / "policy.safetensors" for name in policies), also=str(n_wall))
+    marks = dict.fromkeys((("fixed", name) for name in FIXED),
+                          made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name)
+                                                           for kind in ORDER if kind != "fixed"
+                                                           for name in policies}
+    marks["wall-clock", "wall-clock"] = digest_of(task, *(task.path("policies") / name / "policy.safetensors"
+                                                          for name in policies), also=str(n_wall))
     seeded = [name for name in policies if "-seed" in name] or policies
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
 
-    def current() -> dict[tuple[str, str], dict]:
-        rows = {(r["kind"], r["name"]): r for r in read_rows(path)}
-        return {key: r for key, r in rows.items() if r.get("made_with") == marks.get(key) and (r["n"] == n or r["kind"] == "wall-clock")}
+    store = Rows(path, lambda row: (row["kind"], row["name"]),
+                 lambda key: {"made_with": marks.get(key)} | ({} if key[0] == "wall-clock" else {"n": n}))
 
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
-        functions = {(kind, name): (calibrated_row, task, name, n) if kind == "calibrated" else (row_of, task, kind, name, n, *p) for kind, name, *p in jobs}
-        return fill(path, functions, current, lambda key: marks[key], workers, "methods")
+        functions = {(kind, name): (calibrated_row, task, name, n) if kind == "calibrated"
+                     else (row_of, task, kind, name, n, *p) for kind, name, *p in jobs}
+        return store.fill(functions, workers, "methods")
 
     rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
-    rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded] + [("calibrated", name) for name in seeded])
+    rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded]
+                    + [("calibrated", name) for name in seeded])
     if n_wall and ("wall-clock", "wall-clock") not in rows:
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
-        on_hull = [r["name"] for r, point in zip(best, points) if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
+        on_hull = [r["name"] for r, point in zip(best, points)
+                   if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
         names = list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *timed]))
-        rows = fill(path, {("wall-clock", "wall-clock"): (timed_row, task, names, n_wall)}, current, lambda key: marks[key], 1, "wall-clock")
+        rows = store.fill({("wall-clock", "wall-clock"): (timed_row, task, names, n_wall)}, 1, "wall-clock")
     return list(rows.values())
 
 
@@ -112,23 +139,34 @@ def show(rows: list[dict]) -> str:
              f" {'fitted ms':>10} {'by the clock, LLM = 1':>22} {'gap, % [95 %] (higher is better)':>33}"
              f" {'against mixtures too':>22}"]
     for r in sorted(methods, key=lambda r: (ORDER.index(r["kind"]), -r["accuracy"])):
-        cells = [with_interval([100 * x for x in (r["accuracy"], *r["accuracy_95"])], digits=1), f"{100 * r['llm_share']:.1f}",
+        cells = [with_interval([100 * x for x in (r["accuracy"], *r["accuracy_95"])], digits=1),
+                 f"{100 * r['llm_share']:.1f}",
                  f"{r['tokens']:.1f}", f"{r['latency_ms']:.1f}"]
-        pair = (clock["LLM alone"], clock[r["name"]]) if r["kind"] in ("policy", "fixed") and r["name"] in clock else ()
-        cells.append(with_interval([ratio_of_means(*pair), *bootstrap(ratio_of_means, *pair)], " x", 2) if pair else "")
+        pair = (clock["LLM alone"], clock[r["name"]]) if r["kind"] in ("policy",
+                                                                       "fixed") and r["name"] in clock else ()
+        cells.append(with_interval([ratio_of_means(*pair), *bootstrap(ratio_of_means, *pair)], " x", 2)
+                     if pair else "")
         if r["kind"] == "fixed":
-            gaps = [frontier_gap((r["accuracy"], r["latency_ms"]), points, mixtures) for mixtures in (False, True)]
+            gaps = [frontier_gap((r["accuracy"], r["latency_ms"]), points, mixtures)
+                    for mixtures in (False, True)]
             cells += ["on the frontier" if abs(gap) < 1e-9 else f"{100 * gap:.1f}" for gap in gaps]
         else:
-            cells += [with_interval([100 * x for x in gap_with_interval(outcomes_of([r]), fixed, mixtures)], digits=1) for mixtures in (False, True)]
-        name = {"random": "random at the share of ", "calibrated": "above its logit: "}.get(r["kind"], "") + r["name"] + (f", {r['above']:g}" if "above" in r else "")
+            cells += [with_interval([100 * x for x in gap_with_interval(outcomes_of([r]), fixed, mixtures)],
+                                    digits=1) for mixtures in (False, True)]
+        name = {"random": "random at the share of ",
+                "calibrated": "above its logit: "}.get(r["kind"],
+                                                       "") + r["name"] + (f", {r['above']:g}" if "above" in r
+                                                                          else "")
         lines.append(f"{name:36} {cells[0]:>22} {cut_off(r):>11} {cells[1]:>7} {cells[2]:>7} {cells[3]:>10}"
                      f" {cells[4]:>22} {cells[5]:>33} {cells[6]:>22}")
     r = methods[0]
-    lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch {r['torch']}; latency fitted at batch 1; intervals 95 %, paired")
+    lines.append(f"n = {r['n']} test problems, greedy, seed {r['seed']}, {r['device']}, {r['dtype']}, torch "
+                 f"{r['torch']}; latency fitted at batch 1; intervals 95 %, paired")
     if wall:
         drift = np.array(wall["reference_ms"]) / np.median(wall["reference_ms"]) - 1
-        lines.append(f"by the clock: speed-up over the LLM alone, {wall['n']} problems at batch 1, methods interleaved; drift of the reference call: median {100 * np.median(abs(drift)):.1f} %, largest {100 * abs(drift).max():.1f} %")
+        lines.append(f"by the clock: speed-up over the LLM alone, {wall['n']} problems at batch 1, methods "
+                     f"interleaved; drift of the reference call: median {100 * np.median(abs(drift)):.1f} %, "
+                     f"largest {100 * abs(drift).max():.1f} %")
     return "\n".join(lines)
 
 
@@ -137,39 +175,74 @@ def recipes(rows: list[dict]) -> str:
     by = {(r["kind"], r["name"]): r for r in rows}
     fixed = outcomes_of([r for r in rows if r["kind"] == "fixed"])
     wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
-    lines = ["| | right, % | LLM, % | tokens | fitted ms | wall-clock / LLM alone, seed 0 | more right than random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
-    for kappa in ("0.1", "0.35", "0.8"):
-        for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"), ("calibrated", "with its threshold set on calibration"), ("random", "random at the shares as trained")):
-            seeds = [r for (k, name), r in sorted(by.items()) if k == kind and name.startswith(f"kappa{kappa}-seed")]
+    lines = ["| | right, % | LLM, % | tokens | fitted ms | wall-clock / LLM alone, seed 0 | more right than "
+             "random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
+    for kappa in KAPPAS:
+        for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"),
+                            ("calibrated", "with its threshold set on calibration"),
+                            ("random", "random at the shares as trained")):
+            seeds = [r for (k, name), r in sorted(by.items()) if k == kind
+                     and name.startswith(f"kappa{kappa}-seed")]
             outcomes = outcomes_of(seeds)
-            gaps = [signed([100 * x for x in gap_with_interval(outcomes, fixed, mixtures)]) for mixtures in (False, True)]
+            gaps = [signed([100 * x for x in gap_with_interval(outcomes, fixed, mixtures)])
+                    for mixtures in (False, True)]
             ms = wall.get(seeds[0]["name"]) if kind == "policy" else None
-            lead = [np.array(r["outcomes"], float)[:, 0] - np.array(by["random", r["name"]]["outcomes"], float)[:, 0] for r in seeds if kind == "policy"]
-            cells = [", ".join(f"{100 * r['accuracy']:.1f}" for r in seeds), *(f"{np.mean([scale * r[k] for r in seeds]):.1f}" for k, scale in (("llm_share", 100), ("tokens", 1), ("latency_ms", 1))),
-                     f"{np.mean(ms) / np.mean(wall['LLM alone']):.2f}" if ms else "", signed([np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))]) if lead else "", *gaps]
+            lead = [np.array(r["outcomes"], float)[:, 0] - np.array(by["random", r["name"]]["outcomes"],
+                                                                    float)[:, 0]
+                    for r in seeds if kind == "policy"]
+            cells = [", ".join(f"{100 * r['accuracy']:.1f}" for r in seeds),
+                     *(f"{np.mean([scale * r[k] for r in seeds]):.1f}"
+                       for k, scale in (("llm_share", 100), ("tokens", 1), ("latency_ms", 1))),
+                     f"{np.mean(ms) / np.mean(wall['LLM alone']):.2f}" if ms else "",
+                     signed([np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))]) if lead
+                     else "", *gaps]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def ablations(rows: list[dict]) -> str:
-    """What each change did, in right answers, time and reward on the same problems, 95 % intervals over problems; as the results page has it."""
+    """What each change did, in right answers, time and reward on the same problems, 95 % intervals over
+    problems; as the results page has it."""
     outcomes = {r["name"]: outcomes_of([r])[0] for r in rows if r["kind"] in ("policy", "fixed")}
     llm_ms = outcomes["LLM alone"][:, 1].mean()
-    lines = ["| changed | against | kappa | right, % | fitted ms | right, pp | fitted ms | reward x 100 |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| changed | against | kappa | right, % | fitted ms | right, pp | fitted ms | reward x 100 |",
+             "|---|---|---|---|---|---|---|---|"]
     for changed, against in ABLATIONS:
         if changed in outcomes and against in outcomes:
             (right, ms), (right_0, ms_0) = outcomes[changed].T, outcomes[against].T
             kappa = RUNS[changed].kappa
             earned, earned_0 = (r * (1 - kappa * t / llm_ms) for r, t in ((right, ms), (right_0, ms_0)))
             cells = [f"{kappa:g}", f"{100 * right.mean():.1f}", f"{ms.mean():.1f}",
-                     *(signed([x.mean(), *bootstrap(np.mean, x)]) for x in (100 * (right - right_0), ms - ms_0, 100 * (earned - earned_0)))]
+                     *(signed([x.mean(), *bootstrap(np.mean, x)])
+                       for x in (100 * (right - right_0), ms - ms_0, 100 * (earned - earned_0)))]
             lines.append(f"| {changed} | {against} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main(task: Task, n: int, n_wall: int, workers: int) -> None:
-    rows = run(task, n, n_wall, workers)
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, Task)
+    add = parser.add_argument
+    add("--n", type=int, default=1000, help="test problems (default: %(default)s)")
+    add("--wall-clock", type=int, default=200,
+        help="of them, how many are timed one by one; 0 for none (default: %(default)s)")
+    add("--workers", type=int, default=2, help="processes; 1 on a GPU (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        task = Task(**given(args, Task))
+        for name, least in (("n", 1), ("wall_clock", 0), ("workers", 1)):
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        rows = run(task, args.n, args.wall_clock, args.workers)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(show(rows))
-    if {f"kappa{kappa}-seed0" for kappa in ("0.1", "0.35", "0.8")} <= {r["name"] for r in rows}:
-        print("\nR-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as they are):", recipes(rows),
-              "Ablations, one seed each (intervals over problems; they say nothing about other seeds):", ablations(rows), sep="\n\n")
+    if {f"kappa{kappa}-seed0" for kappa in KAPPAS} <= {r["name"] for r in rows}:
+        print("\nR-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as "
+              "they are):", recipes(rows),
+              "Ablations, one seed each (intervals over problems; they say nothing about other seeds):",
+              ablations(rows), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

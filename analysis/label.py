@@ -1,45 +1,57 @@
 """Labels for R2R: which tokens of the SLM lead the LLM's reasoning astray? (arXiv 2505.21600, section 3)
 
-    python -m analysis.label                              (pocket pair: 2,000 router-train problems, and a share of the other splits)
-    python -m analysis.label --slm SMALL --llm LARGE --problems file.jsonl --judge JUDGE --out labels --device cuda --dtype bfloat16
-    python -m analysis.label --report                     (figures of the labels; writes analysis/results/labels.json)
+    python -m analysis.label                              (pocket pair: 2,000 router-train problems, and a
+    share of the other splits) python -m analysis.label --slm SMALL --llm LARGE --problems file.jsonl --judge
+    JUDGE --out labels --device cuda --dtype bfloat16 python -m analysis.label --report
+    (figures of the labels; writes analysis/results/labels.json)
 
 Four stages, each a JSONL file in the folder --out with one row per problem:
 
     answers     the LLM answers; its token ids are kept, and nothing is ever tokenised again
     readings    the SLM reads that answer, teacher forced: its own choice and its entropy at every position
-    branches    where they differ the LLM goes on from the SLM's token, to the end of the sentence (or of the answer)
-    labels      a judge compares that with the LLM's own text: I identical, N neutral, D divergent, U unjudged
+    branches    where they differ the LLM goes on from the SLM's token, to the end of the sentence (or of the
+    answer) labels      a judge compares that with the LLM's own text: I identical, N neutral, D divergent, U
+    unjudged
 
-A stage works through blocks of problems in order and appends a block at a time, so a run that was killed goes on from its last
-whole block and ends with the same bytes. End-of-answer and end-of-thinking tokens are labelled like any other; prompts are not.
-What a judge cannot decide is U, never "not divergent".
+A stage works through blocks of problems in order and appends a block at a time, so a run that was killed goes
+on from its last whole block and ends with the same bytes. End-of-answer and end-of-thinking tokens are
+labelled like any other; prompts are not. What a judge cannot decide is U, never "not divergent".
 """
 import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache
 
 import rstitch
+from analysis.instruments.options import add_options, given, option
+from analysis.instruments.pool import parallel_map
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS, read_rows
+from analysis.instruments.runs import run_stage, settle
+from analysis.instruments.stats import bootstrap, ratio_of_means
+from rstitch import fingerprint
+from analysis.instruments.checkpoints import CHECKPOINTS
+from analysis.instruments.grading import final_answer, same
+from analysis.instruments.problems import question
+from analysis.pocket.domain import problems
+from analysis.instruments.problems import read_problems
+from analysis.instruments.stats import PAPER_LABELS, kind_of
+from analysis.instruments.problems import split_of
+from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
 from rstitch_hf.loading import left_padded, load_model, load_tokenizer
 from rstitch_hf.serving import cache_keyword
-from analysis.common import (RESULTS, add_options, append_row, bootstrap, fingerprint, given, option, parallel_map,
-                             provenance, ratio_of_means, read_rows, write_rows)
-from analysis.problems import final_answer, problems, question, same
-from analysis.stats import PAPER_LABELS, kind_of, read_problems
-from analysis.task import Pair, common_vocab, split_of
 
-FOLDER = Path(__file__).parent / "checkpoints" / "labels"
-SIZES = {"router-train": 1.0, "dev": 0.15, "calibration": 0.15, "test": 0.25}  # problems of the pocket domain, as shares of --n
+FOLDER = CHECKPOINTS / "labels"
+# problems of the pocket domain, as shares of --n
+SIZES = {"router-train": 1.0, "dev": 0.15, "calibration": 0.15, "test": 0.25}
 BOUNDARY = re.compile(r"[.!?][\"')\]]*\s|\n")  # a decimal point has no space behind it
 
 
@@ -47,9 +59,12 @@ BOUNDARY = re.compile(r"[.!?][\"')\]]*\s|\n")  # a decimal point has no space be
 class Settings(Pair):
     """How labels are made. All that is written follows from it and from the problems."""
 
-    judge: str = option("statement", "statement (the pocket domain: what the sentence states), answer (go on to the end, compare the final "
+    judge: str = option("statement",
+                        "statement (the pocket domain: what the sentence states), answer (go on to the end, "
+                        "compare the final "
                                      "answers), or a causal LM that is asked, a Hugging Face name or path")
-    sentence_tokens: int = option(160, "longest continuation of a sentence, in tokens; one that is longer is unjudged")
+    sentence_tokens: int = option(160, "longest continuation of a sentence, in tokens; one that is longer is "
+                                       "unjudged")
     block: int = option(32, "problems worked on together")
 
     def __post_init__(self):
@@ -58,7 +73,7 @@ class Settings(Pair):
             rstitch.check_count(f"--{name.replace('_', '-')}", getattr(self, name))
 
 
-# ---- sentences -----------------------------------------------------------------------------------------------------------
+# ---- sentences --------------------------------------------------------------------------------------------
 
 
 def boundary(text: str, before: int) -> re.Match | None:
@@ -71,8 +86,10 @@ def closed(text: str, before: int) -> bool:
     return boundary(text, before) is not None
 
 
-def sentence_end(decode: Callable[[list[int]], str], ids: list[int], start: int, t: int, eos: Sequence[int]) -> int | None:
-    """Index behind the sentence that holds token t; decoding starts at token `start` <= t. None where it is cut off.
+def sentence_end(decode: Callable[[list[int]], str], ids: list[int], start: int, t: int,
+                 eos: Sequence[int]) -> int | None:
+    """Index behind the sentence that holds token t; decoding starts at token `start` <= t. None where it is
+    cut off.
 
     That a sentence is over shows only in the space that follows, which often belongs to the next token.
     """
@@ -94,13 +111,15 @@ def sentences(decode, ids: list[int], eos: Sequence[int]) -> list[int]:
 
 
 def opening(starts: list[int], t: int) -> int:
-    """Where the text that a judge compares begins: the last sentence that begins before t. At the first token of a sentence that is
-    the one before it, since there the branches may differ in whether a sentence is over."""
+    """Where the text that a judge compares begins: the last sentence that begins before t. At the first token
+    of a sentence that is the one before it, since there the branches may differ in whether a sentence is
+    over."""
     return max((s for s in starts if s < t), default=0)
 
 
-# ---- judges --------------------------------------------------------------------------------------------------------------
-# A judge is called with a list of cases and returns True (same meaning), False or None (cannot tell) for each.
+# ---- judges -----------------------------------------------------------------------------------------------
+# A judge is called with a list of cases and returns True (same meaning), False or None (cannot tell) for
+# each.
 
 
 class Case(NamedTuple):
@@ -111,15 +130,18 @@ class Case(NamedTuple):
 
 
 class SameStatement:
-    """The pocket domain, exactly: two texts mean the same if their sentences state the same steps and results. How a result was worked
-    out does not matter. None where the LLM's own sentence states nothing that can be read."""
+    """The pocket domain, exactly: two texts mean the same if their sentences state the same steps and
+    results. How a result was worked out does not matter. None where the LLM's own sentence states nothing
+    that can be read."""
 
-    STATEMENTS = (re.compile(r"(\w+), (\d+) ([*+-]) (\d+)(?::.*;)? = (\d+)\."), re.compile(r"The answer is (\d+)\."))
+    STATEMENTS = (re.compile(r"(\w+), (\d+) ([*+-]) (\d+)(?::.*;)? = (\d+)\."),
+                  re.compile(r"The answer is (\d+)\."))
 
     def read(self, text: str) -> list[tuple]:
         """What each sentence states; ("?", the sentence) for one that states nothing."""
         parts = [part for part in re.split(r"(?<=\.) ", text.strip()) if part]
-        return [next((m.groups() for m in (pattern.fullmatch(part) for pattern in self.STATEMENTS) if m), ("?", part)) for part in parts]
+        return [next((m.groups() for m in (pattern.fullmatch(part) for pattern in self.STATEMENTS) if m),
+                     ("?", part)) for part in parts]
 
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
         read = [(self.read(case.own), self.read(case.branch)) for case in cases]
@@ -127,8 +149,8 @@ class SameStatement:
 
 
 class SameAnswer:
-    """Any domain with checkable answers: both branches go on to the end, and their final answers agree (math-verify). None where
-    either has none, be it that its last box is not closed."""
+    """Any domain with checkable answers: both branches go on to the end, and their final answers agree
+    (math-verify). None where either has none, be it that its last box is not closed."""
 
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
         pairs = [(final_answer(case.own), final_answer(case.branch)) for case in cases]
@@ -137,14 +159,16 @@ class SameAnswer:
 
 def context_of(model) -> float:
     """Tokens that a model can read."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings",
+                   None) or float("inf")
 
 
 class LMJudge:
-    """A causal LM that is asked whether two sentences mean the same. None unless it says one of the two words, and that alone, or where
-    the question does not fit into its context."""
+    """A causal LM that is asked whether two sentences mean the same. None unless it says one of the two
+    words, and that alone, or where the question does not fit into its context."""
 
-    PROMPT = """Here is a problem, the beginning of a solution, and two ways, A and B, in which the solution goes on.
+    PROMPT = """Here is a problem, the beginning of a solution, and two ways, A and B, in which the solution \
+goes on.
 
 Problem: {0.question}
 
@@ -154,7 +178,8 @@ A: {0.own}
 
 B: {0.branch}
 
-Do A and B mean the same? They do if they state the same facts and results and take the same step, whatever their wording.
+Do A and B mean the same? They do if they state the same facts and results and take the same step, whatever \
+their wording.
 Answer with one word, same or different."""
 
     def __init__(self, name: str, device: str, dtype: str, tokens: int = 16):
@@ -172,8 +197,10 @@ Answer with one word, same or different."""
         fits = [k for k, n in enumerate(mask.sum(1).tolist()) if n + self.tokens <= context_of(self.model)]
         if not fits:
             return [None] * len(cases)
-        out = rstitch.stitch(self.model, self.model, ids[fits], rstitch.LLMOnly(), attention_mask=mask[fits], max_new_tokens=self.tokens, seed=0)
-        said = {k: self.tokenizer.decode([call.token for call in calls], skip_special_tokens=True) for k, calls in zip(fits, out.calls)}
+        out = rstitch.stitch(self.model, self.model, ids[fits], rstitch.LLMOnly(), attention_mask=mask[fits],
+                             max_new_tokens=self.tokens, seed=0)
+        said = {k: self.tokenizer.decode([call.token for call in calls], skip_special_tokens=True)
+                for k, calls in zip(fits, out.calls)}
         return [self.verdict(said.get(k, "")) for k in range(len(cases))]
 
 
@@ -185,28 +212,28 @@ def build_judge(name: str, device: str, dtype: str):
     return JUDGES.get(name, lambda: LMJudge(name, device, dtype))()
 
 
-# ---- stages --------------------------------------------------------------------------------------------------------------
-
-
-def decoder(tokenizer) -> Callable[[list[int]], str]:
-    return partial(tokenizer.decode, skip_special_tokens=True)
+# ---- stages -----------------------------------------------------------------------------------------------
 
 
 def answers(settings: Settings, rows: list[dict]) -> list[dict]:
     """What the LLM says to each question."""
     slm, llm, tokenizer, _ = settings.load()
     ids, mask = settings.encode(tokenizer, *(row["question"] for row in rows))
-    out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, max_new_tokens=settings.max_new_tokens, seed=0, slots=settings.rows)
+    out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask,
+                         max_new_tokens=settings.max_new_tokens, seed=0, slots=settings.rows)
     return [{**row, "prompt": prompt, "answer": [call.token for call in calls]}
             for row, prompt, calls in zip(rows, rstitch.unpadded(ids, mask), out.calls)]
 
 
 @torch.inference_mode()
-def teacher_forced(model, prompt: list[int], answer: list[int], chunk: int = 512) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What the model predicts at every position of an answer that it reads: (hidden states (n, D), logits (n, V)), in order, in pieces."""
+def teacher_forced(model, prompt: list[int], answer: list[int],
+                   chunk: int = 512) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the model predicts at every position of an answer that it reads: (hidden states (n, D), logits (n,
+    V)), in order, in pieces."""
     ids = torch.tensor([prompt + answer[:-1]], device=model.device)
     cache, caught = {cache_keyword(model): DynamicCache(config=model.config)}, {}
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: caught.update(hidden=args[0][0]))
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: caught.update(hidden=args[0][0]))
     try:
         for start in range(0, ids.shape[1], chunk):
             logits = model(input_ids=ids[:, start:start + chunk], use_cache=True, **cache).logits[0]
@@ -222,7 +249,8 @@ def readings(settings: Settings, rows: list[dict]) -> list[dict]:
     slm, *_ = pair = settings.load()
     vocab, out = common_vocab(pair), []
     for row in rows:
-        pieces = [(logits[:, :vocab].argmax(-1), rstitch.entropy(logits[:, :vocab])) for _, logits in teacher_forced(slm, row["prompt"], row["answer"])]
+        pieces = [(logits[:, :vocab].argmax(-1), rstitch.entropy(logits[:, :vocab]))
+                  for _, logits in teacher_forced(slm, row["prompt"], row["answer"])]
         choice, H = (torch.cat(part).tolist() for part in zip(*pieces))
         out.append({"slm": choice, "entropy": [float(f"{h:.4g}") for h in H]})
     return out
@@ -233,24 +261,21 @@ def goes_on_to_the_end(settings: Settings) -> bool:
     return settings.judge == "answer"
 
 
-def branches_together(chosen: Sequence[int], prompts: Sequence[list[int]], lengths: Sequence[int]) -> list[int]:
-    """The chosen ones in the order in which least is read: those that go on from one prompt follow each other, the one that has most of the
-    answer first. It reads the answer, the others copy it."""
-    first = {tuple(prompt): k for k, prompt in reversed(list(enumerate(prompts)))}
-    return sorted(chosen, key=lambda k: (first[tuple(prompts[k])], -lengths[k], k))
-
-
 def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> list[list[int] | None]:
-    """What the LLM writes after each (prompt, answer so far, first token that is decoded), to the end of the sentence that holds the
-    answer's last token, or to the end of the answer. None where that is not reached."""
+    """What the LLM writes after each (prompt, answer so far, first token that is decoded), to the end of the
+    sentence that holds the answer's last token, or to the end of the answer. None where that is not
+    reached."""
     slm, llm, tokenizer, eos = settings.load()
-    decode, whole, out = decoder(tokenizer), goes_on_to_the_end(settings), [[] if answer[-1] in eos else None for _, answer, _ in todo]
+    decode, whole, out = decoder(tokenizer), goes_on_to_the_end(settings), [[] if answer[-1] in eos else None
+                                                                            for _, answer, _ in todo]
     length = settings.max_new_tokens if whole else settings.sentence_tokens
-    fits = [len(prompt) + len(answer) + length <= min(context_of(slm), context_of(llm)) for prompt, answer, _ in todo]
+    fits = [len(prompt) + len(answer) + length <= min(context_of(slm), context_of(llm))
+            for prompt, answer, _ in todo]
     open_ones = [k for k, more in enumerate(out) if more is None and fits[k]]
     if not open_ones:
         return out
-    open_ones = branches_together(open_ones, [prompt for prompt, *_ in todo], [len(answer) for _, answer, _ in todo])
+    open_ones = branches_together(open_ones, [prompt for prompt, *_ in todo],
+                                  [len(answer) for _, answer, _ in todo])
     ids, mask = left_padded([todo[k][0] + todo[k][1] for k in open_ones])
     before = [len(decode(todo[k][1][todo[k][2]:-1])) for k in open_ones]
 
@@ -259,19 +284,21 @@ def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> l
         return closed(decode(answer[start:] + more), before[b])
 
     limits = [max(1, length - len(todo[k][1])) if whole else length for k in open_ones]
-    stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0, max_new_tokens=limits, slots=settings.rows,
+    stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0,
+                              max_new_tokens=limits, slots=settings.rows,
                               stop=None if whole else complete)
     for k, calls in zip(open_ones, stitched.calls):
         _, answer, start = todo[k]
         line = answer + [call.token for call in calls]
-        end = (len(line) if line[-1] in eos else None) if whole else sentence_end(decode, line, start, len(answer) - 1, eos)
+        end = (len(line) if line[-1] in eos
+               else None) if whole else sentence_end(decode, line, start, len(answer) - 1, eos)
         out[k] = None if end is None else line[len(answer):end]
     return out
 
 
 def branches(settings: Settings, rows: list[dict]) -> list[dict]:
-    """[t, token ids] of every position t where the SLM differs: its token, and how the LLM goes on from there; None where that or the
-    LLM's own sentence is cut off."""
+    """[t, token ids] of every position t where the SLM differs: its token, and how the LLM goes on from
+    there; None where that or the LLM's own sentence is cut off."""
     *_, tokenizer, eos = settings.load()
     decode, whole = decoder(tokenizer), goes_on_to_the_end(settings)
     found: list[dict[int, list[int] | None]] = [{} for _ in rows]
@@ -298,7 +325,8 @@ def cases_of(settings: Settings, row: dict) -> dict[int, Case]:
             start = opening(starts, t)
             end = len(row["answer"]) if whole else sentence_end(decode, row["answer"], start, t, eos)
             own, other = row["answer"][start:end], row["answer"][start:t] + branch
-            cases[t] = Case(row["question"], decode(row["answer"][:start]), decode(own).strip(), decode(other).strip())
+            cases[t] = Case(row["question"], decode(row["answer"][:start]), decode(own).strip(),
+                            decode(other).strip())
     return cases
 
 
@@ -311,53 +339,38 @@ def labels(settings: Settings, rows: list[dict]) -> list[dict]:
         part = cases[at:at + settings.rows]
         verdicts = judge([case for *_, case in part])
         if len(verdicts) != len(part):
-            raise ValueError(f"judge {settings.judge} gave {len(verdicts)} verdicts on {len(part)} cases: expected one each")
+            raise ValueError(f"judge {settings.judge} gave {len(verdicts)} verdicts on {len(part)} cases: "
+                             "expected one each")
         same |= {(i, t): verdict for (i, t, _), verdict in zip(part, verdicts)}
     letters = {True: "N", False: "D"}
-    return [{"labels": "".join("I" if own == choice else letters.get(same.get((i, t)), "U") for t, (own, choice) in enumerate(zip(row["answer"], row["slm"])))}
+    return [{"labels": "".join("I" if own == choice else letters.get(same.get((i, t)), "U")
+                               for t, (own, choice) in enumerate(zip(row["answer"], row["slm"])))}
             for i, row in enumerate(rows)]
 
 
 STAGES = {"answers": answers, "readings": readings, "branches": branches, "labels": labels}
 
 
-def run_stage(path: Path, stage, settings: Settings, rows: list[dict], run) -> list[dict]:
-    """The rows with what the stage adds. A block that a kill cut short is worked on again, whole: rounding depends on who shares a batch."""
-    done = read_rows(path)
-    if len(done) < len(rows):
-        done = done[:len(done) // settings.block * settings.block]
-        if path.exists():
-            write_rows(path, done)
-        blocks = [rows[at:at + settings.block] for at in range(len(done), len(rows), settings.block)]
-        with tqdm(total=len(rows), initial=len(done), desc=path.stem, unit="problem", disable=None) as bar:
-            for block in run(partial(stage, settings), blocks):
-                append_row(path, *block)
-                done += block
-                bar.update(len(block))
-    return [row | more for row, more in zip(rows, done)]
-
-
-def settle(folder: Path, settings: Settings, todo: list[dict]) -> None:
-    """Write down what a folder's labels are made with; ValueError where it holds those of other settings or problems."""
-    path = folder / "config.json"
-    pair = settings.load()
+def check_folder(folder: Path, settings: Settings, todo: list[dict]) -> None:
+    """Write down what a folder's labels are made with; ValueError where it holds those of other settings or
+    problems."""
+    slm, llm, *_ = settings.load()
     if settings.judge not in JUDGES:
-        load_tokenizer("--judge", settings.judge)  # one that cannot be had is told now, not after hours
-    now = {"settings": {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}, "slm": fingerprint(pair[0]), "llm": fingerprint(pair[1])}
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_rows(path, [now])
-    for name, value in json.loads(path.read_text()).items():
-        if value != now[name]:
-            raise ValueError(f"--out {folder} holds labels of other {name}: expected {value}, got {now[name]}; take another folder")
+        # one that cannot be had is told now, not after hours
+        load_tokenizer("--judge", settings.judge)
+    made = {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}
+    settle(folder, {"settings": made, "slm": fingerprint(slm), "llm": fingerprint(llm)}, "labels")
     for old, new in zip(read_rows(folder / "answers.jsonl"), todo):
         if (old["question"], old["split"]) != (new["question"], new["split"]):
-            raise ValueError(f"--out {folder} holds labels of other problems: its {old['split']} has {old['question']!r} where {new['question']!r} is asked for")
+            raise ValueError(f"--out {folder} holds labels of other problems: its {old['split']} has "
+                             f"{old['question']!r} "
+                             f"where {new['question']!r} is asked for")
 
 
 def make_labels(settings: Settings, todo: list[dict], folder: Path, workers: int = 1) -> list[dict]:
-    """Label the LLM's answers to `todo`, rows {question, split}, in the folder; the rows with what every stage added."""
-    settle(folder, settings, todo)
+    """Label the LLM's answers to `todo`, rows {question, split}, in the folder; the rows with what every
+    stage added."""
+    check_folder(folder, settings, todo)
     rows = todo
     with parallel_map(workers, __name__) as run:
         for name, stage in STAGES.items():
@@ -367,7 +380,8 @@ def make_labels(settings: Settings, todo: list[dict], folder: Path, workers: int
 
 def pocket_problems(n: int, seed: int = 0) -> list[dict]:
     """Problems that the pair never saw: n of router-train, and of the other splits their share."""
-    return [{"question": question(p), "split": split} for split, share in SIZES.items() for p in problems(split, round(n * share), seed)]
+    return [{"question": question(p), "split": split} for split, share in SIZES.items()
+            for p in problems(split, round(n * share), seed)]
 
 
 def file_problems(path: Path) -> list[dict]:
@@ -381,13 +395,14 @@ def problems_of(settings: Settings, path: Path | None, n: int | None) -> list[di
     if path and n is not None:
         raise ValueError(f"--n {n} is of the pocket domain: --problems {path} has its own number of problems")
     if path and settings.judge == "statement":
-        raise ValueError(f"--judge statement reads the pocket domain only: expected answer, or a model, for --problems {path}")
+        raise ValueError("--judge statement reads the pocket domain only: expected answer, or a model, for "
+                         f"--problems {path}")
     if n is not None:
         rstitch.check_count("--n", n)
     return file_problems(path) if path else pocket_problems(2000 if n is None else n)
 
 
-# ---- figures -------------------------------------------------------------------------------------------------------------
+# ---- figures ----------------------------------------------------------------------------------------------
 
 
 LETTERS = {"I": "identical", "N": "neutral", "D": "divergent", "U": "unjudged"}
@@ -399,25 +414,34 @@ def quotient(a: np.ndarray, n_a: np.ndarray, b: np.ndarray, n_b: np.ndarray) -> 
 
 
 def figures(settings: Settings, rows: list[dict]) -> dict:
-    """Shares of the labels and SLM entropies of labelled rows, intervals over problems; by kind of token and by place."""
+    """Shares of the labels and SLM entropies of labelled rows, intervals over problems; by kind of token and
+    by place."""
     *_, tokenizer, eos = settings.load()
     decode, tokens = decoder(tokenizer), []
     for i, row in enumerate(rows):
         starts = sentences(decode, row["answer"], eos) + [len(row["answer"])]
         where = [(t - a) / (b - a) for a, b in zip(starts, starts[1:]) for t in range(a, b)]
-        tokens += [(i, letter, H, kind_of(decode([token])), int(10 * t / len(row["answer"])), int(10 * inside))
-                   for t, (letter, H, token, inside) in enumerate(zip(row["labels"], row["entropy"], row["answer"], where))]
+        tokens += [(i, letter, H, kind_of(decode([token])), int(10 * t / len(row["answer"])),
+                    int(10 * inside))
+                   for t, (letter, H, token, inside) in enumerate(zip(row["labels"], row["entropy"],
+                                                                      row["answer"], where))]
     problem, letter, H, kind, decile, inside = (np.array(column) for column in zip(*tokens))
-    per_problem = lambda mask, weight=None: np.bincount(problem[mask], None if weight is None else weight[mask], minlength=len(rows))  # noqa: E731
+    per_problem = lambda mask, weight=None: np.bincount(problem[mask], None if weight is None
+                                                        else weight[mask], minlength=len(rows))  # noqa: E731
     total = per_problem(np.ones(len(H), bool))
-    shares = {name: [float((letter == c).mean()), *bootstrap(ratio_of_means, per_problem(letter == c), total)] for c, name in LETTERS.items()}
+    shares = {name: [float((letter == c).mean()), *bootstrap(ratio_of_means, per_problem(letter == c), total)]
+              for c, name in LETTERS.items()}
     divergent, other = letter == "D", (letter == "I") | (letter == "N")
     sums = [per_problem(divergent, H), per_problem(divergent), per_problem(other, H), per_problem(other)]
-    table = lambda key: {str(value): {"n": int((key == value).sum()), "entropy": float(H[key == value].mean()),  # noqa: E731
-                                      **{name: float((letter[key == value] == c).mean()) for c, name in LETTERS.items()}} for value in np.unique(key)}
+    table = lambda key: {str(value): {"n": int((key == value).sum()),
+                                      "entropy": float(H[key == value].mean()),  # noqa: E731
+                                      **{name: float((letter[key == value] == c).mean())
+                                         for c, name in LETTERS.items()}} for value in np.unique(key)}
     return {"problems": len(rows), "tokens": len(H), "shares": shares,
-            "entropy_nats": {name: float(H[letter == c].mean()) if (letter == c).any() else None for c, name in LETTERS.items()},
-            "entropy_ratio": [quotient(*sums), *bootstrap(quotient, *sums)], "kind": table(kind), "decile of the answer": table(decile), "decile of the sentence": table(inside)}
+            "entropy_nats": {name: float(H[letter == c].mean()) if (letter == c).any() else None
+                             for c, name in LETTERS.items()},
+            "entropy_ratio": [quotient(*sums), *bootstrap(quotient, *sums)], "kind": table(kind),
+            "decile of the answer": table(decile), "decile of the sentence": table(inside)}
 
 
 def show(row: dict) -> str:
@@ -425,34 +449,46 @@ def show(row: dict) -> str:
     for name in LETTERS.values():
         share, low, high = (100 * x for x in row["shares"][name])
         H = row["entropy_nats"][name]
-        lines.append(f"{name:10} {share:6.2f} % [{low:.2f}, {high:.2f}]" + (f"   paper {100 * PAPER_LABELS[name]:.0f} %" if name in PAPER_LABELS else " " * 12)
+        lines.append(f"{name:10} {share:6.2f} % [{low:.2f}, {high:.2f}]"
+                     + (f"   paper {100 * PAPER_LABELS[name]:.0f} %" if name in PAPER_LABELS else " " * 12)
                      + (f"   mean SLM entropy {H:.3f} nats" if H is not None else ""))
-    lines.append("SLM entropy of divergent over identical and neutral tokens: {:.1f} x [{:.1f}, {:.1f}]   paper 3.8 x".format(*row["entropy_ratio"]))
+    lines.append("SLM entropy of divergent over identical and neutral tokens: {:.1f} x [{:.1f}, {:.1f}]   "
+                 "paper 3.8 x".format(*row["entropy_ratio"]))
     for what in ("kind", "decile of the answer", "decile of the sentence"):
-        lines.append(f"{what:24} {'tokens':>8} {'identical':>10} {'neutral':>9} {'divergent':>10} {'unjudged':>9}   entropy, nats")
-        lines += [f"{value:>24} {r['n']:>8} " + " ".join(f"{100 * r[name]:>{w}.1f}" for name, w in zip(LETTERS.values(), (10, 9, 10, 9))) + f"   {r['entropy']:.3f}"
+        lines.append(f"{what:24} {'tokens':>8} {'identical':>10} {'neutral':>9} {'divergent':>10} "
+                     f"{'unjudged':>9}   entropy, nats")
+        lines += [f"{value:>24} {r['n']:>8} " + " ".join(f"{100 * r[name]:>{w}.1f}"
+                                                         for name, w in zip(LETTERS.values(), (10, 9, 10, 9)))
+                  + f"   {r['entropy']:.3f}"
                   for value, r in row[what].items()]
     return "\n".join(lines)
 
 
 def sample(settings: Settings, rows: list[dict], n: int, seed: int) -> list[dict]:
     """n judged positions at random, as a person would check them."""
-    everything = [(i, t, case) for i, row in enumerate(rows) for t, case in cases_of(settings, row).items() if row["labels"][t] in "ND"]
+    everything = [(i, t, case) for i, row in enumerate(rows) for t, case in cases_of(settings, row).items()
+                  if row["labels"][t] in "ND"]
     picks = np.random.default_rng(seed).choice(len(everything), min(n, len(everything)), replace=False)
-    return [{"t": t, "label": rows[i]["labels"][t], **case._asdict()} for i, t, case in (everything[k] for k in sorted(picks))]
+    return [{"t": t, "label": rows[i]["labels"][t], **case._asdict()}
+            for i, t, case in (everything[k] for k in sorted(picks))]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Settings)
     add = parser.add_argument
     add("--problems", type=Path, help="JSONL file of questions (default: the pocket domain)")
-    add("--n", type=int, help="router-train problems of the pocket domain, and of the other splits a share (default: 2000)")
+    add("--n", type=int,
+        help="router-train problems of the pocket domain, and of the other splits a share (default: 2000)")
     add("--out", type=Path, help=f"folder of the stages (default, pocket domain only: {FOLDER})")
     add("--workers", type=int, default=1, help="processes, on a CPU (default: %(default)s)")
-    add("--report", action="store_true", help="figures of the router-train labels, into labels.json of --results")
-    add("--results", type=Path, help=f"folder of the figures (default: {RESULTS} for the pocket domain, else that of the stages)")
-    add("--sample", type=int, metavar="N", help="print N judged positions of the router-train labels at random, as JSON, to check by hand")
+    add("--report", action="store_true",
+        help="figures of the router-train labels, into labels.json of --results")
+    add("--results", type=Path,
+        help=f"folder of the figures (default: {RESULTS} for the pocket domain, else that of the stages)")
+    add("--sample", type=int, metavar="N",
+        help="print N judged positions of the router-train labels at random, as JSON, to check by hand")
     add("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     args = parser.parse_args()
     try:
@@ -466,7 +502,11 @@ def main() -> None:
         if args.sample:
             print(*map(json.dumps, sample(settings, train, args.sample, args.seed)), sep="\n")
         if args.report:
-            row = figures(settings, train) | {"slm": Path(settings.slm).name, "llm": Path(settings.llm).name} | provenance(args.seed, len(train), settings.device, settings.dtype)
+            row = figures(settings, train) | {"slm": Path(settings.slm).name,
+                                              "llm": Path(settings.llm).name} | provenance(args.seed,
+                                                                                           len(train),
+                                                                                           settings.device,
+                                                                                           settings.dtype)
             target = args.results or (folder if args.problems else RESULTS)
             target.mkdir(parents=True, exist_ok=True)
             (target / "labels.json").write_text(json.dumps(row) + "\n")

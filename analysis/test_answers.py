@@ -1,13 +1,14 @@
-"""Answers as rows: their forward passes come back, a run that was killed goes on, a method that is none is refused."""
+"""Answers as rows: their forward passes come back, a run that was killed goes on, a method that is none is
+refused."""
 import json
 
 import pytest
 
 import rstitch
 from analysis import answers
-from analysis.common import read_rows
-from analysis.problems import question
-from analysis.task import SEED, Task, solve
+from analysis.instruments.rows import read_rows
+from analysis.instruments.problems import question
+from analysis.instruments.task import SEED, Task, solve
 
 METHODS = ["slm", "llm", "tau=0.001", "tau=0.02,back=1,window=3", "random=0.3"]
 
@@ -19,11 +20,13 @@ def test_calls_of_gives_back_every_forward_pass(method):
     for solved in solve(task.load(), task.split("dev", 6), router, seed=SEED, progress=False):
         back = answers.calls_of(json.loads(json.dumps(answers.row_of(solved["calls"]))))
         assert [call[:5] + call[6:] for call in back] == [call[:5] + call[6:] for call in solved["calls"]]
-        assert [call.entropy for call in back] == pytest.approx([call.entropy for call in solved["calls"]], rel=1e-3)
+        assert [call.entropy for call in back] == pytest.approx([call.entropy for call in solved["calls"]],
+                                                                rel=1e-3)
 
 
 def test_rows_are_those_of_solve_whatever_the_batch_and_a_kill(tmp_path):
-    """Sampled, two answers to a problem; the second run finds 5 whole rows and a torn one, and other slots."""
+    """Sampled, two answers to a problem; the second run finds 5 whole rows and a torn one, and other
+    slots."""
     path, task = tmp_path / "answers.jsonl", Task(rows=4)
     rows = answers.run(task, ["tau=0.005"], "dev", 6, path, temperature=1.5, samples=2)
     lines = path.read_text().splitlines(keepends=True)
@@ -34,7 +37,8 @@ def test_rows_are_those_of_solve_whatever_the_batch_and_a_kill(tmp_path):
     assert told == [(r["problem"], r["sample"], r["tokens"], r["writer"], r["correct"]) for r in rows]
     assert [(r["problem"], r["sample"]) for r in rows] == [(i, k) for i in range(6) for k in range(2)]
     chosen = [problem for problem in task.split("dev", 6) for _ in range(2)]
-    solved = solve(task.load(), chosen, rstitch.EntropyRouter(0.005), seed=SEED, progress=False, temperature=1.5)
+    solved = solve(task.load(), chosen, rstitch.EntropyRouter(0.005), seed=SEED, progress=False,
+                   temperature=1.5)
     assert [r["tokens"] for r in rows] == [[call.token for call in s["calls"] if call.kept] for s in solved]
     assert any(a["tokens"] != b["tokens"] for a, b in zip(rows[::2], rows[1::2]))  # samples of a problem
 
@@ -43,7 +47,10 @@ def test_only_what_is_missing_is_answered(tmp_path, monkeypatch):
     """More problems, another method and another limit make new rows; what is there stays."""
     path, task, asked = tmp_path / "answers.jsonl", Task(), []
     own = answers.answer
-    monkeypatch.setattr(answers, "answer", lambda task, router, todo, *rest: (asked.append([question(p) for p in todo]), own(task, router, todo, *rest)))
+    monkeypatch.setattr(answers,
+                        "answer", lambda task, router, todo, *rest: (asked.append([question(p)
+                                                                                   for p in todo]),
+                                                                     own(task, router, todo, *rest)))
     answers.run(task, ["slm"], "dev", 3, path)
     answers.run(task, ["slm"], "dev", 5, path)
     answers.run(task, ["slm"], "dev", 5, path)

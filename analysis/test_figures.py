@@ -15,9 +15,13 @@ from hypothesis import given, strategies as st
 from nbclient import NotebookClient
 
 import rstitch
-from analysis import collect, compare, figures, label, latency, paper, task, train_policy, train_r2r
-from analysis.common import MODELS, load_pocket, read_rows
-from analysis.problems import problems, question, verify
+from analysis import collect, compare, frontier, label, latency, train_policy, train_r2r
+from analysis.instruments import task
+from analysis.presentation import figures, paper
+from analysis.instruments.rows import RESULTS, read_rows
+from analysis.pocket.weights import MODELS, load_pocket
+from analysis.instruments.problems import question, verify
+from analysis.pocket.domain import problems
 from conftest import tiny, words
 
 torch.set_num_threads(1)
@@ -290,7 +294,7 @@ def test_the_figures_of_any_pair(real, monkeypatch, capsys):
     monkeypatch.chdir(real)
     here = {"SMALL": "slm", "LARGE": "llm", "JUDGE": "answer", "cuda": "cpu", "bfloat16": "float32", "8192": "10"}
     small = {"latency": "--max-len 80 --rounds 2 --per-round 2", "train_r2r": "--width 8 --blocks 1 --top-k 5 --epochs 2", "collect": "--every 3 --sampled 20 --samples 3 --continued 2",
-             "train_policy": "--iterations 4 --dev 4", "report": "", "label": "", "compare": "--judge answer", "figures": ""}
+             "train_policy": "--iterations 4 --dev 4", "frontier": "", "label": "", "compare": "--judge answer", "figures": ""}
     right = lambda question, text: zlib.crc32((text + question).encode()) % 2 == 0  # noqa: E731  (random models are never right)
     for module in (task, compare):
         monkeypatch.setattr(module, "verify", lambda problem, text, finished: right(problem.question, text))
@@ -301,11 +305,11 @@ def test_the_figures_of_any_pair(real, monkeypatch, capsys):
     monkeypatch.setattr(compare, "FAMILIES", {name: dataclasses.replace(f, grid=f.grid[::3]) for name, f in compare.FAMILIES.items()})
     for name, value in (("RESULTS", real / "results"), ("SLM", real / "slm"), ("LLM", real / "llm"), ("QUESTION", "w3 w6 w9")):
         monkeypatch.setenv(f"RSTITCH_{name}", str(value))
-    modules = {f"analysis.{m.__name__.split('.')[-1]}": m for m in (latency, train_r2r, label, train_policy, compare, collect, figures)}
+    modules = {m.__name__: m for m in (latency, train_r2r, label, train_policy, frontier, compare, collect, figures)}
     commands = real_pair_commands()
     assert {name for name, *_ in commands} == set(modules)
     for name, *arguments in commands:
-        extra = small["report" if "train_policy" in name and "--report" in arguments else name.split(".")[1]]
+        extra = small[name.split(".")[-1]]
         run(modules[name], monkeypatch, *[here.get(word, word) for word in arguments], *extra.split())
     text = capsys.readouterr().out
     assert "mine" in text and "live labels:" in text and "| LLM share, % | R2R | R-Stitch |" in text and "speculative decoding" in text and "problems, " in text
@@ -322,7 +326,7 @@ def test_the_figures_of_any_pair(real, monkeypatch, capsys):
 def test_without_nets_there_are_the_rules_alone(real, monkeypatch, capsys):
     monkeypatch.setattr(compare, "SHARES", (0.3,))
     monkeypatch.setattr(compare, "FAMILIES", {name: dataclasses.replace(f, grid=f.grid[::5]) for name, f in compare.FAMILIES.items()})
-    (real / "ms.json").write_text((MODELS.parent / "results" / "latency.json").read_text())
+    (real / "ms.json").write_text((RESULTS / "latency.json").read_text())
     run(compare, monkeypatch, "--slm", real / "slm", "--llm", real / "llm", "--problems", real / "problems.jsonl", "--max-new-tokens", 6, "--latency", real / "ms.json",
         "--out", real / "bare", "--live", 0, "--workers", 1)
     families = {r["family"] for r in read_rows(real / "bare" / "compare.jsonl")}

@@ -8,11 +8,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import rstitch
-from analysis import collect, compare, demo, frontier, problems, report, task
-from analysis.common import RESULTS, load_pocket, read_rows
+from analysis import collect, compare, demo, frontier
+from analysis.instruments import grading, task
+from analysis.presentation import report
+from analysis.instruments.rows import RESULTS, read_rows
+from analysis.pocket.weights import load_pocket
 from analysis.label import Case, SameAnswer
-from analysis.problems import Problem, Stated, box_end, boxed, verify
-from analysis.task import cut_off
+from analysis.instruments.grading import box_end, boxed
+from analysis.instruments.problems import Stated, verify
+from analysis.pocket.domain import Problem, problems
+from analysis.instruments.task import cut_off
 
 
 def right(gold: str, answer: str) -> bool:
@@ -246,8 +251,8 @@ def test_grading_works_in_threads_and_in_processes():
 
 
 def test_an_answer_without_end_is_wrong_in_time(monkeypatch):
-    assert problems.limit() == 5
-    monkeypatch.setattr(problems, "limit", lambda: 1)
+    assert grading.limit() == 5
+    monkeypatch.setattr(grading, "limit", lambda: 1)
     assert not right("5", "9^{9^{9^9}}")
 
 
@@ -262,7 +267,7 @@ def test_who_answers_says_what_was_finished(monkeypatch):
     asked = []
     for module in (task, compare):
         monkeypatch.setattr(module, "verify", lambda _, *given: asked.append(given) or given[1])
-    solved = task.solve(load_pocket(), problems.problems("dev", 12, 0), rstitch.SLMOnly(), max_new_tokens=40)
+    solved = task.solve(load_pocket(), problems("dev", 12, 0), rstitch.SLMOnly(), max_new_tokens=40)
     assert asked == [(s["text"], s["finished"]) for s in solved]
     assert {s["finished"] for s in solved} == {True, False}
     assert all(s["correct"] == s["finished"] == (s["tokens"] < 40) for s in solved)

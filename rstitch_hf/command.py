@@ -15,7 +15,7 @@ from rstitch import (LLM, SLM, CachedLM, Call, EntropyRouter, LLMOnly, PolicyRou
 from rstitch_hf.loading import check_question, encode, load_pair
 
 
-POCKET = Path(__file__).parent.parent / "analysis" / "models"
+POCKET = Path(__file__).parent.parent / "analysis" / "pocket" / "models"
 PROBLEM = "Ann has 596 coins. First Ann ends up with 7 times as many. Finally Ann loses 120. How many coins does Ann have?"
 COLOURS = {SLM: "\033[36m", LLM: "\033[33m", "discarded": "\033[2;9m", "plain": "\033[0m"}
 

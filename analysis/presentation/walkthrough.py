@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 
-from analysis.figures import GREY, LLM_COLOUR, SLM_COLOUR
+from analysis.presentation.figures import GREY, LLM_COLOUR, SLM_COLOUR
 from rstitch import LLM, SLM, Call, count_switches
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.stats import PAPER_LABELS, auroc, bootstrap, difference, gap_with_interval, net_time, outcomes_of, ratio_of_means, read_rows, signed, wilson, with_interval
+from analysis.instruments.rows import read_rows
+from analysis.instruments.stats import PAPER_LABELS, auroc, bootstrap, difference, gap_with_interval
+from analysis.instruments.stats import net_time, outcomes_of, ratio_of_means, signed, wilson, with_interval
 
 SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # told apart by the colour-blind too
 WINDOWS = (1, 4, 8, 12, 16)
@@ -19,7 +21,7 @@ WINDOWS = (1, 4, 8, 12, 16)
 
 def results(name: str) -> Path:
     """A file of results: of the folder RSTITCH_RESULTS names, else of this repository."""
-    return Path(os.environ.get("RSTITCH_RESULTS", Path(__file__).parent / "results")) / name
+    return Path(os.environ.get("RSTITCH_RESULTS", Path(__file__).parent.parent / "results")) / name
 
 
 def style() -> None:
@@ -501,7 +503,7 @@ def draw_frontiers(frontier: list[dict], runs: list[dict]):
 
 
 def main() -> None:
-    """The README's picture: python -m analysis.figures"""
+    """The README's picture: python -m analysis.presentation.figures"""
     argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__).parse_args()
     style()
     draw_frontiers(*load_frontier()).savefig(results("frontier.png"), dpi=110)

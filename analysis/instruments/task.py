@@ -1,6 +1,7 @@
 """What an analysis runs on, a pair of models and problems with answers, and what came of a router on it.
 
-Every command that takes --slm, --llm and --problems takes them by `Task`: the pocket pair and its domain unless said otherwise.
+Every command that takes --slm, --llm and --problems takes them by `Task`: the pocket pair and its domain
+unless said otherwise.
 """
 import hashlib
 import json
@@ -14,18 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import rstitch
+from analysis.instruments.progress import progress as progress_bar, tracked
+from analysis.instruments.options import option
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS
+from analysis.instruments.stats import bootstrap, ratio_of_means, wilson
+from analysis.instruments.timing import REFERENCE, now, reference_ms, rotated
+from analysis.pocket.weights import MAX_NEW_TOKENS, MODELS
+from rstitch import fingerprint
+from analysis.instruments.problems import Stated, question, read_problems, split_of, verify
+from analysis.pocket.domain import problems
 from rstitch_hf.loading import load_model
-from analysis.common import MAX_NEW_TOKENS, MODELS, RESULTS, bootstrap, fingerprint, now, option, provenance, ratio_of_means, rotated, wilson
-from analysis.problems import Stated, problems, question, verify
-from analysis.stats import PARTS, read_problems
 
-REFERENCE = (1, 64)  # tokens read and in the cache
 SEED = 0  # of the pocket domain's problems and of random switching
 N_CALIBRATION = 300  # problems on which thresholds are chosen
-FILE_SPLITS = dict(zip(PARTS, (70, 80, 90, 100)))  # upper ends, in % of hash space
+TAUS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4)  # R-Stitch's, normalised
 
 
 @lru_cache(maxsize=None)
@@ -49,8 +55,8 @@ def ends_of(pair) -> list[int]:
 
 @contextmanager
 def same_width(slm, llm):
-    """Lets generate() take the SLM as the LLM's assistant where their logits are of unlike width (Qwen2.5: 151,936 and 152,064, one tokenizer), which it
-    takes for unlike tokenizers."""
+    """Lets generate() take the SLM as the LLM's assistant where their logits are of unlike width (Qwen2.5:
+    151,936 and 152,064, one tokenizer), which it takes for unlike tokenizers."""
     own = slm.config.vocab_size
     try:
         slm.config.vocab_size = llm.config.vocab_size
@@ -59,32 +65,33 @@ def same_width(slm, llm):
         slm.config.vocab_size = own
 
 
-def split_of(row: dict) -> str:
-    """Where a problem of a user's file belongs: its own field "split", else 70 / 10 / 10 / 10 by the hash of its question."""
-    percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
-    return row.get("split", next(split for split, end in FILE_SPLITS.items() if percent < end))
-
-
 @dataclass(frozen=True)
 class Prompting:
     """How a question becomes a prompt; as `rstitch.encode` does it unless said otherwise."""
 
     system: str | None = option(None, "the system's message (default: the chat template's own)")
-    instruction: str | None = option(None, "a line to add behind every question, such as how to mark the answer")
-    template: tuple[tuple[str, object], ...] = option((), "KEY=VALUE, an option of the chat template such as enable_thinking=false; may be repeated")
+    instruction: str | None = option(None, "a line to add behind every question, such as how to mark the "
+                                           "answer")
+    template: tuple[tuple[str, object],
+                    ...] = option((), "KEY=VALUE, an option of the chat template such as "
+                                      "enable_thinking=false; may be repeated")
 
     def encode(self, tokenizer, *questions: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, attention_mask)"""
-        return rstitch.encode(tokenizer, *questions, system=self.system, instruction=self.instruction, **dict(self.template))
+        return rstitch.encode(tokenizer, *questions, system=self.system, instruction=self.instruction,
+                              **dict(self.template))
 
     def record(self) -> dict:
-        """The settings that results depend on, as JSON keeps them: all but the size of a batch, of the prompts what is not as by default."""
+        """The settings that results depend on, as JSON keeps them: all but the size of a batch, of the
+        prompts what is not as by default."""
         unset = {f.name for f in fields(Prompting)} - self.prompting().keys()
-        return {name: value for name, value in asdict(self).items() if name not in {"rows"} | unset} | self.prompting()
+        return {name: value for name, value in asdict(self).items() if name not in {"rows"}
+                | unset} | self.prompting()
 
     def prompting(self) -> dict:
         """What of the prompts is not as by default, as JSON keeps it."""
-        return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields(Prompting) if getattr(self, f.name) != f.default}))
+        return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields(Prompting)
+                                      if getattr(self, f.name) != f.default}))
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,8 @@ class Pair(Prompting):
     llm: str = option(str(MODELS / "llm"), "large model with the same tokenizer")
     device: str = option("cpu", "torch device of all models")
     dtype: str = option("float32", "of all models")
-    special_tokens_may_differ: bool = option(False, "take a pair whose tokenizers differ in special tokens only")
+    special_tokens_may_differ: bool = option(False,
+                                             "take a pair whose tokenizers differ in special tokens only")
     max_new_tokens: int = option(MAX_NEW_TOKENS, "longest answer, in tokens")
     rows: int = option(256, "answers in one batch; may change from run to run, where memory runs out")
 
@@ -108,7 +116,8 @@ class Pair(Prompting):
         return load_models(self.slm, self.llm, self.device, self.dtype, self.special_tokens_may_differ)
 
 
-POCKET = {"latency": RESULTS / "latency.json", "policies": MODELS / "policies", "router": MODELS / "r2r", "control": MODELS / "llm-short", "out": RESULTS}
+POCKET = {"latency": RESULTS / "latency.json", "policies": MODELS / "policies", "router": MODELS / "r2r",
+          "control": MODELS / "llm-short", "out": RESULTS}
 BASE = "kappa0.35-seed0"  # the policy that stands for R-Stitch+ where one does
 
 
@@ -116,12 +125,16 @@ BASE = "kappa0.35-seed0"  # the policy that stands for R-Stitch+ where one does
 class Task(Pair):
     """A pair, problems to try it on, its fitted latency and its trained routers."""
 
-    problems: str = option("", 'JSONL file of rows {"question", "answer"}, graded by math-verify; "split" may name router-train, dev, calibration or '
+    problems: str = option("", 'JSONL file of rows {"question", "answer"}, graded by math-verify; "split" '
+                               'may name router-train, dev, calibration or '
                                "test, else it follows from the question's hash (default: the pocket domain)")
-    latency: str = option("", "fitted latency of the pair, as analysis.latency writes it (default: the pocket pair's)")
-    policies: str = option("", "folder of R-Stitch+'s policies (default: the pocket pair's; another pair has none)")
+    latency: str = option("", "fitted latency of the pair, as analysis.latency writes it (default: the "
+                              "pocket pair's)")
+    policies: str = option("", "folder of R-Stitch+'s policies (default: the pocket pair's; another pair has "
+                               "none)")
     router: str = option("", "folder of R2R's router (default: the pocket pair's; another pair has none)")
-    control: str = option("", "a model as slow as the LLM to show beside it (default: the pocket pair's, trained on short answers; another pair has none)")
+    control: str = option("", "a model as slow as the LLM to show beside it (default: the pocket pair's, "
+                              "trained on short answers; another pair has none)")
     out: str = option("", "folder of the results (default: the pocket pair's)")
 
     @property
@@ -134,16 +147,20 @@ class Task(Pair):
 
     def needed(self, name: str) -> Path:
         if not self.path(name):
-            raise ValueError(f"--{name} is missing: expected a {'file' if name == 'latency' else 'folder'} for a pair or problems that are not the pocket's")
+            raise ValueError(f"--{name} is missing: expected a {'file' if name == 'latency' else 'folder'} "
+                             "for a pair or problems that are not the pocket's")
         return self.path(name)
 
     def split(self, name: str, n: int, seed: int = SEED) -> list:
-        """The first n problems of a split; of a file, all if it has fewer, in its own order for seed 0. ValueError where it has none."""
+        """The first n problems of a split; of a file, all if it has fewer, in its own order for seed 0.
+        ValueError where it has none."""
         if not self.problems:
             return problems(name, n, seed)
-        found = [Stated(row["question"], str(row["answer"])) for row in read_problems(Path(self.problems), "question", "answer") if split_of(row) == name]
+        found = [Stated(row["question"], str(row["answer"]))
+                 for row in read_problems(Path(self.problems), "question", "answer") if split_of(row) == name]
         if not found:
-            raise ValueError(f"--problems {self.problems} has no problem in its {name} split: expected more problems, or rows with "
+            raise ValueError(f"--problems {self.problems} has no problem in its {name} split: expected more "
+                             "problems, or rows with "
                              f'"split": "{name}"')
         if seed:
             random.Random(seed).shuffle(found)
@@ -172,24 +189,28 @@ def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.Latency
     return rstitch.LatencyModel(**row["slm"]), rstitch.LatencyModel(**row["llm"])
 
 
-def encode_problems(tokenizer, chosen: Sequence, settings: Prompting = Prompting()) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_problems(tokenizer, chosen: Sequence,
+                    settings: Prompting = Prompting()) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, attention_mask) of the questions as the command line would ask them."""
     return settings.encode(tokenizer, *map(question, chosen))
 
 
 def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = "", progress: bool = True,
-          seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, settings: Prompting = Prompting(), **options) -> list[dict]:
-    """Answer every problem, `batch_size` of them at a time. Per problem: text, correct, finished, tokens, llm_tokens, entropy (mean, nats),
-    calls. Random draws of a problem depend on (seed, its index), not on what shares the caches with it."""
+          seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, settings: Prompting = Prompting(),
+          **options) -> list[dict]:
+    """Answer every problem, `batch_size` of them at a time. Per problem: text, correct, finished, tokens,
+    llm_tokens, entropy (mean, nats), calls. Random draws of a problem depend on (seed, its index), not on
+    what shares the caches with it."""
     slm, llm, tokenizer, *_ = pair
     out, ends = [], ends_of(pair)
     ids, mask = encode_problems(tokenizer, chosen, settings)
-    with tqdm(total=len(chosen), desc=label, unit="problem", leave=False, disable=None if progress else True) as bar:
+    with progress_bar(len(chosen), label, "problem", leave=False, disable=not progress) as bar:
 
         def count(row: int, call: rstitch.Call) -> None:
             bar.update(call.kept and (call.token in ends or call.position + 1 == max_new_tokens))
 
-        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens, seed=rstitch.row_seeds(seed, len(chosen)),
+        result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens,
+                                seed=rstitch.row_seeds(seed, len(chosen)),
                                 slots=batch_size, on_token=count if progress else None, **options)
     for problem, calls in zip(chosen, result.calls):
         kept = [call for call in calls if call.kept]
@@ -204,7 +225,8 @@ def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = ""
 def describe(solved: list[dict]) -> dict:
     """Accuracy, LLM share, tokens and switches of one method over problems, each with a 95 % interval."""
     n = len(solved)
-    column = {k: np.array([s[k] for s in solved], float) for k in ("correct", "tokens", "llm_tokens", "finished")}
+    column = {k: np.array([s[k] for s in solved], float)
+              for k in ("correct", "tokens", "llm_tokens", "finished")}
     calls = [s["calls"] for s in solved]
     column["switches"] = np.array([rstitch.count_switches(row) for row in calls], float)
     return {
@@ -216,7 +238,8 @@ def describe(solved: list[dict]) -> dict:
         "finished": column["finished"].mean(), "finished_95": wilson(int(column["finished"].sum()), n),
         "slm_passes": float(np.mean([sum(c.model == rstitch.SLM for c in row) for row in calls])),
         "llm_passes": float(np.mean([sum(c.model == rstitch.LLM for c in row) for row in calls])),
-        "llm_catch_up_tokens": float(np.mean([sum(c.n_inf - 1 for c in row if c.model == rstitch.LLM) for row in calls])),
+        "llm_catch_up_tokens": float(np.mean([sum(c.n_inf - 1 for c in row if c.model == rstitch.LLM)
+                                              for row in calls])),
     }
 
 
@@ -226,33 +249,36 @@ def cut_off(row: dict) -> str:
 
 
 def where_time_goes(calls: Sequence[rstitch.Call], models) -> dict[str, float]:
-    """The fitted milliseconds of an answer, in parts that add up to `trajectory_latency`: single tokens of either model that were kept, of
-    the SLM that were discarded, and what a call that reads several tokens costs beyond a single one at its end: the prompt (a model's
-    first call) and catching up."""
+    """The fitted milliseconds of an answer, in parts that add up to `trajectory_latency`: single tokens of
+    either model that were kept, of the SLM that were discarded, and what a call that reads several tokens
+    costs beyond a single one at its end: the prompt (a model's first call) and catching up."""
     parts = dict.fromkeys(("SLM", "LLM", "discarded", "prompt", "catch-up"), 0.0)
     for call in calls:
         single = models[call.model].decode(call.n_kv + call.n_inf - 1)
         parts[rstitch.NAMES[call.model] if call.kept else "discarded"] += single
-        parts["catch-up" if call.n_kv else "prompt"] += models[call.model].call(call.n_inf, call.n_kv) - single
+        parts["catch-up" if call.n_kv else "prompt"] += models[call.model].call(call.n_inf,
+                                                                                call.n_kv) - single
     return parts
 
 
 def asked(router, calls: Sequence[rstitch.Call], vocab: int) -> int:
-    """How often a router's nets are asked about an answer: R2R's at every token of the SLM, R-Stitch+'s above its tau and, where it has a
-    second one to hand back, at every token of the LLM."""
+    """How often a router's nets are asked about an answer: R2R's at every token of the SLM, R-Stitch+'s above
+    its tau and, where it has a second one to hand back, at every token of the LLM."""
     if isinstance(router, rstitch.PolicyRouter):
         back = sum(call.model == rstitch.LLM for call in calls) if router.back is not None else 0
-        return back + sum(call.model == rstitch.SLM and call.entropy > router.rule.tau * math.log(vocab) for call in calls)
+        return back + sum(call.model == rstitch.SLM and call.entropy > router.rule.tau * math.log(vocab)
+                          for call in calls)
     return sum(call.model == rstitch.SLM for call in calls) if isinstance(router, rstitch.R2RRouter) else 0
 
 
 def summarise(task: Task, solved: list[dict], router=None) -> dict:
-    """Figures of answers: fitted latency at batch 1, where that goes, how often the router's net was asked (means), and what became of
-    every problem, [right, tokens, LLM tokens, ms]."""
+    """Figures of answers: fitted latency at batch 1, where that goes, how often the router's net was asked
+    (means), and what became of every problem, [right, tokens, LLM tokens, ms]."""
     models, vocab = task.latencies(), common_vocab(task.load())
     ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
     spent = [where_time_goes(s["calls"], models) for s in solved]
-    return {**describe(solved), "latency_ms": float(np.mean(ms)), "spent_ms": {part: float(np.mean([one[part] for one in spent])) for part in spent[0]},
+    return {**describe(solved), "latency_ms": float(np.mean(ms)),
+            "spent_ms": {part: float(np.mean([one[part] for one in spent])) for part in spent[0]},
             "asked": float(np.mean([asked(router, s["calls"], vocab) for s in solved])),
             "outcomes": [[int(s["correct"]), s["tokens"], s["llm_tokens"], x] for s, x in zip(solved, ms)],
             **provenance(SEED, len(solved), task.device, task.dtype)}
@@ -260,29 +286,27 @@ def summarise(task: Task, solved: list[dict], router=None) -> dict:
 
 def measure(task: Task, router, split: str, n: int, pair=None) -> dict:
     """One router over the first n problems of a split, greedy. `pair` takes the place of the task's."""
-    solved = solve(pair or task.load(), task.split(split, n), router, batch_size=task.rows, seed=SEED, progress=False, max_new_tokens=task.max_new_tokens,
+    solved = solve(pair or task.load(), task.split(split, n), router, batch_size=task.rows, seed=SEED,
+                   progress=False, max_new_tokens=task.max_new_tokens,
                    settings=task)
     return summarise(task, solved, router)
 
 
-def reference_ms(lm: rstitch.CachedLM) -> float:
-    """Milliseconds of a single step of the LLM: taken again and again, it shows how the machine drifts."""
-    return float(np.median([sample.ms for sample in rstitch.measure_latency(lm, [REFERENCE], repeats=9)]))
-
-
-def wall_clock(task: Task, routers: dict[str, object], n: int, others: dict[str, Callable[[torch.Tensor], object]] | None = None) -> dict:
-    """Milliseconds by test problem at batch 1, of `stitch` with each router and of other ways to answer a prompt (1, P): problems in turn, ways
-    interleaved, a reference step every ten problems."""
+def wall_clock(task: Task, routers: dict[str, object], n: int,
+               others: dict[str, Callable[[torch.Tensor], object]] | None = None) -> dict:
+    """Milliseconds by test problem at batch 1, of `stitch` with each router and of other ways to answer a
+    prompt (1, P): problems in turn, ways interleaved, a reference step every ten problems."""
     slm, llm, tokenizer, _ = task.load()
     prompts = [encode_problems(tokenizer, [problem], task)[0] for problem in task.split("test", n)]
     longest = max(REFERENCE[1] + 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens)
     lms = [rstitch.CachedLM(model, 1, longest) for model in (slm, llm)]
-    runs = {name: partial(rstitch.stitch, *lms, router=router, max_new_tokens=task.max_new_tokens, seed=SEED) for name, router in routers.items()} | (others or {})
+    runs = {name: partial(rstitch.stitch, *lms, router=router, max_new_tokens=task.max_new_tokens, seed=SEED)
+            for name, router in routers.items()} | (others or {})
     times: dict[str, list[float]] = {name: [] for name in runs}
     reference = []
     for run in runs.values():  # warm-up
         run(prompts[0])
-    for i, ids in enumerate(tqdm(prompts, desc="wall-clock", disable=None)):
+    for i, ids in enumerate(tracked(prompts, "wall-clock")):
         if i % 10 == 0:
             reference.append(reference_ms(lms[1]))
         for name in rotated(list(runs), i):
@@ -295,10 +319,24 @@ def wall_clock(task: Task, routers: dict[str, object], n: int, others: dict[str,
 
 
 def digest_of(task: Task, *files: Path, also: str = "") -> str:
-    """Changes where rows have to be computed anew: with the models, the problems, the fitted latency, the device, and the files of a router."""
+    """Changes where rows have to be computed anew: with the models, the problems, the fitted latency, the
+    device, and the files of a router."""
     slm, llm, *_ = task.load()
     content = [also.encode(), *(file.read_bytes() for file in files)]
     content += [Path(task.problems).read_bytes()] if task.problems else []
-    content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm), fingerprint(llm), task.device, task.dtype, task.max_new_tokens,
+    content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm),
+                            fingerprint(llm), task.device, task.dtype, task.max_new_tokens,
                              *([task.prompting()] if task.prompting() else [])]).encode()]
     return hashlib.sha256(b"".join(content)).hexdigest()[:12]
+
+
+def decoder(tokenizer) -> Callable[[list[int]], str]:
+    return partial(tokenizer.decode, skip_special_tokens=True)
+
+
+def branches_together(chosen: Sequence[int], prompts: Sequence[list[int]],
+                      lengths: Sequence[int]) -> list[int]:
+    """The chosen ones in the order in which least is read: those that go on from one prompt follow each
+    other, the one that has most of the answer first. It reads the answer, the others copy it."""
+    first = {tuple(prompt): k for k, prompt in reversed(list(enumerate(prompts)))}
+    return sorted(chosen, key=lambda k: (first[tuple(prompts[k])], -lengths[k], k))

@@ -1,13 +1,14 @@
-"""The pocket pair: a small and a large model that solve the pocket domain, and a large control trained on short solutions.
+"""The pocket pair: a small and a large model that solve the pocket domain, and a large control trained on
+short solutions.
 
-    python -m analysis.pair --train slm            (or llm, llm-short; an interrupted run continues where it stopped)
-    python -m analysis.pair --export slm           (rounds the weights to bfloat16 and writes analysis/models/slm)
-    python -m analysis.pair --report design        (the models alone on the test split: is the pair accepted?)
-    python -m analysis.pair --report               (that, and the stitched pair over tau)
+    python -m analysis.pocket.pair --train slm            (or llm, llm-short; an interrupted run continues
+    where it stopped) python -m analysis.pocket.pair --export slm           (rounds the weights to bfloat16
+    and writes analysis/pocket/models/slm)
 
-All three are ordinary decoder-only models with one tokenizer, trained as Qwen2 and written as Llama (see `as_llama`). SLM and LLM differ in depth, width and corpus: the SLM is shallow and
-writes results at once, the LLM is deep and works results out (see `analysis.problems`). The control separates the two reasons
-for which an LLM is slow, long answers and dear tokens: it is the LLM, trained further on the SLM's corpus.
+All three are ordinary decoder-only models with one tokenizer, trained as Qwen2 and written as Llama (see
+`as_llama`). SLM and LLM differ in depth, width and corpus: the SLM is shallow and writes results at once, the
+LLM is deep and works results out (see `analysis.problems`). The control separates the two reasons for which
+an LLM is slow, long answers and dear tokens: it is the LLM, trained further on the SLM's corpus.
 """
 import argparse
 import json
@@ -18,16 +19,20 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.common import MAX_NEW_TOKENS, MODELS, append_row, load_checkpoint, provenance, read_rows, rewind, save_checkpoint
-from analysis.problems import problems, stream, verify
-from analysis.task import encode_problems
+from analysis.instruments.progress import tracked
+from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import append_row, read_rows
+from analysis.pocket.weights import MAX_NEW_TOKENS, MODELS
+from analysis.instruments.problems import verify
+from analysis.pocket.domain import problems, stream
+from analysis.instruments.task import encode_problems
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 CONTEXT = 4096
-PIECES = r" ?[A-Za-z]+| ?\d|\n| ?[^A-Za-z\d\s]| "  # words, single digits and signs, each with the space before it
+# words, single digits and signs, each with the space before it
+PIECES = r" ?[A-Za-z]+| ?\d|\n| ?[^A-Za-z\d\s]| "
 
 
 @dataclass(frozen=True)
@@ -56,17 +61,24 @@ class Recipe:
 CHUNK = 1024
 RECIPES = {
     "slm-first": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=190),
-    "slm-second": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=90, decay=0.65, seed=1, start="slm-first"),
-    "slm-third": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=1.2e-3, init=0.1, chunks=36, decay=1.0, seed=2, start="slm-second"),
-    "slm": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=200, decay=0.6, seed=3, start="slm-third", stop=175),
-    "llm": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="long", lr=2e-3, init=0.08, chunks=38, decay=0.5),
-    "llm-short": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="short", lr=2e-3, init=0.08, chunks=24, decay=0.5, start="llm"),
+    "slm-second": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=90,
+                         decay=0.65, seed=1, start="slm-first"),
+    "slm-third": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=1.2e-3, init=0.1, chunks=36,
+                        decay=1.0, seed=2, start="slm-second"),
+    "slm": Recipe(layers=2, width=96, mlp=256, heads=6, corpus="short", lr=2e-3, init=0.1, chunks=200,
+                  decay=0.6, seed=3, start="slm-third", stop=175),
+    "llm": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="long", lr=2e-3, init=0.08, chunks=38,
+                  decay=0.5),
+    "llm-short": Recipe(layers=12, width=96, mlp=256, heads=3, corpus="short", lr=2e-3, init=0.08, chunks=24,
+                        decay=0.5, start="llm"),
 }
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Every piece that the templates can produce; anything else becomes <unk>. Decoding joins the pieces, so text survives."""
-    texts = [text for corpus in ("short", "long") for pair in stream(corpus, seed=0, chunk=-1, size=500) for text in pair]
+    """Every piece that the templates can produce; anything else becomes <unk>. Decoding joins the pieces, so
+    text survives."""
+    texts = [text for corpus in ("short", "long") for pair in stream(corpus, seed=0, chunk=-1, size=500)
+             for text in pair]
     splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     pieces = sorted({piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)})
     # transformers finds stop strings by writing every token behind "abcdef", which must therefore be known.
@@ -75,8 +87,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
-        model_max_length=CONTEXT, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        padding_side="left",
+        model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
         chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}{{ '\\n' }}")
 
 
@@ -86,12 +100,15 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForC
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=-(-len(tokenizer) // 32) * 32, hidden_size=recipe.width, intermediate_size=recipe.mlp,
         num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
-        initializer_range=recipe.init, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=None,
+        initializer_range=recipe.init, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
-def batches(tokenizer, recipe: Recipe, chunk: int, size: int = CHUNK) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The (ids, labels) of one chunk, both (B, T), grouped by length so that little is padding; only solutions are labelled."""
+def batches(tokenizer, recipe: Recipe, chunk: int,
+            size: int = CHUNK) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The (ids, labels) of one chunk, both (B, T), grouped by length so that little is padding; only
+    solutions are labelled."""
     pairs = list(stream(recipe.corpus, recipe.seed, chunk, size))
     prompts = tokenizer([question + "\n" for question, _ in pairs]).input_ids
     answers = tokenizer([solution + "<eos>" for _, solution in pairs]).input_ids
@@ -125,13 +142,14 @@ def schedule(done: float, recipe: Recipe) -> float:
     return min(done / 1.6, 1.0, (1 - done / recipe.chunks) / recipe.decay)
 
 
-def train_chunk(model, optimizer, recipe: Recipe, chunk: int, work) -> float:
+def train_chunk(model, optimizer, recipe: Recipe, chunk: int, work: list, label: str = "") -> float:
     """One pass over the batches of a chunk; the mean loss, in nats per labelled token."""
     model.train()
     losses = []
-    for i, (ids, labels) in enumerate(work):
+    for i, (ids, labels) in enumerate(tracked(work, label, leave=False)):
         logits = model(ids).logits[:, :-1]  # (B, T-1, V)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(),
+                                                 ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -143,20 +161,22 @@ def train_chunk(model, optimizer, recipe: Recipe, chunk: int, work) -> float:
 
 
 def train(role: str, recipe: Recipe, folder: Path, size: int = CHUNK) -> Qwen2ForCausalLM:
-    """Train one model. A checkpoint follows every chunk, so a killed run loses at most one and ends the same."""
+    """Train one model. A checkpoint follows every chunk, so a killed run loses at most one and ends the
+    same."""
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
     optimizer = build_optimizer(model, recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    first = load_checkpoint(folder / "last.safetensors", model, optimizer)
-    if recipe.start and not first and not load_checkpoint(folder.parent / recipe.start / "last.safetensors", model):
-        raise ValueError(f"--train {role} starts from {recipe.start}, which has no checkpoint: train {recipe.start} first")
-    rewind(folder / "log.jsonl", "chunk", first)
+    first = resume(folder, model, optimizer, "chunk")
+    if recipe.start and not first and not load_checkpoint(folder.parent / recipe.start / "last.safetensors",
+                                                          model):
+        raise ValueError(f"--train {role} starts from {recipe.start}, which has no checkpoint: train "
+                         f"{recipe.start} first")
     for chunk in range(first, recipe.end):
         start = time.time()
         work = batches(tokenizer, recipe, chunk, size)
-        loss = train_chunk(model, optimizer, recipe, chunk, tqdm(work, desc=f"{role} {chunk + 1}/{recipe.end}", leave=False, disable=None))
-        row = {"chunk": chunk, "loss": loss, "tokens": sum(ids.numel() for ids, _ in work), "seconds": time.time() - start}
+        loss = train_chunk(model, optimizer, recipe, chunk, work, f"{role} {chunk + 1}/{recipe.end}")
+        row = {"chunk": chunk, "loss": loss, "tokens": sum(ids.numel() for ids, _ in work),
+               "seconds": time.time() - start}
         if chunk % 5 == 4 or chunk + 1 == recipe.end:
             row["dev_accuracy"] = dev_accuracy(model.eval(), tokenizer)
         append_row(folder / "log.jsonl", row)
@@ -167,7 +187,8 @@ def train(role: str, recipe: Recipe, folder: Path, size: int = CHUNK) -> Qwen2Fo
 
 @torch.inference_mode()
 def dev_accuracy(model, tokenizer, n: int = 64) -> float:
-    """Share of n dev problems answered rightly, greedily, by the model alone: watched while training, never trained on."""
+    """Share of n dev problems answered rightly, greedily, by the model alone: watched while training, never
+    trained on."""
     dev = problems("dev", n, seed=0)
     ids, mask = encode_problems(tokenizer, dev)
     out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
@@ -178,10 +199,13 @@ def dev_accuracy(model, tokenizer, n: int = 64) -> float:
 def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
     """The same function as a Llama model with attention biases, that of the output projection being 0.
 
-    AutoTokenizer gives every folder of type qwen2 Qwen's own tokenizer, whatever lies in it; a Llama folder keeps its own.
+    AutoTokenizer gives every folder of type qwen2 Qwen's own tokenizer, whatever lies in it; a Llama folder
+    keeps its own.
     """
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+            "pad_token_id")
     llama = LlamaForCausalLM(LlamaConfig(attention_bias=True, rope_parameters=model.config.rope_parameters,
                                          **{key: getattr(model.config, key) for key in kept}))
     missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)
@@ -192,12 +216,14 @@ def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
 
 
 def export(role: str, recipe: Recipe, folder: Path, target: Path) -> None:
-    """Round a finished model to bfloat16 and write it as an ordinary `from_pretrained` folder, with how it was made."""
+    """Round a finished model to bfloat16 and write it as an ordinary `from_pretrained` folder, with how it
+    was made."""
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
     chunks = load_checkpoint(folder / "last.safetensors", model)
     if chunks != recipe.end:
-        raise ValueError(f"--export {role}: {folder} holds {chunks} chunks of {recipe.end}; train it to the end first")
+        raise ValueError(f"--export {role}: {folder} holds {chunks} chunks of {recipe.end}; train it to the "
+                         "end first")
     as_llama(model).to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
     log = read_rows(folder / "log.jsonl")
@@ -208,21 +234,20 @@ def export(role: str, recipe: Recipe, folder: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--train", choices=RECIPES, help="train one model from its recipe, or continue")
-    what.add_argument("--export", choices=["slm", "llm", "llm-short"], help="write a trained model to analysis/models")
-    what.add_argument("--report", nargs="?", const="all", choices=["all", "design"], help="measure on the test split, two processes, and print")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of --train (default: %(default)s)")
+    what.add_argument("--export", choices=["slm", "llm", "llm-short"],
+                      help="write a trained model to analysis/pocket/models")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
+                        help="of --train (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.train:
         train(args.train, RECIPES[args.train], CHECKPOINTS / args.train)
-    elif args.export:
-        export(args.export, RECIPES[args.export], CHECKPOINTS / args.export, MODELS / args.export)
     else:
-        from analysis import report
-        report.show(report.run(taus=report.TAUS if args.report == "all" else ()))
+        export(args.export, RECIPES[args.export], CHECKPOINTS / args.export, MODELS / args.export)
 
 
 if __name__ == "__main__":

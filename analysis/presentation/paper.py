@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.stats import wilson
+from analysis.instruments.stats import wilson
 
-TABLE = Path(__file__).parent / "results" / "paper_table1.csv"
+TABLE = Path(__file__).parent.parent / "results" / "paper_table1.csv"
 BENCHMARKS = ("AIME", "AMC", "Minerva", "MATH", "Olympiad")
 LAMBDA = 5e-6  # per ms, the paper's
 

@@ -1,10 +1,11 @@
 """Figures of the pocket pair on the test split: design properties, entropies, and accuracy against LLM share over tau.
 
-    python -m analysis.pair --report               (appends to analysis/results/pair.jsonl, skips what is there, prints all)
+    python -m analysis.presentation.report         (appends to analysis/results/pair.jsonl, skips what is there, prints all)
 
 Design properties decide whether a pair is accepted (SLM right on 40-70 %, LLM on 95 % or more, LLM answers at least 2.5 times as
 long where both are right, an LLM forward at least 4 times an SLM forward, 99 % of answers finished). The rest is reported.
 """
+import argparse
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -15,11 +16,13 @@ import torch
 from tqdm import tqdm
 
 import rstitch
-from analysis.common import MAX_NEW_TOKENS, RESULTS, append_row, auroc, bootstrap, load_pocket, provenance, ratio_of_means, read_rows, wilson
-from analysis.problems import problems
-from analysis.task import cut_off, describe, encode_problems, solve
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS, append_row, read_rows
+from analysis.instruments.stats import auroc, bootstrap, ratio_of_means, wilson
+from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
+from analysis.pocket.domain import problems
+from analysis.instruments.task import TAUS, cut_off, describe, encode_problems, solve
 
-TAUS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4)
 N_TEST, SEED = 4000, 0
 
 
@@ -183,3 +186,14 @@ def show(rows: list[dict]) -> None:
         print(f"{r['method']:10} {tau:>7} {cells[0]:>22} {cut_off(r):>11} {cells[1]:>22} {cells[2]:>24}"
               f" {r['switches']:>9.1f}")
     print(f"n = {rows[-1]['n']} problems of the test split, greedy, float32 after rounding to bfloat16; intervals 95 %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--design", action="store_true", help="the models alone: is the pair accepted?")
+    show(run(taus=() if parser.parse_args().design else TAUS))
+
+
+if __name__ == "__main__":
+    main()

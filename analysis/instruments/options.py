@@ -1,0 +1,35 @@
+"""Settings as dataclasses, and their fields as options of a command line."""
+import argparse
+from dataclasses import field, fields
+
+import rstitch
+from rstitch_hf.command import template_option, usable_device
+
+
+def option(default, text: str):
+    """A field of a config, with its help on the command line."""
+    return field(default=default, metadata={"help": text})
+
+
+def add_options(parser: argparse.ArgumentParser, config, what: str = "", **others) -> None:
+    """An argument for each field of a config; left out it is None. `others`: defaults of another config, to
+    tell of beside the first."""
+    for f in fields(config):
+        default = f"{f.default}" * (f.default not in ("", None,
+                                                      ())) + "".join(f", {name} {getattr(other, f.name)}"
+                                                                     for name, other in others.items()
+                                                                     if getattr(other, f.name) != f.default)
+        kind = {"device": dict(type=usable_device),
+                "dtype": dict(choices=["float32", "bfloat16", "float16"]),
+                "template": dict(type=template_option, action="append", metavar="KEY=VALUE"),
+                "system": dict(type=str), "instruction": dict(type=str)}.get(
+            f.name, dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=None,
+                            help=f"{what}{f.metadata['help']}" + f" (default: {default})" * bool(default),
+                            **kind)
+
+
+def given(args: argparse.Namespace, config) -> dict:
+    """The fields of a config that the command line names."""
+    named = {f.name: getattr(args, f.name) for f in fields(config) if getattr(args, f.name) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
