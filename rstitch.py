@@ -203,8 +203,9 @@ class EntropyRouter:
     """R-Stitch: leave the SLM where its entropy exceeds tau, the LLM where its own does not (Algorithm 1).
 
     tau is normalised by log V (the paper) or in nats. Not in the paper: `window` > 1 compares the mean over
-    the proposal and the row's last kept tokens, a discarded proposal does not count, a switch does not start it anew; `tau_back`, tau unless
-    given, is the LLM's threshold for handing back. ValueError for thresholds outside their unit's range."""
+    the proposal and the row's last kept tokens; a discarded proposal does not count later, and a switch does
+    not start the window anew. `tau_back`, tau unless given, is the LLM's threshold for handing back.
+    ValueError for thresholds outside their unit's range."""
 
     tau: float = 0.02
     unit: str = "normalized"
@@ -1518,8 +1519,8 @@ class Reward(NamedTuple):
 def reward(correct: bool, latency_ms: float, lam: float = 5e-6) -> Reward:
     """R = r_acc - lam r_acc L of R-Stitch+, L in ms. A wrong answer has exactly 0: speed never buys accuracy.
 
-    Warns (once per place) where lam L >= 1: there a right answer scores no better than a wrong one: the gate
-    does not hold. ValueError for a latency or a lam that is negative or not finite."""
+    Warns (once per place) where lam L >= 1: there a right answer scores no better than a wrong one, and the
+    gate does not hold. ValueError for a latency or a lam that is negative or not finite."""
     for name, value in (("latency_ms", latency_ms), ("lam", lam)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value!r}: expected a finite number, 0 or more")
@@ -1535,8 +1536,8 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: str = "std
     """(R - mean) / (std + eps) within each group of G rollouts of one prompt (DAPO Eq. 9): (P, G) -> (P, G).
 
     scale="none" leaves out the division. With it lam cancels in a group that is right throughout, where the
-    spread is all latency; without it lam keeps its weight. A group of equal rewards has advantages of exactly 0. Integer rewards count as
-    float32. ValueError for groups of one, rewards that are not finite, and another scale or eps."""
+    spread is all latency; without it lam keeps its weight. A group of equal rewards has advantages of
+    exactly 0. Integer rewards count as float32. ValueError for groups of one, rewards that are not finite, and another scale or eps."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected (prompts, rollouts), two "
                          "rollouts or more")
@@ -1626,8 +1627,8 @@ class PolicyRouter:
 
     Elsewhere the SLM goes on, and the LLM hands back by the entropy rule, as in R-Stitch. tau and tau_back
     (tau unless given) are normalised. Without `seed` the LLM is called where the policy's probability exceeds
-    `threshold`, in [0, 1]; at 0.5, as in the paper, that is the likelier action. With a seed, actions are sampled and what training needs is appended to
-    `decisions`. `back`, not in the paper, is a second policy: asked at every token of the LLM, on the LLM's
+    `threshold`, in [0, 1]; at 0.5, as in the paper, that is the likelier action. With a seed, actions are
+    sampled and what training needs is appended to `decisions`. `back`, not in the paper, is a second policy: asked at every token of the LLM, on the LLM's
     hidden state, whether to hand back. ValueError for thresholds as in EntropyRouter."""
 
     def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None,
