@@ -7,7 +7,7 @@ import torch
 import rstitch
 from analysis import frontier
 from analysis.conftest import MODELS_MS
-from analysis.instruments.problems import Stated, verify
+from analysis.instruments.problems import Stated, question, verify
 from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.task import (
     Task,
@@ -17,7 +17,7 @@ from analysis.instruments.task import (
     solve,
     where_time_goes,
 )
-from analysis.pocket.domain import problems, question
+from analysis.pocket.domain import problems
 from analysis.pocket.weights import MODELS
 
 
