@@ -72,8 +72,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 
 from rstitch_hf.graphs import Graphs
 from rstitch_hf.loading import encode, load_pair  # noqa: F401  (what a first line needs)
-from rstitch_hf.serving import (CHUNKED, STEPWISE, attention_of, bare, cache_keyword, check_servable,
-                                forward_arguments)
+from rstitch_hf.serving import (
+    CHUNKED,
+    STEPWISE,
+    attention_of,
+    bare,
+    cache_keyword,
+    check_servable,
+    forward_arguments,
+)
 
 SLM, LLM = 0, 1
 NAMES = ("SLM", "LLM")

@@ -9,7 +9,6 @@ from rstitch import LLM, SLM, EntropyRouter, stitch
 from rstitch_hf import command, loading
 
 
-
 def run_main(capsys, *argv: str) -> str:
     command.main(list(argv))
     return capsys.readouterr().out

@@ -23,8 +23,7 @@ from hypothesis import given, settings, strategies as st
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 import rstitch
-# noqa: F401
-from conftest import FAMILIES, IDS, VOCAB, answers, assert_same_calls, prompts, tiny, untouchable, words
+from conftest import FAMILIES, IDS, VOCAB, answers, assert_same_calls, prompts, tiny, untouchable
 from rstitch import (LLM, SLM, CachedLM, EntropyRouter, LLMOnly, RandomRouter, Sampling, SLMOnly, entropy,
                      row_seeds, stitch)
 from rstitch_hf import command, loading, serving

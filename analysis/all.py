@@ -1,10 +1,14 @@
-"""Everything that is committed, made again: python -m analysis.all
+"""Everything that is committed, made again.
 
-Runs the commands below in turn and executes the notebooks. Each command skips what its files in
-analysis/results already hold, so this takes minutes; delete a file to have it computed anew (an hour for
-all). Trained weights are made by their own commands, see analysis/pocket/models/README.md, R2R's router with
-its curves among them, and timings (latency.json, bench.jsonl, overhead.jsonl) are not made again: they are of
-one quiet machine.
+    python -m analysis.all
+
+Rows: none of its own.
+Feeds: every figure, table and notebook, by the commands below.
+
+Runs the commands in turn and executes the notebooks. Each skips what its files in analysis/results hold, so
+this takes minutes. Delete a file to have it computed anew; all of them take an hour. Trained weights are made
+by their own commands (analysis/pocket/models/README.md), R2R's router with its curves among them. Timings are
+not made again, since they are of one quiet machine: latency.json, bench.jsonl, overhead.jsonl.
 """
 import argparse
 import subprocess

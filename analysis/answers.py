@@ -1,7 +1,11 @@
 """Answers to the problems of a split, a row of JSON each, written as they end.
 
-    python -m analysis.answers --slm SMALL --llm LARGE --problems file.jsonl --n 300 --methods llm tau=0.02
-    slm --out answers.jsonl python -m analysis.answers ... --methods tau=0.02 --temperature 0.6 --samples 4
+    P="--slm SMALL --llm LARGE --problems file.jsonl --out answers.jsonl"
+    python -m analysis.answers $P --n 300 --methods llm tau=0.02 slm
+    python -m analysis.answers $P --methods tau=0.02 --temperature 0.6 --samples 4
+
+Rows: the file that --out names.
+Feeds: what is said of real pairs.
 
 A method is `slm`, `llm`, `random=P`, or `tau=T`, with `back=T` and `window=N` behind a comma:
 `tau=0.02,back=1` makes visits of one token. A row holds the tokens, who wrote each, its entropy, the
@@ -15,14 +19,13 @@ from pathlib import Path
 
 import rstitch
 from analysis.instruments.options import add_options, given
+from analysis.instruments.problems import PARTS, question, verify
 from analysis.instruments.progress import progress
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson
-from rstitch import fingerprint
-from analysis.instruments.problems import question, verify
-from analysis.instruments.problems import PARTS
 from analysis.instruments.task import SEED, Task, encode_problems, ends_of
+from rstitch import fingerprint
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
 

@@ -1,19 +1,19 @@
-"""Speed: the loop against generate(), ways to attend to a cache, the cost of a step, schedules, and whole
-pairs at real shapes.
+"""Speed: the loop, ways to attend to a cache, the cost of a step, schedules, and whole pairs at real shapes.
 
-    python -m analysis.bench                       (pocket pair: stitch with the LLM alone against generate(),
-    batch 1 and 32) python -m analysis.bench --slots 16            (pocket pair: so many rows in the caches,
-    refilled, against batches of as many) python -m analysis.bench --branches            (pocket pair: tokens
-    and time to go on from inside of answers, against their length) python -m analysis.bench --attention
-    (one read of a cache at real shapes, by kernel) python -m analysis.bench --steps               (pocket
-    LLM: time per token against context and batch, fitted; writes steps.png) python -m analysis.bench
-    --schedule            (simulated: who runs next, by rule, cost ratio and batch) python -m analysis.bench
-    --shapes 1.5B+7B --device cuda --dtype bfloat16 --batch 1 4 16 --context 1024
+    python -m analysis.bench                 pocket pair: the LLM alone against generate(), batch 1 and 32
+    python -m analysis.bench --slots 16      pocket pair: 16 rows in the caches, refilled, against batches
+    python -m analysis.bench --branches      pocket pair: what it costs to go on from inside of answers
+    python -m analysis.bench --attention     one read of a cache at real shapes, by kernel
+    python -m analysis.bench --steps         pocket LLM: time per token against context and batch, fitted
+    python -m analysis.bench --schedule      simulated: who runs next, by rule, cost ratio and batch
+    python -m analysis.bench --shapes 1.5B+7B --device cuda --dtype bfloat16 --batch 1 4 16 --context 1024
 
-Rows are appended to analysis/results/bench.jsonl, but for --schedule, which prints; --attention and --shapes
-skip cells that are there. What is compared runs interleaved, in one process; the first round is warm-up; the
-device is synchronised before every clock; figures are medians with quartiles, and ratios are taken within a
-round, so that other work on the machine hits both sides.
+Rows: bench.jsonl; --schedule prints only.
+Feeds: the results page's section on speed, and steps.png.
+
+--attention and --shapes skip cells that are there. What is compared runs interleaved, in one process. The
+first round is warm-up. The device is synchronised before every clock. Figures are medians with quartiles.
+Ratios are taken within a round, so that other work on the machine hits both sides.
 
 --shapes builds Qwen2.5 shapes with random weights on the device; nothing is downloaded. Who writes is
 replayed from a script (share of the LLM, mean length of its visits), and the clock starts when both models
@@ -39,12 +39,11 @@ import rstitch
 from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS, append_row, newest
-from analysis.instruments.stats import bootstrap
-from analysis.instruments.timing import now, rotated
-from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
-from analysis.pocket.domain import problems
-from analysis.instruments.stats import signed, with_interval
+from analysis.instruments.stats import bootstrap, signed, with_interval
 from analysis.instruments.task import encode_problems, same_width
+from analysis.instruments.timing import now, rotated
+from analysis.pocket.domain import problems
+from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
 from rstitch_hf.command import usable_device
 from rstitch_hf.loading import left_padded
 

@@ -1,17 +1,16 @@
 """What the figures need models for: trajectories and interventions, a few MB in all.
 
-    python -m analysis.collect                            (pocket pair; into analysis/results)
-    python -m analysis.collect --slm SMALL --llm LARGE --problems file.jsonl --out results --device cuda
-    --dtype bfloat16
+    python -m analysis.collect               pocket pair
+    python -m analysis.collect --slm SMALL --llm LARGE --problems file.jsonl --out results
 
-    trajectories.jsonl    the SLM's and the LLM's greedy answers to every problem: right or wrong, entropies;
-    the SLM's also sampled interventions.jsonl   where the SLM is wrong and the LLM right: from every token on
-    of the SLM's answer the LLM goes on, greedily (is
-                          it right in the end?), and for the first problems by several sampled continuations
+Rows: trajectories.jsonl, interventions.jsonl; collect.json says how they were made.
+Feeds: notebooks 1 and 2.
 
-A file of problems holds rows {"question": ..., "answer": ...}, graded by math-verify. Both stages append a
-block of problems at a time and go on after a kill with the same bytes (see `analysis.label`). collect.json
-says how they were made.
+A trajectory is the SLM's and the LLM's greedy answer to a problem, right or wrong, with entropies; the SLM's
+is also sampled. An intervention is where the SLM is wrong and the LLM right: from every token of the SLM's
+answer on the LLM goes on, greedily, to see whether it is right in the end, and for the first problems by
+several sampled continuations. A file of problems holds rows {"question": ..., "answer": ...}, graded by
+math-verify. Both stages append a block of problems at a time and go on after a kill with the same bytes.
 """
 import argparse
 from dataclasses import dataclass
@@ -23,16 +22,14 @@ import numpy as np
 import rstitch
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
+from analysis.instruments.problems import Stated, question, read_problems, verify
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS
-from rstitch import fingerprint
 from analysis.instruments.runs import run_stage, settle
-from analysis.instruments.problems import Stated, question, verify
-from analysis.pocket.domain import problems, verify_number
-from analysis.instruments.problems import read_problems
 from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
+from analysis.pocket.domain import problems, verify_number
+from rstitch import fingerprint
 from rstitch_hf.loading import left_padded
-
 
 N = 800
 

@@ -1,9 +1,11 @@
-"""Every router at the same LLM share, running: R2R, R-Stitch, other signals, R-Stitch+, random, live labels,
-speculative decoding.
+"""Every router at the same LLM share, running: R2R, R-Stitch, other signals, R-Stitch+, random, live labels.
 
-    python -m analysis.compare                     (appends to analysis/results/compare.jsonl, skips what is
-    there, prints all) python -m analysis.compare --slm SMALL --llm LARGE --problems file.jsonl --latency
-    pair.json --router router --policies policies --out results
+    python -m analysis.compare               pocket pair; skips what is there, prints all
+    P="--slm SMALL --llm LARGE --problems file.jsonl --latency pair.json"
+    python -m analysis.compare $P --router router --policies policies --out results
+
+Rows: compare.jsonl.
+Feeds: the results page's tables at equal LLM share, by the clock and of tau from the SLM alone; frontier.png.
 
 A family of routers has one knob. It is turned over a grid on the calibration split, running; the knob for a
 wanted share is read off by interpolation (where several would do, as with R-Stitch, the one that was most
@@ -42,16 +44,30 @@ from transformers import GenerationConfig
 import rstitch
 from analysis import label
 from analysis.instruments.options import add_options, given
+from analysis.instruments.problems import question, verify
 from analysis.instruments.provenance import provenance
 from analysis.instruments.runs import Rows
+from analysis.instruments.stats import at_share, difference, net_time, signed, with_interval
+from analysis.instruments.task import (
+    N_CALIBRATION,
+    SEED,
+    Pair,
+    Task,
+    common_vocab,
+    control_of,
+    cut_off,
+    decoder,
+    digest_of,
+    encode_problems,
+    ends_of,
+    measure,
+    same_width,
+    solve,
+    summarise,
+    wall_clock,
+)
 from analysis.instruments.timing import now
 from rstitch import fingerprint
-from analysis.instruments.problems import question, verify
-from analysis.instruments.stats import at_share, difference, net_time, signed, with_interval
-from analysis.instruments.task import N_CALIBRATION, SEED, Pair, Task, common_vocab, control_of
-from analysis.instruments.task import cut_off, decoder
-from analysis.instruments.task import digest_of, encode_problems, ends_of, measure, same_width
-from analysis.instruments.task import solve, summarise, wall_clock
 from rstitch_hf.serving import cache_keyword
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)

@@ -1,7 +1,10 @@
 """The pocket pair in two minutes: a few problems streamed, then every method in one table.
 
-    python -m analysis.demo                        (prints the table)
-    python -m analysis.demo --json table.json      (and writes its rows for scripts)
+    python -m analysis.demo                      prints the table
+    python -m analysis.demo --json table.json    and writes its rows for scripts
+
+Rows: table.json.
+Feeds: the table of the README.
 
 Accuracy, tokens, LLM share and switches are over `n` test problems, answered greedily in batches. Latency is
 wall-clock per problem at batch 1 over the first `n_latency` of them, one thread per process: each problem is
@@ -20,16 +23,15 @@ from pathlib import Path
 import torch
 
 import rstitch
-from analysis.instruments.progress import progress
 from analysis.instruments.pool import make_pool
-from analysis.instruments.provenance import provenance
-from analysis.instruments.timing import rotated
-from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
 from analysis.instruments.problems import question, verify
-from analysis.pocket.domain import problems
+from analysis.instruments.progress import progress
+from analysis.instruments.provenance import provenance
 from analysis.instruments.stats import with_interval
 from analysis.instruments.task import Task, cut_off, describe, solve
-from analysis.train_r2r import ROUTER
+from analysis.instruments.timing import rotated
+from analysis.pocket.domain import problems
+from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
 from rstitch_hf.command import run_question, usable_device
 
 TAUS = (0.005, 0.02, 0.1)
@@ -81,7 +83,7 @@ def table(pool: Executor, n: int = 200, n_latency: int = 20, seed: int = 0,
     chosen = problems("test", n, seed)
     here = pair("llm", device)
     learned = (Method("R-Stitch+, kappa 0.35", rstitch.PolicyRouter.load(Task().policy(), *here[:2])),
-               Method("R2R", rstitch.R2RRouter.load(ROUTER, *here[:2])))
+               Method("R2R", rstitch.R2RRouter.load(Task().path("router"), *here[:2])))
     with progress(n * (len(ALONE) + 2 * len(STITCHED) + len(learned)) + n_latency, "answers",
                   "problem") as bar:
 
@@ -147,7 +149,7 @@ def stream(n: int = 3, seed: int = 0, device: str = "cpu") -> None:
         print(f"\n{question(problem)}")
         ids, _ = rstitch.encode(tokenizer, question(problem))
         result = run_question(slm, llm, tokenizer, ids, STITCHED[0].router,
-                              max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+                                      max_new_tokens=MAX_NEW_TOKENS, seed=seed)
         text = tokenizer.decode(result.sequences[0, ids.shape[1]:], skip_special_tokens=True)
         print("right" if verify(problem, text) else f"wrong: it is {problem.answer}")
 

@@ -1,7 +1,9 @@
 """Learned routers against fixed thresholds: accuracy and fitted latency on the same test problems.
 
-    python -m analysis.frontier                    (appends to analysis/results/frontier.jsonl, skips what is
-    there, prints all)
+    python -m analysis.frontier              skips what is there, prints all
+
+Rows: frontier.jsonl.
+Feeds: the results page's tables of R-Stitch+ and of its ablations; notebook 4 and frontier.png.
 
 The frontier is what fixed rules reach: one threshold, a threshold on a windowed entropy, two thresholds,
 either model alone, interpolated between neighbours. The gap of a method is 1 - its latency / the frontier's
@@ -21,11 +23,27 @@ from scipy.special import expit
 import rstitch
 from analysis.instruments.options import add_options, given
 from analysis.instruments.runs import Rows
-from analysis.instruments.stats import bootstrap
-from analysis.instruments.stats import frontier_gap, gap_with_interval, outcomes_of
-from analysis.instruments.stats import ratio_of_means, signed, with_interval
-from analysis.instruments.task import BASE, N_CALIBRATION, SEED, TAUS, Task
-from analysis.instruments.task import cut_off, digest_of, measure, solve, wall_clock
+from analysis.instruments.stats import (
+    bootstrap,
+    frontier_gap,
+    gap_with_interval,
+    outcomes_of,
+    ratio_of_means,
+    signed,
+    with_interval,
+)
+from analysis.instruments.task import (
+    BASE,
+    N_CALIBRATION,
+    SEED,
+    TAUS,
+    Task,
+    cut_off,
+    digest_of,
+    measure,
+    solve,
+    wall_clock,
+)
 from analysis.train_policy import RUNS, rewards
 
 FIXED = {

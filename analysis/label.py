@@ -1,17 +1,20 @@
 """Labels for R2R: which tokens of the SLM lead the LLM's reasoning astray? (arXiv 2505.21600, section 3)
 
-    python -m analysis.label                              (pocket pair: 2,000 router-train problems, and a
-    share of the other splits) python -m analysis.label --slm SMALL --llm LARGE --problems file.jsonl --judge
-    JUDGE --out labels --device cuda --dtype bfloat16 python -m analysis.label --report
-    (figures of the labels; writes analysis/results/labels.json)
+    python -m analysis.label                 pocket pair: 2,000 router-train problems, shares of other splits
+    python -m analysis.label --report        and figures of the labels
+    P="--slm SMALL --llm LARGE --problems file.jsonl"
+    python -m analysis.label $P --judge JUDGE --out labels --device cuda --dtype bfloat16
 
-Four stages, each a JSONL file in the folder --out with one row per problem:
+Rows: a file per stage in the folder --out, a row a problem; labels.json with --report.
+Feeds: the results page's paragraph on labels; notebook 3; `analysis.train_r2r`.
+
+Four stages:
 
     answers     the LLM answers; its token ids are kept, and nothing is ever tokenised again
     readings    the SLM reads that answer, teacher forced: its own choice and its entropy at every position
-    branches    where they differ the LLM goes on from the SLM's token, to the end of the sentence (or of the
-    answer) labels      a judge compares that with the LLM's own text: I identical, N neutral, D divergent, U
-    unjudged
+    branches    where they differ the LLM goes on from the SLM's token to the end of the sentence or answer
+    labels      a judge compares that with the LLM's own text:
+                I identical, N neutral, D divergent, U unjudged
 
 A stage works through blocks of problems in order and appends a block at a time, so a run that was killed goes
 on from its last whole block and ends with the same bytes. End-of-answer and end-of-thinking tokens are
@@ -31,21 +34,18 @@ import torch
 from transformers import DynamicCache
 
 import rstitch
+from analysis.instruments.checkpoints import CHECKPOINTS
+from analysis.instruments.grading import final_answer, same
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
+from analysis.instruments.problems import question, read_problems, split_of
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.runs import run_stage, settle
-from analysis.instruments.stats import bootstrap, ratio_of_means
-from rstitch import fingerprint
-from analysis.instruments.checkpoints import CHECKPOINTS
-from analysis.instruments.grading import final_answer, same
-from analysis.instruments.problems import question
-from analysis.pocket.domain import problems
-from analysis.instruments.problems import read_problems
-from analysis.instruments.stats import PAPER_LABELS, kind_of
-from analysis.instruments.problems import split_of
+from analysis.instruments.stats import PAPER_LABELS, bootstrap, kind_of, ratio_of_means
 from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
+from analysis.pocket.domain import problems
+from rstitch import fingerprint
 from rstitch_hf.loading import left_padded, load_model, load_tokenizer
 from rstitch_hf.serving import cache_keyword
 

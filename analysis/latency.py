@@ -1,10 +1,12 @@
-"""The latency model of a pair: fitted to a grid of steps and to the steps of trajectories, checked on other
-trajectories.
+"""The latency model of a pair: fitted to a grid of steps and to steps of trajectories, checked on others.
 
-    python -m analysis.latency                     (pocket pair; writes analysis/results/latency.json and
-    latency.png) python -m analysis.latency --slm SMALL --llm LARGE --device cuda --dtype bfloat16 --max-len
-    8192 --out pair.json python -m analysis.latency --overhead          (what a token costs beside the forward
-    pass; appends to analysis/results/overhead.jsonl)
+    python -m analysis.latency               pocket pair
+    python -m analysis.latency --overhead    what a token costs beside the forward pass
+    P="--slm SMALL --llm LARGE --device cuda --dtype bfloat16"
+    python -m analysis.latency $P --max-len 8192 --out pair.json
+
+Rows: latency.json; overhead.jsonl with --overhead.
+Feeds: the results page's section on latency, latency.png, and every fitted time.
 
 Everything runs at batch 1, in one process and on one thread. Every round times the grid once, then points
 that are held out, then the trajectories of a few problems by every method. A step that follows one of the
@@ -25,15 +27,14 @@ import numpy as np
 import torch
 
 import rstitch
-from analysis.instruments.progress import tracked
 from analysis.instruments.options import add_options, given
+from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS, append_row
-from analysis.instruments.timing import now, rotated
+from analysis.instruments.task import Prompting, Task, encode_problems
+from analysis.instruments.timing import REFERENCE, now, reference_ms, rotated
 from analysis.pocket.weights import MAX_NEW_TOKENS
 from rstitch import fingerprint
-from analysis.instruments.task import Prompting, Task, encode_problems
-from analysis.instruments.timing import REFERENCE, reference_ms
 from rstitch_hf.command import usable_device
 
 METHODS = {

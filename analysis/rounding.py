@@ -1,9 +1,12 @@
 """How many answers does rounding turn? The same problems, one at a time and in one batch.
 
-    python -m analysis.rounding                                       (pocket pair, float32)
+    python -m analysis.rounding              pocket pair, float32
     python -m analysis.rounding --dtype bfloat16
-    python -m analysis.rounding --slm SMALL --llm LARGE --problems file.jsonl --dtype bfloat16 --out
-    rounding.jsonl
+    P="--slm SMALL --llm LARGE --problems file.jsonl"
+    python -m analysis.rounding $P --dtype bfloat16 --out rounding.jsonl
+
+Rows: rounding.jsonl.
+Feeds: the results page's section on rounding.
 
 A row of a batch gets what it would get alone up to the rounding of the matrix products, whose order of
 additions depends on their shape. Where two tokens are nearly as likely, or an entropy lies next to tau, that
@@ -18,14 +21,13 @@ import torch
 
 import rstitch
 from analysis.instruments.options import add_options, given
+from analysis.instruments.progress import progress
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import RESULTS
 from analysis.instruments.runs import Rows
-from analysis.instruments.progress import progress
-from analysis.instruments.stats import wilson
-from rstitch import fingerprint
-from analysis.instruments.stats import with_interval
+from analysis.instruments.stats import wilson, with_interval
 from analysis.instruments.task import SEED, Task, encode_problems
+from rstitch import fingerprint
 
 FILE = RESULTS / "rounding.jsonl"
 METHODS = {"SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),

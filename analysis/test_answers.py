@@ -6,8 +6,8 @@ import pytest
 
 import rstitch
 from analysis import answers
-from analysis.instruments.rows import read_rows
 from analysis.instruments.problems import question
+from analysis.instruments.rows import read_rows
 from analysis.instruments.task import SEED, Task, solve
 
 METHODS = ["slm", "llm", "tau=0.001", "tau=0.02,back=1,window=3", "random=0.3"]

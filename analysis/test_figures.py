@@ -25,7 +25,7 @@ from analysis.pocket.domain import problems
 from conftest import tiny, words
 
 torch.set_num_threads(1)
-ROOT = MODELS.parent.parent
+ROOT = RESULTS.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -356,7 +356,7 @@ def test_grades():
 
 
 def test_figures_need_no_torch():
-    code = "import sys; from analysis import figures, paper; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = "import sys; from analysis.presentation import figures, paper; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

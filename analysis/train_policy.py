@@ -1,10 +1,10 @@
-"""R-Stitch+ on a pair: a policy that decides, at each uncertain token of the SLM, whether the LLM is worth
-its time. DAPO.
+"""R-Stitch+ on a pair: a policy that decides at each uncertain token whether the LLM is worth its time. DAPO.
 
-    python -m analysis.train_policy kappa0.35-seed0        (a run of RUNS; several names run one after the
-    other) python -m analysis.train_policy --name mine --kappa 0.2 --seed 7
-    python -m analysis.frontier                            (then: every policy against fixed rules, on the
-    test split)
+    python -m analysis.train_policy kappa0.35-seed0        a run of RUNS; several names run in turn
+    python -m analysis.train_policy --name mine --kappa 0.2 --seed 7
+
+Rows: log.jsonl of the run's folder of checkpoints; made.json beside the finished policy.
+Feeds: `analysis.frontier` and `analysis.compare`.
 
 An iteration answers `prompts` problems of the router-train split `rollouts` times each in one batch, actions
 sampled, tokens greedy; rewards each answer with `rstitch.reward` of its fitted latency; and takes several
@@ -24,14 +24,14 @@ import torch
 from safetensors.torch import save_file
 
 import rstitch
-from analysis.instruments.progress import progress
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
 from analysis.instruments.options import add_options, given, option
+from analysis.instruments.progress import progress
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import append_row, read_rows
 from analysis.instruments.runs import settle
-from rstitch import fingerprint
 from analysis.instruments.task import Task, solve
+from rstitch import fingerprint
 
 FOLDER = CHECKPOINTS / "policies"
 

@@ -1,9 +1,11 @@
-"""R2R's router on a pair: a net that tells, from what the SLM computes anyway, whether its token would lead
-the reasoning astray.
+"""R2R's router on a pair: a net that tells whether the SLM's token would lead the reasoning astray.
 
-    python -m analysis.train_r2r                          (pocket pair; labels first, if `analysis.label` has
-    not been run) python -m analysis.train_r2r --slm SMALL --llm LARGE --problems file.jsonl --judge JUDGE
-    --labels labels --out router
+    python -m analysis.train_r2r             pocket pair; labels first, if `analysis.label` has not been run
+    P="--slm SMALL --llm LARGE --problems file.jsonl"
+    python -m analysis.train_r2r $P --judge JUDGE --labels labels --out router
+
+Rows: log.jsonl of the folder of checkpoints; made.json and router.png beside the finished router.
+Feeds: the results page's paragraph on the router, and `analysis.compare`.
 
 Trained as in arXiv 2505.21600: BCE weighted by #negative / #positive, AdamW, early stopping on dev problems.
 The threshold is chosen on the calibration split alone: the highest score that still finds --recall of the
@@ -24,16 +26,16 @@ from safetensors.torch import save_file
 
 import rstitch
 from analysis import label
-from analysis.instruments.progress import progress, tracked
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
 from analysis.instruments.options import add_options, given, option
+from analysis.instruments.progress import progress, tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import append_row, read_rows, write_rows
 from analysis.instruments.runs import settle
 from analysis.instruments.stats import auroc, bootstrap, ratio_of_means
+from analysis.instruments.task import common_vocab
 from analysis.pocket.weights import MODELS
 from rstitch import fingerprint
-from analysis.instruments.task import common_vocab
 
 FOLDER = CHECKPOINTS / "r2r"
 ROUTER = MODELS / "r2r"

@@ -10,10 +10,26 @@ from pathlib import Path
 
 import torch
 
-from rstitch import (LLM, SLM, CachedLM, Call, EntropyRouter, LLMOnly, PolicyRouter, R2RRouter, RandomRouter,
-                     Sampling, SLMOnly, Step, Stitched, check_count, count_switches, made_of, stitch)
+from rstitch import (
+    LLM,
+    SLM,
+    CachedLM,
+    Call,
+    EntropyRouter,
+    LLMOnly,
+    PolicyRouter,
+    R2RRouter,
+    RandomRouter,
+    Sampling,
+    SLMOnly,
+    Step,
+    Stitched,
+    check_count,
+    count_switches,
+    made_of,
+    stitch,
+)
 from rstitch_hf.loading import check_question, encode, load_pair
-
 
 POCKET = Path(__file__).parent.parent / "analysis" / "pocket" / "models"
 PROBLEM = ("Ann has 596 coins. First Ann ends up with 7 times as many. Finally Ann loses 120. "

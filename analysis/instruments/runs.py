@@ -61,10 +61,11 @@ class Rows:
         """Run the jobs (function, *arguments) whose rows are missing, and add what each returns; the rows
         that count."""
         todo = {key: jobs[key] for key in self.missing(jobs)}
-        with progress(len(todo), label) as bar:
-            for key, row in completed(workers, todo, "__main__"):
-                self.add(key, row)
-                bar.update()
+        if todo:
+            with progress(len(todo), label) as bar:
+                for key, row in completed(workers, todo, "__main__"):
+                    self.add(key, row)
+                    bar.update()
         return self.have()
 
 

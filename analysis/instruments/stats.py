@@ -4,7 +4,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-
 PAPER_LABELS = {"identical": 0.89, "neutral": 0.06, "divergent": 0.05}  # R2R, section 3
 
 

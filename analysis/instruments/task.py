@@ -17,16 +17,17 @@ import numpy as np
 import torch
 
 import rstitch
-from analysis.instruments.progress import progress as progress_bar, tracked
 from analysis.instruments.options import option
+from analysis.instruments.problems import Stated, question, read_problems, split_of, verify
+from analysis.instruments.progress import progress as progress_bar
+from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS
 from analysis.instruments.stats import bootstrap, ratio_of_means, wilson
 from analysis.instruments.timing import REFERENCE, now, reference_ms, rotated
+from analysis.pocket.domain import problems
 from analysis.pocket.weights import MAX_NEW_TOKENS, MODELS
 from rstitch import fingerprint
-from analysis.instruments.problems import Stated, question, read_problems, split_of, verify
-from analysis.pocket.domain import problems
 from rstitch_hf.loading import load_model
 
 SEED = 0  # of the pocket domain's problems and of random switching

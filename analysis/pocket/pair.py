@@ -1,14 +1,15 @@
-"""The pocket pair: a small and a large model that solve the pocket domain, and a large control trained on
-short solutions.
+"""The pocket pair: a small and a large model that solve the pocket domain, and a large control.
 
-    python -m analysis.pocket.pair --train slm            (or llm, llm-short; an interrupted run continues
-    where it stopped) python -m analysis.pocket.pair --export slm           (rounds the weights to bfloat16
-    and writes analysis/pocket/models/slm)
+    python -m analysis.pocket.pair --train slm     or llm, llm-short; an interrupted run goes on
+    python -m analysis.pocket.pair --export slm    rounds the weights to bfloat16, into models/
+
+Rows: log.jsonl of the folder of checkpoints; made.json beside the weights.
+Feeds: everything that is said of the pocket pair.
 
 All three are ordinary decoder-only models with one tokenizer, trained as Qwen2 and written as Llama (see
 `as_llama`). SLM and LLM differ in depth, width and corpus: the SLM is shallow and writes results at once, the
-LLM is deep and works results out (see `analysis.problems`). The control separates the two reasons for which
-an LLM is slow, long answers and dear tokens: it is the LLM, trained further on the SLM's corpus.
+LLM is deep and works results out (see `analysis.pocket.domain`). The control separates the two reasons for
+which an LLM is slow, long answers and dear tokens: it is the LLM, trained further on the SLM's corpus.
 """
 import argparse
 import json
@@ -21,14 +22,14 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.instruments.progress import tracked
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
+from analysis.instruments.problems import verify
+from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import append_row, read_rows
-from analysis.pocket.weights import MAX_NEW_TOKENS, MODELS
-from analysis.instruments.problems import verify
-from analysis.pocket.domain import problems, stream
 from analysis.instruments.task import encode_problems
+from analysis.pocket.domain import problems, stream
+from analysis.pocket.weights import MAX_NEW_TOKENS, MODELS
 
 CONTEXT = 4096
 # words, single digits and signs, each with the space before it
@@ -43,7 +44,7 @@ class Recipe:
     width: int
     mlp: int
     heads: int
-    corpus: str  # see analysis.problems.CORPORA
+    corpus: str  # see analysis.pocket.domain.CORPORA
     lr: float  # peak
     init: float  # standard deviation of the initial weights
     chunks: int  # of CHUNK problems each, every problem new

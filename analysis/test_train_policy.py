@@ -1,0 +1,187 @@
+"""Training of R-Stitch+'s policies."""
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import rstitch
+from analysis import train_policy
+from analysis.conftest import MODELS_MS, timed
+from analysis.instruments.rows import read_rows
+from analysis.instruments.task import solve
+from analysis.pocket.domain import (
+    problems,
+)
+from test_rstitch import DEVICES
+
+FAST = train_policy.Config(prompts=3, rollouts=2, iterations=3, dev_every=1, dev=4, width=8, minibatches=2)
+
+
+@pytest.mark.parametrize("hand_back", [False, True])
+def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, hand_back):
+    config = dataclasses.replace(FAST, hand_back=hand_back)
+    train_policy.train(config, timed(tmp_path), tmp_path / "whole")
+    saved, calls = train_policy.save_checkpoint, []
+
+    def killed(path, *args):  # after the second iteration was logged, before its checkpoint
+        calls.append(path.name)
+        if calls.count("last.safetensors") == 2 and path.name == "last.safetensors":
+            raise KeyboardInterrupt
+        saved(path, *args)
+
+    monkeypatch.setattr(train_policy, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_policy.train(config, timed(tmp_path), tmp_path / "parts")
+    monkeypatch.setattr(train_policy, "save_checkpoint", saved)
+    assert len(read_rows(tmp_path / "parts" / "log.jsonl")) == 2
+    train_policy.train(config, timed(tmp_path), tmp_path / "parts")
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    timeless = lambda name: [{k: v for k, v in row.items() if k != "seconds"}
+                             for row in read_rows(tmp_path / name / "log.jsonl")]  # noqa: E731
+    assert timeless("whole") == timeless("parts")
+    assert [row["iteration"] for row in timeless("parts")] == [0, 1, 2]
+    untrained = train_policy.build_policies(config, *pocket[:2])
+    trained = train_policy.build_policies(config, *pocket[:2])
+    assert train_policy.load_checkpoint(tmp_path / "whole" / "last.safetensors", trained) == 3
+    moved = {name: not torch.equal(p, q)
+             for (name, p), q in zip(trained.named_parameters(), untrained.parameters())}
+    # every policy learned something
+    assert all(any(moved[name] for name in moved if name.startswith(part)) for part in trained)
+    with pytest.raises(ValueError,
+                       match="whole holds .* other config: expected {'kappa': 0.35}, got {'kappa': 0.9}"):
+        train_policy.train(dataclasses.replace(config, kappa=0.9), timed(tmp_path), tmp_path / "whole")
+
+
+def test_an_exported_policy_routes_as_it_did_and_refuses_another_pair(tmp_path, pocket):
+    config = dataclasses.replace(FAST, iterations=1)
+    policies = train_policy.train(config, timed(tmp_path), tmp_path / "run")
+    train_policy.export(config, timed(tmp_path), policies, tmp_path / "run", tmp_path / "out")
+    todo = problems("dev", 4, seed=5)
+    before = solve(pocket, todo, train_policy.build_router(policies, config))
+    assert [s["text"]
+            for s in solve(pocket, todo,
+                           rstitch.PolicyRouter.load(tmp_path / "out", *pocket[:2]))] == [s["text"]
+                                                                                          for s in before]
+    with pytest.raises(ValueError, match="was made for another SLM"):
+        rstitch.PolicyRouter.load(tmp_path / "out", pocket[1], pocket[1])
+    with pytest.raises(ValueError, match="was made for another LLM"):
+        rstitch.PolicyRouter.load(tmp_path / "out", pocket[0], pocket[0])
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
+    """`update` against a loop over single decisions: 4 prompts of 3 answers, one group dropped, two policies,
+    drifted probabilities."""
+    config = train_policy.Config(hand_back=True, epochs=1, minibatches=minibatches)
+    generator = torch.Generator().manual_seed(0)
+    policies = torch.nn.ModuleDict({name: rstitch.Policy(4, 8) for name in ("call", "back")})
+    for p in policies.parameters():
+        torch.nn.init.normal_(p, std=0.5, generator=generator)
+    router = rstitch.PolicyRouter(policies["call"], 0.02, seed=0, back=policies["back"])
+    for decisions in (router.decisions, router.back.decisions):
+        for rows in ([11, 0, 5], [5], [2, 7, 8, 11, 1], [0, 10]):
+            k = len(rows)
+            state = (torch.randn(k, 4, generator=generator), torch.rand(k, generator=generator),
+                     torch.randint(1, 99, (k,), generator=generator))
+            decisions.append(rstitch.Decisions(rows, state, torch.rand(k, generator=generator) < 0.5,
+                                               -2 * torch.rand(k, generator=generator)))
+    A, keep = torch.randn(4, 3, generator=generator), torch.tensor([True, True, False, True])
+
+    single = []  # (policy, state, call, old log-probability, advantage) of each decision whose group was kept
+    for name, decisions in (("call", router.decisions), ("back", router.back.decisions)):
+        for d in decisions:
+            for i, row in enumerate(d.rows):
+                if keep[row // 3]:
+                    single.append((name, [x[i:i + 1] for x in d.state], d.action[i:i + 1], d.logp[i],
+                                   A[row // 3, row % 3]))
+    naive, order = copy.deepcopy(policies), torch.randperm(len(single),
+                                                           generator=torch.Generator().manual_seed(7))
+    optimizer = torch.optim.SGD(naive.parameters(), lr=0.5)
+    for part in order.chunk(minibatches):
+        loss = 0.0
+        for i in part.tolist():
+            name, state, call, old, a = single[i]
+            ratio = (rstitch.log_probability(naive[name](*state), call)[0] - old).exp()
+            loss = loss - min(ratio * a, ratio.clamp(0.8, 1.28) * a) / len(part)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(naive.parameters(), 1.0)
+        optimizer.step()
+    figures = train_policy.update(policies, torch.optim.SGD(policies.parameters(), lr=0.5), router, A, keep,
+                                  config, torch.Generator().manual_seed(7))
+    assert figures["decisions"] == len(single) and figures["clipped"] > 0
+    for p, q in zip(policies.parameters(), naive.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_group_is_one_problem(tmp_path, pocket, monkeypatch):
+    batches, answer = [], train_policy.answer
+    monkeypatch.setattr(train_policy,
+                        "answer", lambda pair, todo, *args, **options: batches.append((todo, options))
+                        or answer(pair, todo, *args, **options))
+    train_policy.train(dataclasses.replace(FAST, iterations=2, dev_every=2), timed(tmp_path),
+                       tmp_path / "run")
+    rollouts = [todo for todo, options in batches if "seed" in options]
+    assert len(rollouts) == 2 and all(len(todo) == 6 for todo in rollouts)
+    groups = [todo[2 * g:2 * g + 2] for todo in rollouts for g in range(3)]
+    assert all(a == b for a, b in groups) and len({a for a, _ in groups}) == 6  # and no problem comes twice
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_update_raises_what_was_rewarded(device):
+    """One context in which calling is right and one in which it is wrong: after some batches the policy tells
+    them apart."""
+    config = train_policy.Config(width=16, start=0.5, lr=1e-2)
+    policies = torch.nn.ModuleDict({"call": rstitch.Policy(4, 16)}).to(device)
+    optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
+    states, generator = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]],
+                                     device=device), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        kind = torch.arange(32) // 2 % 2  # 16 groups of 2 rollouts of one decision each
+        state = states[kind], torch.ones(32, device=device), torch.full((32,), 100, device=device)
+        logit = policies["call"](*state).detach()
+        call = torch.rand(32, generator=generator).to(device) < logit.sigmoid()
+        router = rstitch.PolicyRouter(policies["call"], 0.0, seed=0)
+        router.decisions.append(rstitch.Decisions(list(range(32)), state, call,
+                                                  rstitch.log_probability(logit, call)))
+        right = (call.cpu() == (kind == 0)).float().view(16, 2)
+        train_policy.update(policies, optimizer, router, rstitch.group_advantages(right),
+                            train_policy.kept_groups(right, right > 0, "reward"), config, generator)
+    p = policies["call"](states, torch.ones(2, device=device),
+                         torch.tensor([100, 100], device=device)).sigmoid().tolist()
+    assert p[0] > 0.8 and p[1] < 0.2
+
+
+def test_dynamic_sampling_by_hand():
+    total = torch.tensor([[0.5, 0.6], [0.0, 0.0], [0.7, 0.7], [0.0, 0.7]])
+    correct = total > 0
+    assert train_policy.kept_groups(total, correct, "reward").tolist() == [True, False, False, True]
+    assert train_policy.kept_groups(total, correct, "accuracy").tolist() == [False, False, False, True]
+    assert train_policy.kept_groups(total, correct, "off").tolist() == [True] * 4
+
+
+def test_lambda_is_given_or_follows_from_kappa():
+    assert train_policy.price(train_policy.Config(kappa=0.5), 250.0) == 0.002
+    assert train_policy.price(train_policy.Config(lam=0.01), 250.0) == 0.01
+
+
+def test_rewards_with_and_without_the_gate():
+    call = rstitch.Call(rstitch.LLM, 0, 1, 0, 5, 0.0, True)  # 4 ms
+    solved = [{"calls": [call] * 25, "correct": True}, {"calls": [call] * 50, "correct": False}]
+    total, ms = train_policy.rewards(solved, 0.001, MODELS_MS)
+    assert ms.tolist() == [100, 200] and total.tolist() == [pytest.approx(0.9), 0]
+    assert train_policy.rewards(solved, 0.001, MODELS_MS,
+                                gate=False)[0].tolist() == [pytest.approx(0.9), pytest.approx(-0.2)]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(rollouts=1), "rollouts=1"), (dict(lam=-1e-3), "lam=-0.001"), (dict(kappa=-0.1), "kappa=-0.1"),
+    (dict(tau=2.0), "tau=2.0"), (dict(prompts=0), "prompts=0"),
+    (dict(scale="max"), "scale='max'"), (dict(dynamic="no"), "dynamic='no'"),
+    (dict(lr=float("nan")), "lr=nan"),
+])
+def test_policy_runs_with_bad_options_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        train_policy.Config(**change)
