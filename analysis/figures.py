@@ -769,7 +769,7 @@ def draw_budget(ax, runs: list[dict]):
 
 def draw_frontiers(frontier: list[dict], runs: list[dict]):
     """Against latency and against LLM share, with one legend below."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.8))
     for ax, cost in zip(axes, ("latency_ms", "llm_share")):
         draw_frontier(ax, frontier, runs, cost)
     axes[1].set(xlim=(-1, 36))
