@@ -180,9 +180,10 @@ def test_the_real_pair_decides_once_it_is_measured():
 
 
 def test_what_was_looked_into_in_words():
-    rows = [row("10", slm=0, text=["="]), row("1010", H=[0.1] * 3, slm=0, text=["=", "4", "="]), row(slm=1)]
+    rows = [row("10", slm=0, text=["="]), row("1010", H=[0.1] * 3, slm=0, text=["=", "4", "="]), row(slm=1),
+            row(slm=0) | {"llm": 0}]
     first, again, times, sampled = figures.harmful_summary(rows, 4).splitlines()
-    assert first == ("3 problems; the SLM is wrong on 2, of which the LLM is wrong on 0 (left out); "
+    assert first == ("4 problems; the SLM is wrong on 3, of which the LLM is wrong on 1 (left out); "
                      "2 looked into, 2 with a harmful token, 0 without")
     assert "right again in 1 of 2" in again and again.endswith("is '=', 2 times")
     assert times == "harmful tokens per answer: 1: 1, 2: 1" and sampled.startswith("of 0 answers")
@@ -284,6 +285,8 @@ def test_losses_of_the_real_pair_are_judged_by_the_margin():
     assert found.startswith("-1.0 [-2.5, ")
     assert found.endswith("n = 200")
     assert said == "a loss of 5 points excluded"
+    methods["tau=0.005"] = [answer(i, i > 39, [0.1], "L", "tau=0.005") for i in range(200)]  # a fifth is lost
+    assert figures.real_finding(methods, "tau=0.005", "llm")[1] == "a loss of 5 points shown"
     assert figures.real_finding(methods, "tau=0.02", "random")[1] == "better"
     assert figures.real_finding(methods, "slm", "llm") is None
 

@@ -70,6 +70,13 @@ def test_a_difference_does_not_depend_on_the_order_of_rows(pairs, random):
     assert real.paired(a, b) == straight and straight[1] <= straight[0] <= straight[2]
 
 
+def test_an_interval_does_not_depend_on_the_order_of_rows():
+    """Differences of many sizes, where another order of the same draws would give other ends."""
+    a = [row(problem=i, correct=(i * i + k) % 7 < 3, sample=k) for i in range(60) for k in range(i % 9 + 1)]
+    b = [row(problem=i, correct=i % 3 == 0) for i in range(60)]
+    assert real.paired(a, b) == real.paired(a[::-1], b) == real.paired(a, b[::-1])
+
+
 def test_a_margin_is_excluded_shown_or_undecided():
     assert [real.loss(x) for x in ((1, -2, 4.9), (7, 5, 9), (4, 1, 7), (2, -1, 5))] == [
         f"a loss of 5 points {state}" for state in ("excluded", "shown", "undecided", "undecided")]
@@ -89,9 +96,9 @@ def test_how_many_problems_would_decide_by_hand():
 
 
 def test_random_calls_are_those_of_the_nearest_share():
-    rows = {name: rights(name, "1", writer) for name, writer in
-            (("tau=0.02", "SSSL"), ("random=0.2", "SSSSL"), ("random=0.5", "SL"), ("random=0.6", "SLL"))}
-    assert real.resolve(rows, "random") == "random=0.2"  # 25 against 20, 50 and 67 %
+    writers = {"tau=0.02": "SSSL", "random=0.1": "S" * 9 + "L", "random=0.2": "SSSSL", "random=0.5": "SL"}
+    rows = {name: rights(name, "1", writer) for name, writer in writers.items()}
+    assert real.resolve(rows, "random") == "random=0.2"  # 25 against 10, 20 and 50 %
     assert real.resolve({"tau=0.02": rows["tau=0.02"]}, "random") is None
     assert real.resolve(rows, "llm") is None
     assert real.difference(rows, "tau=0.02", "random")[3] == 1
