@@ -1,93 +1,133 @@
-"""What the notebooks draw, and every number their verdicts rest on. No torch: it reads the files of analysis/results.
+"""What the notebooks draw, and every number their verdicts rest on. No torch: it reads the files of
+analysis/results.
 
 Entropies are in nats unless a name says normalised. Intervals are 95 %, bootstrapped over problems.
 """
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from analysis.presentation import real
+from analysis.presentation.real import MISSING, entropy_auroc, percent, share_above, table, within_problem
+from analysis.instruments.stats import PAPER_LABELS, bootstrap, difference
+from analysis.instruments.stats import gap_with_interval, net_time, outcomes_of
 from analysis.instruments.rows import read_rows
-from analysis.instruments.stats import PAPER_LABELS, auroc, bootstrap, difference, gap_with_interval
-from analysis.instruments.stats import net_time, outcomes_of, ratio_of_means, signed, wilson, with_interval
+from analysis.instruments.stats import ratio_of_means, signed, wilson, with_interval
 
-SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # told apart by the colour-blind too
+SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # for the colour-blind too
 WINDOWS = (1, 4, 8, 12, 16)
+OURS = "your pair" if "RSTITCH_RESULTS" in os.environ else "pocket pair"  # whose files `results` finds
+CLAIM = ("claim", "paper", "ours [95 %]", "verdict")
+PAIRS = ("claim", "paper", "real pair", f"{OURS} [95 %]", "verdict")
+
+Finding = tuple[str, str]  # a figure and what it says of a claim
 
 
 def results(name: str) -> Path:
     """A file of results: of the folder RSTITCH_RESULTS names, else of this repository."""
-    return Path(os.environ.get("RSTITCH_RESULTS", Path(__file__).parent.parent / "results")) / name
+    return Path(os.environ.get("RSTITCH_RESULTS", Path(__file__).parent / "results")) / name
 
 
 def style() -> None:
-    plt.rcParams.update({"figure.figsize": (9, 3.6), "figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3,
-                         "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10})
+    plt.rcParams.update({
+        "figure.figsize": (9, 3.6), "figure.dpi": 120, "figure.constrained_layout.use": True,
+        "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+        "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 7,
+    })
 
 
 def conditions(row: dict) -> str:
     """How rows were made, in a line."""
-    return (f"{row['command']}; n = {row['n']}, seed {row['seed']}, {row['device']}, {row['dtype']}, torch {row['torch']}, transformers {row['transformers']}, "
-            f"commit {row['commit']}")
+    return (f"{row['command']}; n = {row['n']}, seed {row['seed']}, {row['device']}, {row['dtype']}, "
+            f"torch {row['torch']}, transformers {row['transformers']}, commit {row['commit']}")
 
 
-def verdicts(rows: list[tuple[str, str, str, str]]) -> str:
-    """Claim, paper, ours, verdict, as a table."""
-    head = ("claim", "paper", "ours [95 %]", "verdict")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (head, *rows))
+def verdicts(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = CLAIM) -> str:
+    """Claim, paper, figures, verdict, as a table."""
+    return table([head, *rows])
 
 
-def percent(x: tuple[float, float, float], digits: int = 1) -> str:
-    return with_interval(tuple(100 * v for v in x), digits=digits)
-
-
-def verdict(x: tuple[float, float, float], reference: float, above: str = "raised", below: str = "lowered", neither: str = "no different") -> str:
+def verdict(x: tuple[float, float, float], reference: float, above: str = "raised", below: str = "lowered",
+            neither: str = "no different") -> str:
     """What an interval says against a reference."""
     return above if x[1] > reference else below if x[2] < reference else neither
 
 
 def sized(x: tuple[float, float, float], paper: float) -> str:
-    """How a share or a ratio compares with the paper's: within a quarter of it, within five times, or beyond."""
+    """How a share or a ratio compares with the paper's: within a quarter of it, within five times, or
+    beyond."""
     ratio = max(x[0] / paper, paper / x[0]) if x[0] else float("inf")
-    return "same size" if ratio <= 1.25 else ("far " if ratio > 5 else "") + ("more" if x[0] > paper else "less")
+    if ratio <= 1.25:
+        return "same size"
+    return ("far " if ratio > 5 else "") + ("more" if x[0] > paper else "less")
 
 
-# ---- 1. Entropy of wrong answers (R-Stitch Fig. 3a, 3b) ------------------------------------------------------------------
+def load_real() -> list[dict]:
+    """The real pair's answers, as far as there are any."""
+    return read_rows(results("real/answers.jsonl"))
 
 
-def entropy_auroc(rows: list[dict], steps: int | None = None) -> tuple[float, float, float]:
-    """AUROC of an answer's mean entropy, wrong against right, of the SLM's greedy answers; of one step count only, if given."""
-    chosen = [row for row in rows if steps is None or row["steps"] == steps]
-    mean, wrong = np.array([np.mean(row["H"]) for row in chosen]), np.array([not row["slm"] for row in chosen])
-    return auroc(mean, wrong), *bootstrap(auroc, mean, wrong)
+def line(claim: str, paper: str, own: Finding | None, decisive: Finding | None = None) -> tuple[str, ...]:
+    """A line of a table of `PAIRS`: the real pair's finding decides. As long as it has none, the verdict is
+    said to be that of the other pair."""
+    figure, said = own or (MISSING, "")
+    if decisive:
+        return claim, paper, decisive[0], figure, decisive[1]
+    return claim, paper, MISSING, figure, said and f"{OURS}: {said}"
 
 
-def within_problem(rows: list[dict]) -> tuple[float, float, float, int]:
-    """Among sampled answers to one problem: how often a wrong one has a higher mean entropy than a right one, mean over the problems that
-    have both, and their number. Difficulty cannot explain this one."""
-    shares = []
-    for row in rows:
-        right, wrong = ([H for good, H, _ in row["samples"] if good == k] for k in (1, 0))
-        if right and wrong:
-            shares.append(auroc(np.array(right + wrong), np.array([False] * len(right) + [True] * len(wrong))))
-    return float(np.mean(shares)), *bootstrap(np.mean, shares), len(shares)
+# ---- 1. Entropy of wrong answers (R-Stitch Fig. 3a, 3b) ----------------------------------------------------
 
 
-def share_above(rows: list[dict], limit: float) -> tuple[float, float, float]:
-    """Share of the SLM's tokens whose entropy exceeds the limit, in nats."""
-    above, n = (np.array([f(row["H"]) for row in rows], float) for f in (lambda H: sum(h > limit for h in H), len))
-    return ratio_of_means(above, n), *bootstrap(ratio_of_means, above, n)
+SIGNAL = ("a signal", "a reversed signal", "no signal")
+ENTROPY = (("median entropy, right and wrong", "0.059, 0.090"), ("AUROC, wrong against right", "not given"),
+           ("... within one problem", "not given"), ("tokens above 0.1 nats, %", "10.65"),
+           ("tokens above 0.1 normalised, %", "10.65 (if Eq. 1 is meant)"))
+
+
+def medians(rows: list[dict]) -> tuple[float, float]:
+    """Median over the SLM's right and over its wrong answers of their mean entropy, in nats."""
+    right, wrong = (np.median([np.mean(row["H"]) for row in rows if row["slm"] == k]) for k in (1, 0))
+    return float(right), float(wrong)
+
+
+def entropy_findings(rows: list[dict], vocab: int) -> list[Finding | None]:
+    """What one pair's trajectories say of each claim of `ENTROPY`; None where they cannot tell."""
+    if len({bool(row["slm"]) for row in rows}) < 2:
+        return [None] * len(ENTROPY)
+    (right, wrong), whole, inside = medians(rows), entropy_auroc(rows), within_problem(rows)
+    within = f"{with_interval(inside[:3])}, n = {inside[3]}", verdict(inside, 0.5, *SIGNAL[:2], "none seen")
+    shares = [share_above(rows, limit) for limit in (0.1, 0.1 * np.log(vocab))]
+    return [(f"{right:.3f}, {wrong:.3f}", "reproduces" if wrong > right else "does not reproduce"),
+            (with_interval(whole), verdict(whole, 0.5, *SIGNAL)), within if inside[3] else None,
+            *((percent(x), sized(x, 0.1065)) for x in shares)]
+
+
+def entropy_claims(rows: list[dict], vocab: int, answers: list[dict]) -> list[tuple[str, ...]]:
+    """What notebook 1 ends with, from a pair's trajectories and the real pair's answers: a table of
+    `PAIRS`."""
+    decisive = entropy_findings(real.trajectories(answers), real.VOCAB)
+    lines = [line(*claim, *found) for claim, *found in zip(ENTROPY, entropy_findings(rows, vocab), decisive)]
+    strata = []
+    for k in sorted({row["steps"] for row in rows if row["steps"]}):
+        x = entropy_auroc(rows, k)
+        said = verdict(x, 0.5, *SIGNAL)
+        strata.append(
+            (f"... with {k} steps", "not given", "no step count", with_interval(x), f"{OURS}: {said}"))
+    return [*lines[:2], *strata, *lines[2:]]
 
 
 def draw_answer_entropies(ax, rows: list[dict]):
-    parts = ax.violinplot([[np.mean(row["H"]) for row in rows if row["slm"] == k] for k in (1, 0)], showmedians=True)
-    for body, colour in zip(parts["bodies"], (THIRD, GREY)):
-        body.set_facecolor(colour)
+    parts = ax.violinplot([[np.mean(row["H"]) for row in rows if row["slm"] == k] for k in (1, 0)],
+                          showmedians=True)
+    for part in (*parts["bodies"], parts["cbars"], parts["cmins"], parts["cmaxes"], parts["cmedians"]):
+        part.set_color(SLM_COLOUR)
     ax.set_xticks([1, 2], ["right", "wrong"])
     ax.set(ylabel="mean token entropy of an answer (nats)", title="The SLM's greedy answers", yscale="log")
     return ax
@@ -98,48 +138,61 @@ def draw_strata(ax, rows: list[dict]):
     bars = [("all", entropy_auroc(rows))] + [(f"{k} steps", entropy_auroc(rows, k)) for k in strata]
     if any(row["samples"] for row in rows):
         bars.append(("within one\nproblem", within_problem(rows)[:3]))
-    for i, (name, (x, low, high)) in enumerate(bars):
+    for i, (_, (x, low, high)) in enumerate(bars):
         ax.errorbar(i, x, [[x - low], [high - x]], fmt="o", color=SLM_COLOUR, capsize=3)
     ax.axhline(0.5, color=GREY, lw=1)
     ax.set_xticks(range(len(bars)), [name for name, _ in bars])
-    ax.set(ylabel="AUROC, wrong against right (0.5: no signal)", title="Does entropy tell, difficulty apart?", ylim=(0.4, 1))
+    ax.set(ylabel="AUROC, wrong against right\n(0.5: no signal; higher: a better signal)",
+           title="Does entropy tell, difficulty apart?", ylim=(0.4, 1))
     return ax
+
+
+def draw_limits(ax, limits: Sequence[tuple[float, str]], title: str) -> None:
+    """Vertical lines, named above the axes, below the title."""
+    for x, name in limits:
+        ax.axvline(x, color=GREY, lw=1)
+        ax.text(x, 1.02, name, ha="center", transform=ax.get_xaxis_transform(), color="#555555", fontsize=7)
+    ax.set_title(title, pad=18)
 
 
 def draw_token_entropies(ax, rows: list[dict], vocab: int):
     H = np.sort(np.concatenate([row["H"] for row in rows]))
     ax.plot(np.maximum(H, 1e-6), 100 * (1 - np.arange(len(H)) / len(H)), color=SLM_COLOUR)
-    for limit, name in ((0.1, "0.1 nats"), (0.1 * np.log(vocab), "0.1 normalised")):
-        ax.axvline(limit, color=GREY, lw=1)
-        ax.text(limit, 60, f" {name}", rotation=90, ha="right", va="center", color="#555555")
-    ax.set(xscale="log", xlim=(1e-4, 5), xlabel="entropy of a token (nats)", ylabel="SLM tokens above it (%)", title="How many tokens are uncertain?")
+    limits = [(0.1, "0.1\nnats"), (0.1 * np.log(vocab), "0.1 norm-\nalised")]
+    draw_limits(ax, limits, "How many tokens are uncertain?")
+    ax.set(xscale="log", xlim=(1e-4, 5), xlabel="entropy of a token (nats)", ylabel="SLM tokens above it (%)")
     return ax
 
 
-# ---- 2. Harmful tokens (R-Stitch Fig. 3c) --------------------------------------------------------------------------------
+# ---- 2. Harmful tokens (R-Stitch Fig. 3c) ------------------------------------------------------------------
 
 
 def crossings(right: str) -> list[int]:
-    """Positions t of harmful tokens: the LLM, going on from y_<t, is right in the end, and from y_<=t is not. Where not every prefix was
-    tried ("-") t is the last one that was, and the harmful token lies between it and the next."""
+    """Positions t of harmful tokens: the LLM, going on from y_<t, is right in the end, and from y_<=t is not.
+    Where not every prefix was tried ("-") t is the last one that was, and the harmful token lies between it
+    and the next."""
     asked = [t for t, letter in enumerate(right) if letter != "-"]
     return [t for t, after in zip(asked, asked[1:]) if right[t] == "1" and right[after] == "0"]
 
 
 def harmful(rows: list[dict], which: str = "first") -> list[tuple[dict, int]]:
-    """(row, position) of the first or last crossing of every answer that has one; rows hold `H` and `right`."""
-    return [(row, crossings(row["right"])[0 if which == "first" else -1]) for row in rows if crossings(row["right"])]
+    """(row, position) of the first or last crossing of every answer that has one; rows hold `H` and
+    `right`."""
+    return [(row, crossings(row["right"])[0 if which == "first" else -1]) for row in rows
+            if crossings(row["right"])]
 
 
 def control(row: dict, t: int) -> int | None:
-    """What to compare with: the same token elsewhere in the answer, no crossing, as near as can be; None if there is none."""
+    """What to compare with: the same token elsewhere in the answer, no crossing, as near as can be; None if
+    there is none."""
     bad, token = set(crossings(row["right"])), row["text"][t]
     others = [s for s in range(len(row["H"])) if s not in bad and row["text"][s] == token]
     return min(others, key=lambda s: (abs(s - t), s), default=None)
 
 
 def window_mean(H: list[float], t: int, width: int, around: bool = False) -> float:
-    """Mean entropy over `width` tokens that end at t, or that lie around it (t in the middle), as far as the answer reaches."""
+    """Mean entropy over `width` tokens that end at t, or that lie around it (t in the middle), as far as the
+    answer reaches."""
     start = t - width // 2 if around else t - width + 1
     return float(np.mean(H[max(0, start):max(0, start + width)]))
 
@@ -159,7 +212,9 @@ def over_control(found: list[tuple[dict, int]]) -> tuple[float, float, float, in
 
 def recovered(rows: list[dict]) -> int:
     """Answers in which a later prefix is right again, so that the first crossing did not spoil them."""
-    return sum(bool(found) and "1" in row["right"][found[0] + 1:] for row in rows if (found := crossings(row["right"])))
+    return sum(
+        bool(found) and "1" in row["right"][found[0] + 1:] for row in rows
+        if (found := crossings(row["right"])))
 
 
 def commonest(found: list[tuple[dict, int]]) -> tuple[str, int]:
@@ -174,22 +229,98 @@ def overall_mean(rows: list[dict]) -> float:
 
 
 def below(found: list[tuple[dict, int]], tau: float) -> tuple[float, float, float]:
-    """Share of harmful tokens whose entropy does not exceed tau (nats): no threshold at tau would have caught them."""
+    """Share of harmful tokens whose entropy does not exceed tau (nats): no threshold at tau would have caught
+    them."""
     k = sum(row["H"][t] <= tau for row, t in found)
     return k / len(found), *wilson(k, len(found))
 
 
 def sampled_first(row: dict, continuations: int) -> int | None:
-    """First position where the share of sampled continuations that are right falls from more than half to half or less."""
+    """First position where the share of sampled continuations that are right falls from more than half to
+    half or less."""
     p = row["sampled"]
     asked = [t for t, k in enumerate(p) if k is not None]
     return next((t for t, after in zip(asked, asked[1:]) if 2 * p[t] > continuations >= 2 * p[after]), None)
 
 
 def agreement(rows: list[dict], continuations: int) -> tuple[int, int, int]:
-    """(answers with sampled continuations and a crossing both ways, those whose first crossings agree, those within 3 tokens)."""
-    both = [(crossings(row["right"])[0], s) for row in rows if row["sampled"] and crossings(row["right"]) and (s := sampled_first(row, continuations)) is not None]
+    """(answers with sampled continuations and a crossing both ways, those whose first crossings agree, those
+    within 3 tokens)."""
+    both = [
+        (crossings(row["right"])[0], s) for row in rows
+        if row["sampled"] and crossings(row["right"]) and (s := sampled_first(row, continuations)) is not None
+    ]
     return len(both), sum(a == b for a, b in both), sum(abs(a - b) <= 3 for a, b in both)
+
+
+FIG_3C = {16: "0.0283 (1.09 x)", 8: "0.0336 (1.30 x)", 1: "0.0244 (0.94 x)"}  # over the mean of all, 0.0259
+
+
+def around_claim(rows: list[dict], which: str, width: int) -> tuple[str, ...]:
+    """Entropy around the first or last harmful token against the mean of the wrong answers' tokens."""
+    mean, x = overall_mean(rows), against(harmful(rows, which), width, around=True)
+    claim = f"around the {which} harmful token, {width}" if width > 1 else f"at the {which} harmful token"
+    return line(claim, FIG_3C[width], (f"{with_interval(x)} ({x[0] / mean:.1f} x)", verdict(x, mean)))
+
+
+def control_claim(rows: list[dict], which: str) -> tuple[str, ...]:
+    """Entropy of the first or last harmful tokens minus that of their controls."""
+    x = over_control(harmful(rows, which))
+    found = f"{with_interval(x[:3])}, n = {x[3]}", verdict(x, 0)
+    return line(f"at the {which}, minus its control", "not given", found)
+
+
+def missed_claim(rows: list[dict], which: str, tau: float, vocab: int) -> tuple[str, ...]:
+    """Share of the first or last harmful tokens that no threshold at tau (normalised) would have caught."""
+    x = below(harmful(rows, which), tau * np.log(vocab))
+    return line(f"{which} harmful tokens that tau {tau:g} misses, %", "not given", (percent(x), ""))
+
+
+def window_claims(fixed: list[dict]) -> list[tuple[str, ...]]:
+    """Right answers of routers that compare tau 0.005 with the mean entropy of a window, against those of one
+    token."""
+    named = {row["name"]: row for row in fixed}
+    out = []
+    for width in (1, 2, 4, 8):
+        if row := named.get("tau 0.005" + (f", window {width}" if width > 1 else "")):
+            says = verdict((0, *row["accuracy_95"]), named["tau 0.005"]["accuracy"], "better", "worse", "")
+            right = percent((row["accuracy"], *row["accuracy_95"]))
+            out.append(line(f"right at tau 0.005, window {width}, %", "not tried", (right, says)))
+    return out
+
+
+def harmful_claims(rows: list[dict], vocab: int) -> list[tuple[str, ...]]:
+    """What notebook 2 ends with: a table of `PAIRS`."""
+    every = np.mean(np.concatenate([row["H"] for row in rows]))
+    return [line("mean entropy of the wrong answers' tokens", "0.0259 (of all)",
+                 (f"{overall_mean(rows):.3f}; of all answers {every:.3f}", "")),
+            *(around_claim(rows, "first", width) for width in (16, 8, 1)), around_claim(rows, "last", 1),
+            control_claim(rows, "first"), *(missed_claim(rows, "first", tau, vocab) for tau in (0.005, 0.02))]
+
+
+def harmful_details(rows: list[dict], vocab: int, fixed: list[dict]) -> list[tuple[str, ...]]:
+    """The rest of the figures on harmful tokens, and windowed routers: a table of `PAIRS`."""
+    missed = [("first", 0.001), *(("last", tau) for tau in (0.001, 0.005, 0.02))]
+    return [*(around_claim(rows, "last", width) for width in (16, 8)), control_claim(rows, "last"),
+            *(missed_claim(rows, which, tau, vocab) for which, tau in missed), *window_claims(fixed)]
+
+
+def harmful_summary(rows: list[dict], continuations: int) -> str:
+    """How many answers were looked into and what was found, in words."""
+    looked, wrong = [row for row in rows if row["right"]], [row for row in rows if not row["slm"]]
+    found, times = harmful(rows), [len(crossings(row["right"])) for row in looked]
+    text, count = commonest(found)
+    counted = ", ".join(f"{k}: {times.count(k)}" for k in sorted(set(times)))
+    sampled, same, near = agreement(rows, continuations)
+    return (
+        f"{len(rows)} problems; the SLM is wrong on {len(wrong)}, of which the LLM is wrong on "
+        f"{sum(not row['llm'] for row in wrong)} (left out); {len(looked)} looked into, {len(found)} with "
+        f"a harmful token, {times.count(0)} without\n"
+        f"after the first crossing the answer is right again in {recovered(looked)} of {len(found)}; the "
+        f"commonest first harmful token is {text!r}, {count} times\n"
+        f"harmful tokens per answer: {counted}\n"
+        f"of {sampled} answers with sampled continuations the first crossing is the same token in {same}, "
+        f"within 3 tokens in {near}")
 
 
 def draw_windows(ax, rows: list[dict]):
@@ -197,42 +328,62 @@ def draw_windows(ax, rows: list[dict]):
         for around, marker in ((True, "o"), (False, "s")):
             points = [against(harmful(rows, which), w, around) for w in WINDOWS]
             x, low, high = np.array(points).T
-            ax.errorbar(np.array(WINDOWS) + (0.15 if around else -0.15), x, [x - low, high - x], fmt=f"{marker}-", color=colour, capsize=2, lw=1,
-                        mfc=colour if around else "white", label=f"{which} harmful token, window {'around' if around else 'before'} it")
-    ax.axhline(overall_mean(rows), color=GREY, lw=1)
-    ax.text(6.5, 0.97 * overall_mean(rows), "mean of the wrong answers' tokens", va="top", color="#555555", fontsize=8)
-    ax.set(xlabel="window (tokens)", ylabel="mean entropy (nats)", title="Entropy at harmful tokens", xticks=WINDOWS)
-    ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
-    ax.legend(fontsize=7, loc="upper right")
+            ax.errorbar(np.array(WINDOWS) + (0.15 if around else -0.15), x, [x - low, high - x],
+                        fmt=f"{marker}-", color=colour, capsize=2, lw=1, mfc=colour if around else "white",
+                        label=f"{which}, window {'around' if around else 'before'} it")
+    ax.axhline(overall_mean(rows), color=GREY, lw=1, label="mean of the wrong answers' tokens")
+    ax.set(xlabel="window (tokens)", ylabel="mean entropy (nats)", xticks=WINDOWS,
+           title="Entropy at the first and last harmful token")
+    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(loc="upper right")
     return ax
 
 
 def draw_uncaught(ax, rows: list[dict], vocab: int):
     taus = np.geomspace(1e-4, 3, 60)
     for which, colour in (("first", SLM_COLOUR), ("last", LLM_COLOUR)):
-        ax.plot(taus, [100 * below(harmful(rows, which), tau)[0] for tau in taus], color=colour, label=f"{which} harmful token")
+        ax.plot(taus, [100 * below(harmful(rows, which), tau)[0] for tau in taus], color=colour,
+                label=f"{which} harmful token")
     every = np.concatenate([row["H"] for row in rows if row["right"]])
     ax.plot(taus, [100 * (every <= tau).mean() for tau in taus], color=GREY, label="all tokens")
-    for tau in (0.005, 0.02):
-        ax.axvline(tau * np.log(vocab), color=GREY, lw=0.8)
-        ax.text(tau * np.log(vocab), 97, f" {tau} normalised", rotation=90, ha="right", va="top", fontsize=7, color="#555555")
-    ax.set(xscale="log", xlabel="tau (nats)", ylabel="tokens with entropy <= tau (%)", title="Harmful tokens that a threshold misses (lower is better)")
-    ax.legend(fontsize=7)
+    limits = [(tau * np.log(vocab), f"{tau:g}") for tau in (0.005, 0.02)]
+    draw_limits(ax, limits, "Harmful tokens that a threshold misses")
+    ax.set(xscale="log", xlabel="tau (nats; above: normalised)",
+           ylabel="tokens with entropy <= tau (%),\nof harmful ones lower is better")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3)
     return ax
 
 
 def draw_positions(ax, rows: list[dict]):
     first, last = ([t / len(row["H"]) for row, t in harmful(rows, which)] for which in ("first", "last"))
-    ax.hist([first, last], bins=10, range=(0, 1), color=[SLM_COLOUR, LLM_COLOUR], label=["first", "last"])
+    ax.hist([first, last], bins=10, range=(0, 1), color=[SLM_COLOUR, LLM_COLOUR],
+            label=["first harmful token", "last harmful token"])
     ax.set(xlabel="place in the answer (0 start, 1 end)", ylabel="answers", title="Where answers are spoilt")
-    ax.legend(fontsize=7)
+    ax.legend()
     return ax
 
 
-# ---- 3. Divergent tokens (R2R) -------------------------------------------------------------------------------------------
+# ---- 3. Divergent tokens (R2R) -----------------------------------------------------------------------------
 
 
-LABELS = {"identical": GREY, "neutral": THIRD, "divergent": LLM_COLOUR, "unjudged": "#CC79A7"}
+LABELS = {"identical": SLM_COLOUR, "neutral": THIRD, "divergent": LLM_COLOUR, "unjudged": "#CC79A7"}
+
+
+def label_claims(labels: dict, checked: list[dict]) -> list[tuple[str, ...]]:
+    """What notebook 3 ends with, from the figures of `analysis.label` and the positions checked by hand: a
+    table of `PAIRS`."""
+    shares, ratio = labels["shares"], labels["entropy_ratio"]
+    out = [line(f"{name}, %", f"{100 * paper:g}", (percent(shares[name], 2), sized(shares[name], paper)))
+           for name, paper in PAPER_LABELS.items()]
+    out.append(line("unjudged, %", "not given", (percent(shares["unjudged"], 2), "")))
+    found = with_interval(ratio, " x", 1), f"{verdict(ratio, 1)}; {sized(ratio, 3.8)}"
+    out.append(line("SLM entropy, divergent over others", "3.8 x", found))
+    drawn = [row["right"] for row in checked if row["drawn"].startswith("of all")]
+    if drawn:
+        errors = drawn.count(False)
+        wrong = percent((errors / len(drawn), *wilson(errors, len(drawn)))) + " %"
+        out.append(line(f"labels wrong, of {len(drawn)} checked by hand", "not given", (wrong, "")))
+    return out
 
 
 def draw_labels(ax, figures: dict):
@@ -240,28 +391,34 @@ def draw_labels(ax, figures: dict):
         x, low, high = (100 * v for v in figures["shares"][name])
         ax.bar(i, x, 0.5, color=colour, yerr=[[x - low], [high - x]], capsize=3)
         if name in PAPER_LABELS:
-            ax.plot(i + 0.32, 100 * PAPER_LABELS[name], "D", mfc="none", color="black", label="paper" if i == 0 else None)
+            ax.plot(i + 0.32, 100 * PAPER_LABELS[name], "D", mfc="none", color="black",
+                    label="paper" if i == 0 else None)
     ax.set_xticks(range(len(LABELS)), LABELS)
     ax.set(yscale="log", ylabel="tokens of the LLM's answers (%)", title="What the SLM would write there")
-    ax.legend(fontsize=8)
+    ax.legend()
     return ax
 
 
 def draw_label_entropies(ax, figures: dict):
     names = [name for name in LABELS if figures["entropy_nats"][name] is not None]
-    ax.bar(names, [figures["entropy_nats"][name] for name in names], 0.5, color=[LABELS[name] for name in names])
+    ax.bar(names, [figures["entropy_nats"][name] for name in names], 0.5,
+           color=[LABELS[name] for name in names])
     ax.set(ylabel="mean SLM entropy (nats)", title="Is it unsure there?")
     return ax
 
 
 def draw_divergent_by(ax, figures: dict, what: str):
     rows = figures[what]
-    ax.bar(range(len(rows)), [100 * r["divergent"] for r in rows.values()], 0.6, color=LLM_COLOUR, label="divergent")
-    ax.bar(range(len(rows)), [100 * r["neutral"] for r in rows.values()], 0.6, bottom=[100 * r["divergent"] for r in rows.values()], color=THIRD, label="neutral")
+    ax.bar(range(len(rows)), [100 * r["divergent"] for r in rows.values()], 0.6, color=LLM_COLOUR,
+           label="divergent")
+    ax.bar(range(len(rows)), [100 * r["neutral"] for r in rows.values()], 0.6,
+           bottom=[100 * r["divergent"] for r in rows.values()], color=THIRD, label="neutral")
     ax.set_xticks(range(len(rows)), [str(int(k) + 1) if k.isdigit() else k for k in rows])
-    ax.set(xlabel=what.replace("decile", "tenth"), ylabel="tokens (%)", title=f"By {what.replace('decile', 'tenth')}")
-    ax.margins(y=0.08)
-    ax.legend(fontsize=7)
+    ax.set(xlabel=what.replace("decile", "tenth"), ylabel="tokens (%)",
+           title=f"By {what.replace('decile', 'tenth')}")
+    ax.set_ylim(0,
+                1.3 * max(100 * (r["divergent"] + r["neutral"]) for r in rows.values()))  # the legend's room
+    ax.legend(loc="upper left")
     return ax
 
 
@@ -271,27 +428,48 @@ def load_json(name: str) -> dict:
 
 def load_answers() -> tuple[list[dict], dict]:
     """Trajectories joined with interventions, and how they were made."""
-    rows = [a | b for a, b in zip(read_rows(results("trajectories.jsonl")), read_rows(results("interventions.jsonl")))]
-    return rows, load_json("collect.json")
+    parts = (read_rows(results(name)) for name in ("trajectories.jsonl", "interventions.jsonl"))
+    return [a | b for a, b in zip(*parts)], load_json("collect.json")
 
 
-# ---- 4. The frontier -----------------------------------------------------------------------------------------------------
+def load_fixed() -> list[dict]:
+    """The rows of the fixed rules, the newest of each name."""
+    return list({row["name"]: row for row in read_rows(results("frontier.jsonl"))
+                 if row["kind"] == "fixed"}.values())
 
 
-FAMILY_STYLE = {"R2R": (THIRD, "D-"), "R-Stitch": ("#56B4E9", "o-"), "entropy, one token": ("#D55E00", "^-"), "top-2 gap": ("#8C6D31", "v-"), "varentropy": ("#7F3C8D", "<-"),
-                "R-Stitch+": ("#CC79A7", "s-"), "random": (GREY, "x-")}
-PARTS = {"SLM": SLM_COLOUR, "discarded": "#9ECAE1", "LLM": LLM_COLOUR, "prompt": "#DDDDDD", "catch-up": "#7F7F7F", "router": THIRD}
+def load_checked() -> list[dict]:
+    """Labels that a person has checked; of the pocket pair only."""
+    return read_rows(results("label_check.jsonl"))
+
+
+# ---- 4. The frontier ---------------------------------------------------------------------------------------
+
+
+FAMILY_STYLE = {
+    "R2R": (THIRD, "D-"), "R-Stitch": ("#56B4E9", "o-"), "entropy, one token": ("#D55E00", "^-"),
+    "top-2 gap": ("#8C6D31", "v-"), "varentropy": ("#7F3C8D", "<-"), "R-Stitch+": ("#CC79A7", "s-"),
+    "random": (GREY, "x-"),
+}
+PARTS = {
+    "SLM": SLM_COLOUR, "discarded": "#9ECAE1", "LLM": LLM_COLOUR, "prompt": "#DDDDDD", "catch-up": "#7F7F7F",
+    "router": THIRD,
+}
 
 
 def load_frontier() -> tuple[list[dict], list[dict]]:
-    """(rows of fixed rules and policies, every run of the comparison on test problems), the newest of each. `latency_ms` and the times of the
-    outcomes get what a router's own net takes, on average; so does `spent_ms`, as "router"."""
-    methods = newest([r for r in read_rows(results("frontier.jsonl")) if r["kind"] != "wall-clock"], ("kind", "name"), lambda r: "fixed" if r["kind"] == "fixed" else r["kind"] + r["name"])
+    """(rows of fixed rules and policies, every run of the comparison on test problems), the newest of each.
+    `latency_ms` and the times of the outcomes get what a router's own net takes, on average; so does
+    `spent_ms`, as "router"."""
+    methods = newest([r for r in read_rows(results("frontier.jsonl")) if r["kind"] != "wall-clock"],
+                     ("kind", "name"), lambda r: "fixed" if r["kind"] == "fixed" else r["kind"] + r["name"])
     rows = read_rows(results("compare.jsonl"))
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
-    runs = newest([r for r in rows if r["kind"] not in ("calibration", "router times", "wall-clock")], ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
+    runs = newest([r for r in rows if r["kind"] not in ("calibration", "router times", "wall-clock")],
+                  ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
     for r in (*methods, *runs):
-        net = net_time(r | {"family": "R-Stitch+" if r["kind"] in ("policy", "calibrated") else r.get("family")}, net_ms)
+        family = "R-Stitch+" if r["kind"] in ("policy", "calibrated") else r.get("family")
+        net = net_time(r | {"family": family}, net_ms)
         r["latency_ms"] += net
         r["spent_ms"]["router"] = net
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
@@ -304,43 +482,59 @@ def load_wall() -> dict | None:
 
 
 def timed_against_fitted(wall: dict, runs: list[dict]) -> list[tuple[str, str, str]]:
-    """(way to answer, speed-up over the LLM alone by the clock, by the fitted latency), on the same problems."""
+    """(way to answer, speed-up over the LLM alone by the clock, by the fitted latency), on the same
+    problems."""
     large, llm = of(runs, "LLM alone")[0], np.array(wall["ms"]["LLM alone"])
     out = []
     for name, ms in wall["ms"].items():
         family, _, share = name.partition(" at ")
-        r = nearest(runs, family, float(share.rstrip(" %")) / 100 if share else 0.0) if of(runs, family) else None
+        wanted = float(share.rstrip(" %")) / 100 if share else 0.0
+        r = nearest(runs, family, wanted) if of(runs, family) else None
         cut = {"outcomes": r["outcomes"][:wall["n"]]} if r else None
         clock = ratio_of_means(llm, np.array(ms)), *bootstrap(ratio_of_means, llm, np.array(ms))
-        out.append((name, with_interval(clock, " x", 2), with_interval(speed_up(cut, large), " x", 2) if cut else ""))
+        fitted = with_interval(speed_up(cut, large), " x", 2) if cut else ""
+        out.append((name, with_interval(clock, " x", 2), fitted))
     return out
 
 
 def newest(rows: list[dict], key: tuple[str, ...], group: Callable[[dict], str]) -> list[dict]:
-    """The last row of each key, and of a group those only that were made with the same, over as many problems, as its last: what older nets or
-    problems left in the file is passed over."""
+    """The last row of each key, and of a group those only that were made with the same, over as many
+    problems, as its last: what older nets or problems left in the file is passed over."""
     made = {group(r): (r["made_with"], r["n"]) for r in rows}
-    return list({tuple(r.get(name) for name in key): r for r in rows if (r["made_with"], r["n"]) == made[group(r)]}.values())
+    current = [r for r in rows if (r["made_with"], r["n"]) == made[group(r)]]
+    return list({tuple(r.get(name) for name in key): r for r in current}.values())
 
 
 def of(runs: list[dict], family: str) -> list[dict]:
     """The runs of a family, by LLM share; of what was run once, that."""
-    return sorted((r for r in runs if r["family"] == family and r["kind"] != "chosen"), key=lambda r: r["llm_share"])
+    return sorted((r for r in runs if r["family"] == family and r["kind"] != "chosen"),
+                  key=lambda r: r["llm_share"])
 
 
 def nearest(runs: list[dict], family: str, share: float) -> dict:
     return min(of(runs, family), key=lambda r: abs(r["llm_share"] - share))
 
 
+def in_percent(x: tuple[float, float, float]) -> str:
+    return signed([100 * v for v in x], 0)
+
+
+def better(x: tuple[float, float, float], neither: str = "undecided") -> str:
+    """What the interval of a difference says, more being better."""
+    return verdict(x, 0, "better", "worse", neither)
+
+
 def gap_of(rows: list[dict], frontier: list[dict]) -> tuple[float, float, float]:
-    """Mean gap of some runs or policies against the fixed rules, on the problems that all have answered, with its interval."""
+    """Mean gap of some runs or policies against the fixed rules, on the problems that all have answered, with
+    its interval."""
     fixed = [r for r in frontier if r["kind"] == "fixed"]
     n = min(len(r["outcomes"]) for r in (*rows, *fixed))
     return gap_with_interval(outcomes_of(rows, n), outcomes_of(fixed, n))
 
 
 def more_right(row: dict, other: dict) -> tuple[float, float, float]:
-    """How much more often a run is right than another on the problems that both have answered, in percentage points, with its interval."""
+    """How much more often a run is right than another on the problems that both have answered, in percentage
+    points, with its interval."""
     n = min(len(r["outcomes"]) for r in (row, other))
     d = 100 * np.array([a[0] - b[0] for a, b in zip(row["outcomes"][:n], other["outcomes"])], float)
     return float(d.mean()), *bootstrap(np.mean, d)
@@ -354,7 +548,8 @@ def speed_up(row: dict, large: dict) -> tuple[float, float, float]:
 
 
 def seeds_of(frontier: list[dict], kind: str = "policy") -> dict[str, list[dict]]:
-    """Policies that differ by their seed alone, by what they share; of policies without seeds in their names, each for itself."""
+    """Policies that differ by their seed alone, by what they share; of policies without seeds in their names,
+    each for itself."""
     policies = [r for r in frontier if r["kind"] == kind]
     seeded = [r for r in policies if "-seed" in r["name"]]
     groups: dict[str, list[dict]] = {}
@@ -363,94 +558,168 @@ def seeds_of(frontier: list[dict], kind: str = "policy") -> dict[str, list[dict]
     return groups
 
 
-def frontier_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, str, str, str]]:
-    """What notebook 4 ends with: (claim, paper, ours, verdict)."""
+def rule_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, str, str, str]]:
+    """R-Stitch at the paper's smallest and middle tau against the LLM, and against whole problems sent at
+    random."""
     small, large = of(runs, "SLM alone")[0], of(runs, "LLM alone")[0]
     named = {r["name"]: r for r in frontier if r["kind"] == "fixed"}
-    in_percent = lambda x: signed([100 * v for v in x], 0)  # noqa: E731
     out = []
     for name in ("tau 0.001", "tau 0.02"):
         r, lost = named[name], more_right(named[name], large)
-        out.append((f"R-Stitch at {name}: right against the LLM, pp; speed-up", "little loss", f"{signed(lost)}; {with_interval(speed_up(r, large), ' x', 2)}",
+        out.append((f"R-Stitch at {name}: right against the LLM, pp; speed-up", "little loss",
+                    f"{signed(lost)}; {with_interval(speed_up(r, large), ' x', 2)}",
                     verdict(lost, 0, "more", "a loss", "no loss seen")))
         n = min(len(x["outcomes"]) for x in (r, small))
         gain = gap_with_interval(outcomes_of([r], n), outcomes_of([small, large], n), mixtures=True)
-        out.append(("... gap against random per problem, %", "not compared", in_percent(gain), verdict(gain, 0, "better", "worse", "undecided")))
-    for name, rows in seeds_of(frontier).items():
-        x = gap_of(rows, frontier)
-        out.append((f"R-Stitch+, {name}, gap against fixed rules, %", "better", in_percent(x), verdict(x, 0, "reproduces", "does not reproduce", "undecided")))
-    for name, rows in seeds_of(frontier, "calibrated").items():
-        x = gap_of(rows, frontier)
-        out.append((f"R-Stitch+, {name}, its threshold set on calibration, gap, %", "not compared", in_percent(x), verdict(x, 0, "better", "worse", "undecided")))
-    for name, title in (("R-Stitch+", "R-Stitch+ with its threshold moved,"), ("R2R", "R2R at")):
-        for r in of(runs, name):
-            x = gap_of([r], frontier)
-            out.append((f"{title} {100 * r['llm_share']:.1f} % LLM, gap against fixed rules, %", "not compared", in_percent(x), verdict(x, 0, "better", "worse", "undecided")))
-    alone = [small]
-    for name in ("top-2 gap", "varentropy"):
-        for share in (0.05, 0.1, 0.15, 0.2):
-            x = difference(alone + of(runs, name), alone + of(runs, "R-Stitch"), share, len(small["outcomes"]))
-            if not np.isnan(x).any():
-                out.append((f"{name} against the entropy, both as in Algorithm 1, at {100 * share:g} % LLM, pp", "not tried", signed(x), verdict(x, 0, "better", "worse", "no difference seen")))
-    for r in of(runs, "speculative decoding"):
-        x = speed_up(r, large)
-        out.append((f"speculative decoding (n = {r['n']}): fitted speed-up over the LLM, passes only", "0.65 to 1.25 x", with_interval(x, " x", 2), verdict(x, 1, "faster", "slower", "undecided")))
+        out.append(("... gap against random per problem, %", "not compared", in_percent(gain), better(gain)))
     return out
 
 
+def gap_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, str, str, str]]:
+    """Gaps of R-Stitch+ and R2R against the fixed rules. Policies are named by kappa = lambda x mean
+    latency of the LLM alone, lambda being what a millisecond costs in their reward."""
+    out = []
+    for name, rows in seeds_of(frontier).items():
+        x = gap_of(rows, frontier)
+        out.append((f"R-Stitch+, {name}, gap against fixed rules, %", "better", in_percent(x),
+                    verdict(x, 0, "reproduces", "does not reproduce", "undecided")))
+    for name, rows in seeds_of(frontier, "calibrated").items():
+        x = gap_of(rows, frontier)
+        out.append((f"R-Stitch+, {name}, its threshold set on calibration, gap, %", "not compared",
+                    in_percent(x), better(x)))
+    for name, title in (("R-Stitch+", "R-Stitch+ with its threshold moved,"), ("R2R", "R2R at")):
+        for r in of(runs, name):
+            x = gap_of([r], frontier)
+            out.append(
+                (f"{title} {100 * r['llm_share']:.1f} % LLM, gap against fixed rules, %", "not compared",
+                 in_percent(x), better(x)))
+    return out
+
+
+def at_equal_share(runs: list[dict], a: str, b: str, share: float) -> tuple[float, float, float] | None:
+    """Right answers of family a minus those of family b at one LLM share, in points; None if either has no
+    run as large."""
+    alone = [of(runs, "SLM alone")[0]]
+    x = difference(alone + of(runs, a), alone + of(runs, b), share, len(alone[0]["outcomes"]))
+    return None if np.isnan(x).any() else x
+
+
+def signal_claims(runs: list[dict]) -> list[tuple[str, str, str, str]]:
+    """Two other signals in place of the entropy, at equal shares."""
+    cases = [(name, share) for name in ("top-2 gap", "varentropy") for share in (0.05, 0.1, 0.15, 0.2)]
+    return [(f"{name} against the entropy, both as in Algorithm 1, at {100 * share:g} % LLM, pp", "not tried",
+             signed(x), better(x, "no difference seen")) for name, share in cases
+            if (x := at_equal_share(runs, name, "R-Stitch", share))]
+
+
+def frontier_claims(frontier: list[dict], runs: list[dict]) -> list[tuple[str, str, str, str]]:
+    """Every comparison of notebook 4: (claim, paper, ours, verdict)."""
+    out = [*rule_claims(frontier, runs), *gap_claims(frontier, runs), *signal_claims(runs)]
+    for r in of(runs, "speculative decoding"):
+        x = speed_up(r, of(runs, "LLM alone")[0])
+        out.append((f"speculative decoding (n = {r['n']}): fitted speed-up over the LLM, passes only",
+                    "0.65 to 1.25 x", with_interval(x, " x", 2), verdict(x, 1, "faster", "slower",
+                                                                         "undecided")))
+    return out
+
+
+def real_finding(methods: dict[str, list[dict]], a: str, b: str) -> Finding | None:
+    """Right answers of method a minus those of b, of the real pair, in points; against the LLM with the
+    margin."""
+    x = real.difference(methods, a, b)
+    if x is None:
+        return None
+    said = real.loss((-x[0], -x[2], -x[1])) if b == "llm" else better(x)
+    return f"{signed(x[:3])}, n = {x[3]}", said
+
+
+def share_claim(runs: list[dict], a: str, b: str, share: float, paper: str,
+                decisive: Finding | None = None) -> tuple[str, ...]:
+    """Two families at one LLM share, in points: a line of `PAIRS`."""
+    x = at_equal_share(runs, a, b, share)
+    return line(f"{a} against {b}, {100 * share:.0f} % LLM, pp", paper,
+                (signed(x), better(x)) if x else None, decisive)
+
+
+def frontier_verdicts(claims: list[tuple[str, str, str, str]], frontier: list[dict], runs: list[dict],
+                      answers: list[dict]) -> list[tuple[str, ...]]:
+    """What notebook 4 ends with, the `frontier_claims` that decide: a table of `PAIRS`."""
+    methods, (low, _, middle, mixing) = real.world_of(answers), claims[:4]
+    of_llm = [real_finding(methods, f"tau={tau}", "llm") for tau in (0.001, 0.02)]
+    share = next(r["llm_share"] for r in frontier if r["name"] == "tau 0.02")
+    out = [line(*claim[:2], claim[2:], found) for claim, found in zip((low, middle), of_llm)]
+    out.append(line(mixing[0].replace("...", "tau 0.02:"), mixing[1], mixing[2:]))
+    random = real_finding(methods, "tau=0.02", "random")
+    out.append(share_claim(runs, "R-Stitch", "random", share, "not compared", random))
+    policies = [c for c in claims if c[0].startswith("R-Stitch+, ") and c[0].endswith("fixed rules, %")]
+    chosen = [c for c in policies if "kappa0.35" in c[0]] or policies
+    if of(runs, "R2R"):
+        at = f"R2R at {100 * nearest(runs, 'R2R', 0.1)['llm_share']:.1f} %"
+        chosen = [*chosen[:1], *(c for c in claims if c[0].startswith(at))]
+        out.append(share_claim(runs, "R2R", "entropy, one token", 0.1, "better"))
+    chosen += [c for c in claims if c[0].startswith("speculative")]
+    return [*out, *(line(*c[:2], c[2:]) for c in chosen)]
+
+
 def mixed(small: dict, large: dict, q: float) -> tuple[float, float, float]:
-    """(right, milliseconds, LLM share) where each whole problem goes to the LLM with probability q, else to the SLM."""
+    """(right, milliseconds, LLM share) where each whole problem goes to the LLM with probability q, else to
+    the SLM."""
     right, ms, tokens = ((1 - q) * small[k] + q * large[k] for k in ("accuracy", "latency_ms", "tokens"))
     return right, ms, q * large["tokens"] / tokens
 
 
 def draw_frontier(ax, frontier: list[dict], runs: list[dict], against: str = "latency_ms"):
-    """Right answers against fitted latency (or LLM share): every fixed rule, the families over their knob, the two models alone, and what
-    was run once."""
+    """Right answers against fitted latency (or LLM share): every fixed rule, the families over their knob,
+    the two models alone, and what was run once."""
     scale = 100 if against == "llm_share" else 1
     point = lambda r: (scale * r[against], 100 * r["accuracy"])  # noqa: E731
-    ax.plot(*zip(*[point(r) for r in frontier if r["kind"] == "fixed" and "alone" not in r["name"]]), ".", color="#BBBBBB", ms=4, label="other fixed rules")
+    ax.plot(*zip(*[point(r) for r in frontier if r["kind"] == "fixed" and "alone" not in r["name"]]), ".",
+            color="#BBBBBB", ms=4, label="other fixed rules")
     for name, (colour, marker) in FAMILY_STYLE.items():
         if family := of(runs, name):
             ax.plot(*zip(*[point(r) for r in family]), marker, color=colour, ms=4, lw=1, label=name)
-            low, high = zip(*[(100 * (r["accuracy"] - r["accuracy_95"][0]), 100 * (r["accuracy_95"][1] - r["accuracy"])) for r in family])
+            low, high = zip(*[(100 * (r["accuracy"] - r["accuracy_95"][0]),
+                               100 * (r["accuracy_95"][1] - r["accuracy"])) for r in family])
             ax.errorbar(*zip(*[point(r) for r in family]), [low, high], fmt="none", color=colour, lw=0.6)
     small, large = of(runs, "SLM alone")[0], of(runs, "LLM alone")[0]
     line = np.array([mixed(small, large, q) for q in np.linspace(0, 1, 101)])
-    ax.plot(scale * line[:, 1 if scale == 1 else 2], 100 * line[:, 0], "--", color=GREY, lw=1, label="random per problem")
-    once = [("SLM alone", "SLM alone", "*", SLM_COLOUR, (-2, 12)), ("LLM alone", "LLM alone", "*", LLM_COLOUR, (-6, -14)), ("control", "control: a large model\nof short answers", "P", LLM_COLOUR, (9, -20)),
-            ("speculative decoding", "speculative decoding", "X", "black", (-4, 7))] + [("live labels", "live labels", "P", THIRD, (8, -10))] * (scale == 100)
-    for name, label, marker, colour, offset in once:
-        for r in of(runs, name):
-            if scale == 1 or name not in ("LLM alone", "control", "speculative decoding"):
-                ax.plot(*point(r), marker, color=colour, ms=12 if marker == "*" else 8)
-                ax.annotate(label, point(r), offset, textcoords="offset points", ha="left" if offset[0] > -3 else "right", color=colour, fontsize=8,
-                            bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})
-    ax.set(xlabel="tokens written by the LLM (%), lower is better" if scale == 100 else "fitted latency at batch 1, nets included (ms per problem), lower is better",
-           ylabel="right answers (%), higher is better", ylim=(0, 105))
+    ax.plot(scale * line[:, 1 if scale == 1 else 2], 100 * line[:, 0], "--", color=GREY, lw=1,
+            label="random per problem")
+    once = [("SLM alone", "*", SLM_COLOUR), ("LLM alone", "*", LLM_COLOUR), ("control", "P", LLM_COLOUR),
+            ("speculative decoding", "X", "black"), ("live labels", "P", THIRD)]
+    for name, marker, colour in once:
+        shown = name != "live labels" if scale == 1 else name in ("SLM alone", "live labels")
+        for r in of(runs, name) if shown else ():
+            ax.plot(*point(r), marker, color=colour, ms=12 if marker == "*" else 8, label=name, ls="none")
+    costs = {"latency_ms": "fitted latency at batch 1 (ms per problem), lower is better",
+             "llm_share": "tokens written by the LLM (%), lower is better"}
+    ax.set(xlabel=costs[against], ylabel="right answers (%), higher is better", ylim=(0, 105))
     return ax
 
 
 def draw_spent(ax, runs: list[dict], share: float = 0.1):
     """Where the milliseconds of an answer go, by router, each family at the run nearest to an LLM share."""
-    families = [name for name in ("SLM alone", "control", *FAMILY_STYLE, "speculative decoding", "LLM alone") if of(runs, name)]
+    order = ("SLM alone", "control", *FAMILY_STYLE, "speculative decoding", "LLM alone")
+    families = [name for name in order if of(runs, name)]
     for i, name in enumerate(families):
         r, at = nearest(runs, name, share), 0.0
         for part, colour in PARTS.items():
             ax.barh(i, r["spent_ms"][part], left=at, color=colour, label=part if i == 0 else None)
             at += r["spent_ms"][part]
         ax.text(at, i, f" {100 * r['accuracy']:.0f} % right", va="center", fontsize=8)
-    names = [f"{name}, {100 * nearest(runs, name, share)['llm_share']:.1f} % LLM" if name in FAMILY_STYLE else name for name in families]
+    share_of = {name: f", {100 * nearest(runs, name, share)['llm_share']:.1f} % LLM" for name in FAMILY_STYLE
+                if name in families}
+    names = [name + share_of.get(name, "") for name in families]
     ax.set_yticks(range(len(families)), names)
     ax.set(xlabel="fitted latency at batch 1 (ms per problem), lower is better", title="Where the time goes")
     ax.set_xlim(0, 1.15 * ax.get_xlim()[1])
-    ax.legend(fontsize=7, ncol=2, loc="lower right")
+    ax.legend(ncol=2, loc="lower right")
     return ax
 
 
 def reached(row: dict, small: dict, longer: bool) -> tuple[float, float, float]:
-    """What a tau that was chosen for a share or a latency came to, with its interval, on the problems to which the SLM's own answers are no
-    longer than those that it was chosen from, or on the others."""
+    """What a tau that was chosen for a share or a latency came to, with its interval, on the problems to
+    which the SLM's own answers are no longer than those that it was chosen from, or on the others."""
     kept = [o for o, s in zip(row["outcomes"], small["outcomes"]) if (s[1] > row["median_tokens"]) == longer]
     if row["wanted"] == "share":
         large, tokens = (np.array([o[k] for o in kept], float) for k in (2, 1))
@@ -463,14 +732,19 @@ def draw_chosen(ax, runs: list[dict], wanted: str):
     """What a tau chosen from the SLM's own answers was to cost and what it cost."""
     small, scale = of(runs, "SLM alone")[0], 100 if wanted == "share" else 1
     rows = [r for r in runs if r["kind"] == "chosen" and r["wanted"] == wanted]
-    for longer, colour, label in ((False, SLM_COLOUR, f"SLM answer of up to {rows[0]['median_tokens']:g} tokens, as tau was chosen on"), (True, LLM_COLOUR, "longer SLM answer")):
-        points = scale * np.array([(r["predicted_share" if wanted == "share" else "predicted_ms"], *reached(r, small, longer)) for r in rows])
-        ax.errorbar(points[:, 0], points[:, 1], [points[:, 1] - points[:, 2], points[:, 3] - points[:, 1]], fmt="o", color=colour, capsize=3, label=label)
+    wide = "predicted_share" if wanted == "share" else "predicted_ms"
+    shorter = f"SLM answer of up to {rows[0]['median_tokens']:g} tokens, as tau was chosen on"
+    for longer, colour, label in ((False, SLM_COLOUR, shorter), (True, LLM_COLOUR, "longer SLM answer")):
+        points = scale * np.array([(r[wide], *reached(r, small, longer)) for r in rows])
+        ax.errorbar(points[:, 0], points[:, 1], [points[:, 1] - points[:, 2], points[:, 3] - points[:, 1]],
+                    fmt="o", color=colour, capsize=3, label=label)
     ends = [0, 1.1 * max(points[:, 0])]
     ax.plot(ends, ends, color=GREY, lw=1)
     unit = "LLM tokens (%)" if wanted == "share" else "latency (ms per problem)"
-    ax.set(xlabel=f"{unit}, as predicted from the SLM alone", ylabel=f"{unit}, as it was", title=f"tau for a wanted {wanted} (nearer to the line is better)")
-    ax.legend(fontsize=7)
+    ax.set(xlabel=f"{unit}, as predicted from the SLM alone", ylabel=f"{unit}, as it was",
+           title=f"tau for a wanted {wanted} (nearer to the line is better)")
+    ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # the legend's room
+    ax.legend(loc="upper left")
     return ax
 
 
@@ -482,31 +756,133 @@ def at_budget(outcomes: list[list], budget: float) -> float:
 def draw_budget(ax, runs: list[dict]):
     """Right answers if every answer is cut off after so many tokens."""
     budgets = np.linspace(0.1, 1.6, 61) * of(runs, "LLM alone")[0]["tokens"]
-    shown = [(name, of(runs, name)[0], colour) for name, colour in (("SLM alone", SLM_COLOUR), ("LLM alone", LLM_COLOUR))]
-    shown += [(name, nearest(runs, name, share), FAMILY_STYLE[name][0]) for name, share in (("R2R", 0.1), ("R-Stitch", 0.15)) if of(runs, name)]
+    shown = [(name, of(runs, name)[0], colour)
+             for name, colour in (("SLM alone", SLM_COLOUR), ("LLM alone", LLM_COLOUR))]
+    shown += [(name, nearest(runs, name, share), FAMILY_STYLE[name][0])
+              for name, share in (("R2R", 0.1), ("R-Stitch", 0.15)) if of(runs, name)]
     for name, r, colour in shown:
         label = name if "alone" in name else f"{name}, {100 * r['llm_share']:.0f} % LLM"
         ax.plot(budgets, [100 * at_budget(r["outcomes"], b) for b in budgets], color=colour, label=label)
-    ax.set(xlabel="answers cut off after (tokens)", ylabel="right answers (%), higher is better", title="Under a budget")
-    ax.legend(fontsize=7)
+    ax.set(xlabel="answers cut off after (tokens)", ylabel="right answers (%), higher is better",
+           title="Under a budget")
+    ax.legend()
     return ax
 
 
 def draw_frontiers(frontier: list[dict], runs: list[dict]):
     """Against latency and against LLM share, with one legend below."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2))
-    for ax, against in zip(axes, ("latency_ms", "llm_share")):
-        draw_frontier(ax, frontier, runs, against)
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.8))
+    for ax, cost in zip(axes, ("latency_ms", "llm_share")):
+        draw_frontier(ax, frontier, runs, cost)
     axes[1].set(xlim=(-1, 36))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=9, fontsize=8)
+    named = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels())}
+    figure.legend(named.values(), named, loc="outside lower center", ncol=7)
     return figure
+
+
+# ---- The README's figure -----------------------------------------------------------------------------------
+
+
+Box = tuple[float, float, float, float]  # left, right, bottom, top
+
+
+@dataclass(frozen=True)
+class Series:
+    """A method at some settings: (LLM share, right, low, high) of each, all in %."""
+
+    name: str
+    points: list[tuple[float, float, float, float]]
+    colour: str
+    marker: str = "o"
+
+
+def taken(box: Box, path: np.ndarray) -> int:
+    """How many points of a path (k, 2) lie in a box."""
+    left, right, bottom, top = box
+    inside = (left <= path[:, 0]) & (path[:, 0] <= right) & (bottom <= path[:, 1]) & (path[:, 1] <= top)
+    return int(inside.sum())
+
+
+def dense(points: Sequence[tuple[float, float]], step: float = 2.0) -> np.ndarray:
+    """(k, 2) points on the line through some, a step from one to the next."""
+    xy = np.array(points, float)
+    along = np.concatenate([[0.0], np.hypot(*np.diff(xy, axis=0).T).cumsum()])
+    at = np.arange(0.0, along[-1] + step, step)
+    return np.stack([np.interp(at, along, column) for column in xy.T], 1)
+
+
+def place(label, corners: Sequence[tuple[float, float]], drawn: np.ndarray, gap: float = 7.0) -> np.ndarray:
+    """Move a label beside one of the corners (pixels) of its line, where it covers least of what is drawn (k,
+    2), inside the axes; what it covers then, as points to keep others away."""
+    ax = label.axes
+    area, size = ax.get_window_extent(), label.get_window_extent()
+    w, h = size.width, size.height
+    offsets = [(gap, -h / 2), (-w - gap, -h / 2), (-w / 2, gap), (-w / 2, -h - gap), (gap, gap),
+               (-w - gap, gap), (gap, -h - gap), (-w - gap, -h - gap)]
+    boxes = [(x + dx, x + dx + w, y + dy, y + dy + h) for x, y in corners for dx, dy in offsets]
+    inside = [b for b in boxes if area.x0 < b[0] and b[1] < area.x1 and area.y0 < b[2] and b[3] < area.y1]
+    covered = lambda box: taken((box[0] - 3, box[1] + 3, box[2] - 3, box[3] + 3), drawn)  # noqa: E731
+    best = min(inside or boxes, key=covered)
+    label.set_position(ax.transData.inverted().transform((best[0], best[2])))
+    x, y = np.meshgrid(np.linspace(*best[:2], 20), np.linspace(*best[2:], 5))
+    return np.stack([x.ravel(), y.ravel()], 1)
+
+
+def draw_readme(series: Sequence[Series], alone: Sequence[Series], title: str):
+    """Right answers against LLM share, named at the lines; `alone` are the models alone, as levels.
+    ValueError for more than five series."""
+    if len(series) + len(alone) > 5:
+        raise ValueError(
+            f"series={[s.name for s in (*series, *alone)]}: expected five at most, to stay readable")
+    figure, ax = plt.subplots(figsize=(8, 4.6))
+    widest = max(point[0] for s in series for point in s.points)
+    ax.set(xlim=(-0.03 * widest, 1.06 * widest), ylim=(0, 108), title=title,
+           xlabel="tokens written by the LLM (%)", ylabel="right answers (%)")
+    for s in alone:
+        ax.axhline(s.points[0][1], color=s.colour, lw=1.5, ls="--")
+        ax.axhspan(*s.points[0][2:], color=s.colour, alpha=0.15, lw=0)
+    for s in series:
+        x, y, low, high = np.array(sorted(s.points)).T
+        ax.errorbar(x, y, [y - low, high - y], fmt=f"{s.marker}-", color=s.colour, ms=5, lw=1.5,
+                    elinewidth=0.8)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # labels are placed in pixels of this layout
+    pixels = ax.transData.transform
+    lines = {s.name: pixels([p[:2] for p in sorted(s.points, reverse=True)]) for s in series}
+    along = np.linspace(1.05, -0.02, 30) * widest
+    edges = {s.name: [pixels([(x, y) for x in along]) for y in s.points[0][:0:-1]] for s in alone}
+    bars = [pixels([(x, low), (x, high)]) for s in series for x, _, low, high in s.points]
+    paths = [*lines.values(), *bars, *(path for ends in edges.values() for path in ends)]
+    corners = lines | {name: np.vstack(ends) for name, ends in edges.items()}
+    drawn = np.vstack([dense(path) for path in paths])
+    for s in (*series, *alone):
+        text = s.name if s in series else f"{s.name}: {s.points[0][1]:.1f} % right"
+        label = ax.text(0, 0, text, color=s.colour, fontsize=10, weight="bold", va="bottom")
+        drawn = np.vstack([drawn, place(label, corners[s.name], drawn)])
+    return figure
+
+
+def pocket_series(runs: list[dict]) -> tuple[list[Series], list[Series]]:
+    """The pocket pair's routers, and the models alone, for `draw_readme`."""
+    def series(family: str, colour: str, name: str = "", marker: str = "o") -> Series:
+        points = [(100 * r["llm_share"], 100 * r["accuracy"], *(100 * x for x in r["accuracy_95"]))
+                  for r in of(runs, family)]
+        return Series(name or family, points, colour, marker)
+
+    routers = [series("R2R", THIRD, marker="D"), series("R-Stitch", "black"),
+               series("random", "#777777", "random calls", "x")]
+    models = [series("SLM alone", SLM_COLOUR), series("LLM alone", LLM_COLOUR)]
+    return [s for s in routers if s.points], models
 
 
 def main() -> None:
     """The README's picture: python -m analysis.presentation.figures"""
     argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__).parse_args()
     style()
-    draw_frontiers(*load_frontier()).savefig(results("frontier.png"), dpi=110)
+    _, runs = load_frontier()
+    n = of(runs, "SLM alone")[0]["n"]
+    title = f"{OURS.capitalize()}, {n} test problems, 95 % intervals: up and to the left is better"
+    draw_readme(*pocket_series(runs), title).savefig(results("readme.png"), dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""One stitched answer for a person to look at: coloured by writer, its entropies, and how far each model has read."""
+"""One stitched answer for a person to look at: coloured by writer, its entropies, and how far each model has
+read."""
 import html as escape
 import math
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ def html(calls: Sequence[Call], tokenizer):
     from IPython.display import HTML
     pieces = []
     for call in calls:
-        style = f"color:{SLM_COLOUR if call.model == SLM else LLM_COLOUR};font-weight:bold" + ("" if call.kept else ";text-decoration:line-through;opacity:0.5")
+        style = f"color:{SLM_COLOUR if call.model == SLM else LLM_COLOUR};font-weight:bold"
+        style += "" if call.kept else ";text-decoration:line-through;opacity:0.5"
         text = escape.escape(tokenizer.decode([call.token], skip_special_tokens=True))
-        pieces.append(f'<span style="{style}" title="H = {call.entropy:.3f} nats, read {call.n_inf}">{text}</span>')
+        pieces.append(
+            f'<span style="{style}" title="H = {call.entropy:.3f} nats, read {call.n_inf}">{text}</span>')
     return HTML(f'<div style="font-family:monospace;white-space:pre-wrap">{"".join(pieces)}</div>')
 
 
@@ -35,21 +38,24 @@ def draw(calls: Sequence[Call], tau: float, vocab: int):
     figure, (top, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True)
     for model, colour, name in ((SLM, SLM_COLOUR, "SLM"), (LLM, LLM_COLOUR, "LLM")):
         for kept, marker in ((True, "o"), (False, "x")):
-            points = [(i, max(call.entropy, 1e-5)) for i, call in enumerate(calls) if call.model == model and call.kept == kept]
+            points = [(i, max(call.entropy, 1e-5)) for i, call in enumerate(calls)
+                      if call.model == model and call.kept == kept]
             if points:
-                top.plot(*zip(*points), marker, ms=4, color=colour, label=name if kept else f"{name}, discarded")
+                top.plot(*zip(*points), marker, ms=4, color=colour,
+                         label=name if kept else f"{name}, discarded")
         below.plot(*cursors(calls, model), color=colour, label=name)
-    top.axhline(tau * math.log(vocab), color=GREY, lw=1)
-    top.text(len(calls), tau * math.log(vocab), "tau", va="bottom", color="#555555")
+    top.axhline(tau * math.log(vocab), color=GREY, lw=1, label=f"tau = {tau:g} normalised")
     top.set(yscale="log", ylabel="entropy (nats)", title="Every forward pass")
     below.set(xlabel="forward pass", ylabel="tokens read", title="The two cursors")
-    top.legend(fontsize=7)
-    below.legend(fontsize=7)
+    for ax in (top, below):
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def account(calls: Sequence[Call]) -> str:
     """What the answer took."""
     kept = [call for call in calls if call.kept]
     large = [call for call in calls if call.model == LLM]
-    return (f"{len(kept)} tokens, {sum(call.model == LLM for call in kept)} by the LLM; {count_switches(calls)} switches, {len(calls) - len(kept)} discarded tokens; "
-            f"the LLM was called {len(large)} times and read {sum(call.n_inf for call in large)} tokens, {sum(call.n_inf - 1 for call in large)} of them to catch up")
+    read = sum(call.n_inf for call in large)
+    return (f"{len(kept)} tokens, {sum(call.model == LLM for call in kept)} by the LLM; "
+            f"{count_switches(calls)} switches, {len(calls) - len(kept)} discarded tokens; the LLM was "
+            f"called {len(large)} times and read {read} tokens, {read - len(large)} of them to catch up")

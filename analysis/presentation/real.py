@@ -1,0 +1,294 @@
+"""What the answers of a pair say: right answers, paired differences, what the SLM's entropy tells, tokens
+above each tau. No torch.
+
+    python -m analysis.presentation.real analysis/results/real/answers.jsonl  (prints tables; feeds notebooks 1 to 4)
+
+The rows are those of `analysis.answers`. A file may be unfinished: a difference is over the problems that
+both methods have answered, and what is missing reads "not yet measured". Entropies are in nats; tau is
+normalised, the entropy divided by log V. Intervals are 95 %: Wilson for shares of problems, else bootstrapped
+over problems, whose samples stay together.
+"""
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from analysis.instruments.rows import read_rows
+from analysis.instruments.stats import auroc, bootstrap, ratio_of_means, signed, wilson, with_interval
+
+MISSING = "not yet measured"
+VOCAB = 151_936  # logit columns V of the real pair
+SEEN = 64  # the first problems were looked at before the protocol was fixed
+MARGIN = 5.0  # points: a loss as large as this one counts
+TAUS = (0.001, 0.005, 0.02, 0.05, 0.1)  # normalised, fixed by the protocol
+WORLD = ("slm", "llm", "dtype", "limit", "split", "temperature", "system", "instruction", "template")
+NAMES = {
+    "llm": "LLM alone", "slm": "SLM alone", "tau=0.02": "R-Stitch, tau 0.02",
+    "random": "random calls, same share", "tau=0.005": "R-Stitch, tau 0.005",
+    "tau=0.05": "R-Stitch, tau 0.05", "tau=0.02,back=1": "one-token visits, tau 0.02",
+}
+COMPARISONS = (("llm", "tau=0.02"), ("tau=0.02", "random"), ("tau=0.02", "slm"), ("llm", "tau=0.005"),
+               ("llm", "tau=0.05"), ("tau=0.02", "tau=0.02,back=1"))
+
+Interval = tuple[float, float, float]  # a figure and its 95 % interval
+
+
+# ---- which rows --------------------------------------------------------------------------------------------
+
+
+def worlds(rows: Iterable[dict]) -> list[dict[str, list[dict]]]:
+    """The answers by method, apart for each pair, dtype, limit, split, temperature and prompt: these never
+    share a table. An answer that stands twice, as from two machines, counts once, as it was first."""
+    found: dict[str, dict[str, dict[tuple, dict]]] = {}
+    for row in rows:
+        if row["what"] == "answer":
+            methods = found.setdefault(repr([row.get(name) for name in WORLD]), {})
+            methods.setdefault(row["method"], {}).setdefault((row["problem"], row["sample"]), row)
+    return [{method: list(answers.values()) for method, answers in methods.items()}
+            for methods in found.values()]
+
+
+def world_of(rows: Iterable[dict], sampled: bool = False) -> dict[str, list[dict]]:
+    """The test answers of the world that has most, greedy or sampled; empty if there are none."""
+    fits = lambda row: row["split"] == "test" and (row["temperature"] > 0) == sampled  # noqa: E731
+    found = [w for w in worlds(rows) if fits(next(iter(w.values()))[0])]
+    return max(found, key=lambda w: sum(map(len, w.values())), default={})
+
+
+def resolve(methods: dict[str, list[dict]], name: str) -> str | None:
+    """The method of that name, "random" being the one whose share is nearest to that of tau 0.02; None if it
+    has no answer."""
+    if name == "random" and "tau=0.02" in methods:
+        share = llm_share(methods["tau=0.02"])
+        return min((m for m in methods if m.startswith("random=")),
+                   key=lambda m: abs(llm_share(methods[m]) - share), default=None)
+    return name if name in methods else None
+
+
+# ---- one method --------------------------------------------------------------------------------------------
+
+
+def by_problem(rows: Iterable[dict], first: int = 0) -> dict[int, list[dict]]:
+    """Answers of each problem from `first` on."""
+    problems: dict[int, list[dict]] = {}
+    for row in rows:
+        if row["problem"] >= first:
+            problems.setdefault(row["problem"], []).append(row)
+    return problems
+
+
+def llm_share(rows: Iterable[dict]) -> float:
+    """Kept LLM tokens / kept tokens, the end token included."""
+    rows = list(rows)
+    return sum(row["writer"].count("L") for row in rows) / sum(len(row["writer"]) for row in rows)
+
+
+def share(rows: list[dict], field: str) -> Interval:
+    """Share of answers of which the field holds: Wilson, or bootstrapped where a problem has several
+    answers."""
+    problems = [np.mean([bool(row[field]) for row in answers]) for answers in by_problem(rows).values()]
+    if len(problems) < len(rows):
+        return float(np.mean(problems)), *bootstrap(np.mean, problems)
+    return float(np.mean(problems)), *wilson(round(sum(problems)), len(problems))
+
+
+def figures_of(rows: list[dict]) -> dict[str, Interval]:
+    """Shares of right and of cut-off answers and of LLM tokens, all in [0, 1], and tokens per answer."""
+    sums = [(sum(len(row["writer"]) for row in answers), sum(row["writer"].count("L") for row in answers),
+             len(answers)) for answers in by_problem(rows).values()]
+    tokens, large, answers = np.array(sums, float).T
+    finished = share(rows, "finished")
+    return {
+        "right": share(rows, "correct"),
+        "llm_share": (ratio_of_means(large, tokens), *bootstrap(ratio_of_means, large, tokens)),
+        "tokens": (ratio_of_means(tokens, answers), *bootstrap(ratio_of_means, tokens, answers)),
+        "cut_off": (1 - finished[0], 1 - finished[2], 1 - finished[1]),
+    }
+
+
+# ---- two methods -------------------------------------------------------------------------------------------
+
+
+def paired(a: list[dict], b: list[dict], first: int = 0) -> tuple[float, float, float, int] | None:
+    """How much more often a is right than b, in points, over the n problems from `first` on that both have
+    answered: (points, low, high, n). None where there is no such problem."""
+    a, b = by_problem(a, first), by_problem(b, first)
+    right = lambda answers: np.mean([row["correct"] for row in answers])  # noqa: E731
+    d = [100 * (right(a[problem]) - right(b[problem])) for problem in sorted(a.keys() & b.keys())]
+    return (float(np.mean(d)), *bootstrap(np.mean, d, draws=4000), len(d)) if d else None
+
+
+def against(x: Sequence[float], reference: float = 0.0) -> str:
+    """What an interval says of a reference: above, below, undecided."""
+    return "above" if x[1] > reference else "below" if x[2] < reference else "undecided"
+
+
+def loss(x: Sequence[float], margin: float = MARGIN) -> str:
+    """Of LLM minus method, in points: whether a loss of the margin or more is excluded, shown, or
+    undecided."""
+    state = "excluded" if x[2] < margin else "shown" if x[1] >= margin else "undecided"
+    return f"a loss of {margin:g} points {state}"
+
+
+def enough(x: Sequence[float], n: int, reference: float = 0.0) -> int | None:
+    """Problems at which an interval around this figure, narrowing as 1 / sqrt(n), would just reach the
+    reference; None if it is the reference."""
+    distance = abs(x[0] - reference)
+    reach = x[0] - x[1] if x[0] > reference else x[2] - x[0]
+    return math.ceil(n * (reach / distance) ** 2) if distance else None
+
+
+# ---- what entropy tells of the SLM's answers ---------------------------------------------------------------
+
+
+def entropy_auroc(rows: list[dict], steps: int | None = None) -> Interval:
+    """AUROC of an answer's mean entropy, wrong against right, of the SLM's greedy answers; of one step count
+    only, if given."""
+    chosen = [row for row in rows if steps is None or row["steps"] == steps]
+    mean = np.array([np.mean(row["H"]) for row in chosen])
+    wrong = np.array([not row["slm"] for row in chosen])
+    return auroc(mean, wrong), *bootstrap(auroc, mean, wrong)
+
+
+def within_problem(rows: list[dict]) -> tuple[float, float, float, int]:
+    """Among sampled answers to one problem: how often a wrong one has a higher mean entropy than a right one,
+    mean over the problems that have both, and their number; NaN if none has. Difficulty cannot explain this
+    one."""
+    shares = []
+    for row in rows:
+        right, wrong = ([H for good, H, _ in row["samples"] if good == k] for k in (1, 0))
+        if right and wrong:
+            shares.append(auroc(np.array(right + wrong), np.repeat([False, True], [len(right), len(wrong)])))
+    interval = bootstrap(np.mean, shares) if shares else (math.nan, math.nan)
+    return float(np.mean(shares)) if shares else math.nan, *interval, len(shares)
+
+
+def share_above(rows: list[dict], limit: float) -> Interval:
+    """Share of the SLM's tokens whose entropy exceeds the limit, in nats."""
+    above, n = (np.array([f(row["H"]) for row in rows], float)
+                for f in (lambda H: sum(h > limit for h in H), len))
+    return ratio_of_means(above, n), *bootstrap(ratio_of_means, above, n)
+
+
+def trajectories(rows: Sequence[dict]) -> list[dict]:
+    """The SLM's greedy answers in the form of results/trajectories.jsonl, with the sampled ones of the same
+    problem where there are any: H (nats, a token each), slm (right or wrong), samples (right, mean H,
+    tokens)."""
+    greedy, sampled = (world_of(rows, kind).get("slm", []) for kind in (False, True))
+    samples = by_problem(sampled)
+    one = lambda row: [int(row["correct"]), float(np.mean(row["entropy"])), len(row["entropy"])]  # noqa: E731
+    return [{"H": row["entropy"], "slm": int(row["correct"]), "steps": None,
+             "samples": [one(r) for r in samples.get(row["problem"], [])]} for row in greedy]
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of columns as wide as their widest cell; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def percent(x: Sequence[float], digits: int = 1) -> str:
+    return with_interval([100 * v for v in x[:3]], digits=digits)
+
+
+def methods_table(methods: dict[str, list[dict]]) -> str:
+    """A line a method: the main ones, measured or not, then whatever else the answers hold."""
+    main = {name: resolve(methods, name) for name in NAMES}
+    lines = [("method", "n", "right, %", "LLM tokens, %", "tokens per answer", "cut off, %")]
+    for name, method in [*main.items(), *((m, m) for m in methods if m not in main.values())]:
+        if method is None:
+            lines.append((NAMES[name], "0", MISSING, "", "", ""))
+            continue
+        x, n = figures_of(methods[method]), len(by_problem(methods[method]))
+        lines.append((NAMES.get(name, name), str(n), percent(x["right"]), percent(x["llm_share"]),
+                      with_interval(x["tokens"], digits=0), percent(x["cut_off"])))
+    return table(lines)
+
+
+def difference(methods: dict[str, list[dict]], a: str, b: str,
+               first: int = 0) -> tuple[float, float, float, int] | None:
+    """`paired` of two methods by name; None if either has no answer, or they share no problem."""
+    a, b = resolve(methods, a), resolve(methods, b)
+    return paired(methods[a], methods[b], first) if a and b else None
+
+
+def decided(name: str, x: tuple[float, float, float, int] | None) -> str:
+    """What a difference says, and, where it says nothing, how many problems would."""
+    if x is None:
+        return ""
+    reference = MARGIN if name == "llm" else 0.0
+    state = loss(x) if name == "llm" else {"above": "better", "below": "worse"}.get(against(x), "undecided")
+    n = enough(x, x[3], reference) if "undecided" in state else None
+    return state + (f", decided at about {n:,} problems" if n else "")
+
+
+def differences_table(methods: dict[str, list[dict]]) -> str:
+    """Right answers of one method minus another's, in points, on all problems that both answered and without
+    those seen before."""
+    lines = [("right answers, points", "all problems", "n", f"without the first {SEEN}", "n",
+              "on all problems")]
+    for a, b in COMPARISONS:
+        all_of, unseen = (difference(methods, a, b, first) for first in (0, SEEN))
+        cells = [(signed(x[:3]), str(x[3])) if x else (MISSING, "0") for x in (all_of, unseen)]
+        lines.append((f"{NAMES[a]} - {NAMES[b]}", *cells[0], *cells[1], decided(a, all_of)))
+    return table(lines)
+
+
+def signal_table(rows: Sequence[dict]) -> str:
+    """Whether the mean entropy of the SLM's answers tells the wrong ones: AUROC, 0.5 being no signal."""
+    answers = trajectories(rows)
+    inside = within_problem(answers)
+    wrong = sum(not row["slm"] for row in answers)
+    whole = with_interval(entropy_auroc(answers)) if 0 < wrong < len(answers) else MISSING
+    return table([("mean entropy of the SLM's answers", "AUROC, wrong against right", "n"),
+                  ("all greedy answers", whole, str(len(answers))),
+                  ("among samples of one problem", with_interval(inside[:3]) if inside[3] else MISSING,
+                   str(inside[3]))])
+
+
+def taus_table(rows: Sequence[dict], vocab: int = VOCAB) -> str:
+    """Share of the SLM's tokens above each tau, on its greedy answers, and above the 0.1 nats of the paper's
+    figure."""
+    answers = trajectories(rows)
+    limits = [(f"{tau:g}", tau * math.log(vocab)) for tau in TAUS]
+    limits.append((f"{0.1 / math.log(vocab):.4f}", 0.1))
+    lines = [("tau", "nats", "SLM tokens above, %")]
+    for name, nats in limits:
+        lines.append((name, f"{nats:.3f}", percent(share_above(answers, nats)) if answers else MISSING))
+    return table(lines)
+
+
+def show(rows: Sequence[dict], vocab: int = VOCAB) -> str:
+    """All tables: methods and differences of each world, then what the SLM's test answers tell."""
+    parts = []
+    for methods in worlds(rows) or [{}]:
+        every = [row for answers in methods.values() for row in answers]
+        head = ", ".join(f"{name} {every[0][name]}" for name in WORLD[2:] if every and name in every[0])
+        machines = "; ".join(sorted({f"{row['machine']}, {row['rows']} rows" for row in every}))
+        title = f"{head}\non {machines}" if every else MISSING
+        parts += [title, methods_table(methods), differences_table(methods)]
+    return "\n\n".join([*parts, signal_table(rows), taus_table(rows, vocab)])
+
+
+def main() -> None:
+    """Tables of a file of answers."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="JSONL of analysis.answers, finished or not")
+    parser.add_argument("--vocab", type=int, default=VOCAB,
+                        help="logit columns of the pair (default: %(default)s)")
+    args = parser.parse_args()
+    if not args.file.is_file():
+        parser.error(f"{args.file}: there is no such file; expected the rows of analysis.answers")
+    if args.vocab < 2:
+        parser.error(f"--vocab={args.vocab}: expected 2 or more")
+    print(show(read_rows(args.file), args.vocab))
+
+
+if __name__ == "__main__":
+    main()

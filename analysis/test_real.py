@@ -1,0 +1,198 @@
+"""The figures of a pair's answers, by hand; unfinished files; what is missing."""
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from analysis import answers
+from analysis.presentation import real
+from analysis.pocket.weights import MODELS
+from analysis.instruments.task import Task
+
+
+def row(method: str = "slm", problem: int = 0, correct: bool = True, writer: str = "SSSS", entropy=None,
+        sample: int = 0, **more) -> dict:
+    """An answer as analysis.answers writes it, in the fields that figures read."""
+    return {
+        "what": "answer", "method": method, "problem": problem, "sample": sample, "correct": correct,
+        "finished": True, "writer": writer, "entropy": entropy or [0.1] * len(writer), "slm": "s", "llm": "l",
+        "machine": "m", "rows": 64, "dtype": "float32", "limit": 512, "split": "test", "temperature": 0.0
+    } | more
+
+
+def rights(method: str, right: str, writer: str = "SSSS") -> list[dict]:
+    """A method's answers to the problems 0, 1, ...: right (1), wrong (0), not there (-)."""
+    return [row(method, i, letter == "1", writer) for i, letter in enumerate(right) if letter != "-"]
+
+
+def test_figures_of_a_method_by_hand():
+    rows = [
+        row("tau=0.02", 0, True, "SSLL"),
+        row("tau=0.02", 1, False, "SSSSSL", finished=False),
+        row("tau=0.02", 2, True, "LL"),
+        row("tau=0.02", 3, True, "SSSS")
+    ]
+    x = real.figures_of(rows)
+    assert (x["right"][0], x["cut_off"][0], x["llm_share"][0], x["tokens"][0]) == (0.75, 0.25, 5 / 16, 4.0)
+    # Wilson at 3 of 4, z = 1.96: middle (0.75 + 0.4802) / 1.9604 = 0.6275, half 0.3268; at 1 of 4 mirrored
+    assert x["right"][1:] == pytest.approx((0.3006, 0.9544), abs=1e-4)
+    assert x["cut_off"][1:] == pytest.approx((0.0456, 0.6994), abs=1e-4)
+    assert 0 <= x["llm_share"][1] <= 5 / 16 <= x["llm_share"][2] <= 1
+    assert 2 <= x["tokens"][1] <= 4 <= x["tokens"][2] <= 6
+
+
+def test_samples_of_a_problem_stay_together():
+    """Two problems, all samples of one right and of the other wrong: an interval from 0 to 1, however many
+    samples there are."""
+    rows = [row(problem=i, correct=not i, sample=k, temperature=0.6) for i in range(2) for k in range(50)]
+    assert real.share(rows, "correct") == (0.5, 0.0, 1.0)
+    assert real.paired(rows, [row("llm", i, True) for i in range(2)])[:4] == (-50.0, -100.0, 0.0, 2)
+
+
+def test_differences_are_over_the_problems_that_both_answered():
+    a, b = rights("llm", "1101-1"), rights("tau=0.02", "-1001")
+    assert real.paired(a, b)[0] == pytest.approx(100 / 3)
+    assert real.paired(a, b)[3] == 3  # problems 1, 2, 3: 0, 0, 1
+    assert real.paired(a, b, first=3) == (100.0, 100.0, 100.0, 1)
+    assert real.paired(a, b, first=5) is None and real.paired(a, []) is None
+    assert real.paired(b, a)[0] == pytest.approx(-100 / 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12), st.randoms())
+def test_a_difference_does_not_depend_on_the_order_of_rows(pairs, random):
+    a, b = ([row(problem=i, correct=pair[k]) for i, pair in enumerate(pairs)] for k in (0, 1))
+    straight = real.paired(a, b)
+    random.shuffle(a)
+    assert real.paired(a, b) == straight and straight[1] <= straight[0] <= straight[2]
+
+
+def test_an_interval_does_not_depend_on_the_order_of_rows():
+    """Differences of many sizes, where another order of the same draws would give other ends."""
+    a = [row(problem=i, correct=(i * i + k) % 7 < 3, sample=k) for i in range(60) for k in range(i % 9 + 1)]
+    b = [row(problem=i, correct=i % 3 == 0) for i in range(60)]
+    assert real.paired(a, b) == real.paired(a[::-1], b) == real.paired(a, b[::-1])
+
+
+def test_a_margin_is_excluded_shown_or_undecided():
+    assert [real.loss(x) for x in ((1, -2, 4.9), (7, 5, 9), (4, 1, 7), (2, -1, 5))] == [
+        f"a loss of 5 points {state}" for state in ("excluded", "shown", "undecided", "undecided")]
+    assert [real.against(x) for x in ((2, 1, 3), (-2, -3, -1), (1, 0, 2))] == ["above", "below", "undecided"]
+
+
+def test_how_many_problems_would_decide_by_hand():
+    # 3 points from the margin and 6 wide on that side at n = 100: half as wide needs four times as many
+    assert real.enough((2, -4, 8), 100, 5.0) == 400
+    assert real.enough((2, -4, 9), 100) == 900
+    assert real.enough((-2, -4, 4), 100) == 900  # the side that faces the reference
+    assert real.enough((5, 1, 9), 100, 5.0) is None
+    assert real.decided("llm",
+                        (2, -4, 8, 100)) == "a loss of 5 points undecided, decided at about 400 problems"
+    assert [real.decided("tau=0.02", x) for x in ((2, 1, 3, 9), (-2, -3, -1, 9), (2, -4, 8, 9), None)] == [
+        "better", "worse", "undecided, decided at about 81 problems", ""]
+
+
+def test_random_calls_are_those_of_the_nearest_share():
+    writers = {"tau=0.02": "SSSL", "random=0.1": "S" * 9 + "L", "random=0.2": "SSSSL", "random=0.5": "SL"}
+    rows = {name: rights(name, "1", writer) for name, writer in writers.items()}
+    assert real.resolve(rows, "random") == "random=0.2"  # 25 against 10, 20 and 50 %
+    assert real.resolve({"tau=0.02": rows["tau=0.02"]}, "random") is None
+    assert real.resolve(rows, "llm") is None
+    assert real.difference(rows, "tau=0.02", "random")[3] == 1
+    assert real.difference(rows, "llm", "tau=0.02") is None
+
+
+def test_what_never_shares_a_table():
+    rows = [
+        row(),
+        row(dtype="bfloat16"),
+        row(split="dev"),
+        row(temperature=0.6),
+        row(limit=400),
+        row(instruction="Think."),
+        row(slm="other"),
+        row(machine="another", correct=False),
+        row(problem=1), {"what": "note"}
+    ]
+    found = real.worlds(rows)
+    assert [len(w["slm"]) for w in found] == [2, 1, 1, 1, 1, 1, 1]  # two machines: the first counts
+    assert found[0]["slm"][0]["correct"] and found[0]["slm"][1]["problem"] == 1
+    assert len(real.world_of(rows)["slm"]) == 2
+    assert real.world_of(rows, sampled=True)["slm"][0]["temperature"] == 0.6
+    assert real.world_of([row(split="dev")]) == {} == real.world_of([])
+
+
+def test_what_entropy_tells_of_answers_by_hand():
+    rows = [
+        row(problem=0, entropy=[0.1, 0.3, 0.2, 0.2]),
+        row(problem=1, correct=False, entropy=[0.5] * 4),
+        row(problem=2, correct=False, entropy=[0.1, 0.1, 0.1, 0.5]),
+        row(problem=3, entropy=[0.0] * 4),
+        row("llm", 4, False, "LLLL")
+    ]
+    rows += [row(problem=0, correct=right, entropy=[H] * 4, sample=k, temperature=0.6)
+             for k, (right, H) in enumerate(((True, 0.1), (False, 0.3), (False, 0.05)))]
+    found = real.trajectories(rows)
+    assert [r["slm"] for r in found] == [1, 0, 0, 1] and [len(r["samples"]) for r in found] == [3, 0, 0, 0]
+    assert [np.mean(r["H"]) for r in found] == pytest.approx([0.2, 0.5, 0.2, 0.0])
+    # pairs (wrong, right): 0.5 wins twice, 0.2 ties with 0.2 and beats 0
+    assert real.entropy_auroc(found)[0] == 3.5 / 4
+    assert real.within_problem(found)[0] == 0.5 and real.within_problem(found)[3] == 1
+    assert math.isnan(real.within_problem(found[1:])[0]) and real.within_problem(found[1:])[3] == 0
+    assert real.share_above(found, 0.2)[0] == 6 / 16  # 0.3, 0.5 four times, 0.5
+
+
+def test_tokens_above_each_tau_by_hand():
+    """ln 151,936 = 11.931: tau 0.02 is 0.2386 nats; of four tokens one lies above."""
+    rows = [row(entropy=[0.1, 0.2, 0.238, 0.239])]
+    text = real.taus_table(rows)
+    assert re.search(r"^0.02 +0\.239 +25\.0 \[", text, re.M)
+    assert re.search(r"^0.001 +0\.012 +100\.0 \[", text, re.M)
+    assert re.search(r"^0.0084 +0\.100 +75\.0 \[", text, re.M)  # 0.1 nats / 11.931; strictly above
+    assert re.search(r"^0.02 +0\.097 ", real.taus_table(rows, vocab=128), re.M)  # 0.02 ln 128
+
+
+def test_tables_of_an_unfinished_file():
+    rows = rights("llm", "1" * 70, "LLLL") + rights("tau=0.02", "1" * 66 + "0", "SSSL") + rights("slm", "10")
+    lines = {line.split("  ")[0]: line for line in real.show(rows).splitlines()}
+    alone, pair = lines["LLM alone"], lines["LLM alone - R-Stitch, tau 0.02"]
+    assert re.search(r"alone +70 +100\.0 \[94\.8, 100\.0\] +100\.0 \[100\.0, 100\.0\] +4 \[4, 4\]", alone)
+    assert re.search(r"tau 0.02 +\+1\.5 \[\+0\.0, \+4\.5\] +67 +\+33\.3 \[", pair)  # 1 of 67, 1 of 3
+    assert pair.endswith("a loss of 5 points excluded")
+    for name in ("random calls, same share", "R-Stitch, tau 0.05", "among samples of one problem"):
+        assert real.MISSING in lines[name], name
+    assert lines["R-Stitch, tau 0.02 - SLM alone"].count(real.MISSING) == 1  # no SLM answer past the first 64
+    assert real.show([]).count(real.MISSING) > 10
+    one_sided = real.signal_table(rights("slm", "111"))  # no wrong one to tell
+    assert re.search(r"^all greedy answers +not yet measured +3$", one_sided, re.M)
+
+
+def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "answers.jsonl"
+    answers.run(Task(), ["slm", "tau=0.005", "random=0.1"], "test", 3, path)
+    path.write_text(path.read_text() + path.read_text()[:50])  # a row that is being written
+    other = [path, "--vocab"]
+    for argv, code in (([path], 0), ([*other, 128], 0), ([tmp_path / "none"], 2), ([*other, 1], 2)):
+        monkeypatch.setattr(sys, "argv", ["real", *map(str, argv)])
+        if code:
+            with pytest.raises(SystemExit):
+                real.main()
+        else:
+            real.main()
+    out, err = capsys.readouterr()
+    assert "dtype float32, limit 320, split test, temperature 0.0" in out and out.count("random=0.1") == 2
+    assert "there is no such file" in err and "--vocab=1: expected 2 or more" in err
+    assert re.search(r"^0.02 +0\.097", out, re.M) and re.search(r"^0.02 +0\.239", out, re.M)
+    rows = [row for row in real.read_rows(path) if row["method"] == "tau=0.005"]
+    right, large = 100 * real.share(rows, "correct")[0], 100 * real.llm_share(rows)
+    assert re.search(rf"R-Stitch, tau 0.005 +3 +{right:.1f} \[.*?\] +{large:.1f} \[", out)
+
+
+def test_needs_no_torch_and_no_pictures():
+    heavy = "{'torch', 'transformers', 'matplotlib'}"
+    code = f"import sys; from analysis import real; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=MODELS.parent.parent, check=True)
