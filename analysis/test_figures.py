@@ -255,7 +255,7 @@ def test_interventions_equal_generate(tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """The figures' files of a pair that is not the pocket pair: tiny random models, by path, made by the README's commands."""
+    """The figures' files of a pair that is not the pocket pair: tiny random models, by path, made by SERVING.md's commands."""
     folder = tmp_path_factory.mktemp("real")
     for name, family, seed in (("slm", "Qwen2", 1), ("llm", "Llama", 2)):
         tiny(family, seed, scale=3.0, vocab_size=36).save_pretrained(folder / name)  # sure of some tokens, as trained models are
@@ -279,8 +279,8 @@ def executed(path: Path) -> str:
 
 
 def real_pair_commands() -> list[list[str]]:
-    """The README's commands for a real pair, [module, arguments ...], its shell variables filled in."""
-    block = re.search(r'    PAIR="(?:.*\n    )+.*', (ROOT / "README.md").read_text())[0]
+    """SERVING.md's commands for a real pair, [module, arguments ...], its shell variables filled in."""
+    block = re.search(r'    PAIR="(?:.*\n    )+.*', (ROOT / "SERVING.md").read_text())[0]
     lines, variables = [line.strip() for line in block.splitlines() if line.strip()], {}
     for line in lines:
         if found := re.fullmatch(r'([A-Z]+)="(.*)"', line):
@@ -290,7 +290,7 @@ def real_pair_commands() -> list[list[str]]:
 
 
 def test_the_figures_of_any_pair(real, monkeypatch, capsys):
-    """Two folders, a file of problems, and the README's commands: every figure of notebooks 1 to 4."""
+    """Two folders, a file of problems, and SERVING.md's commands: every figure of notebooks 1 to 4."""
     monkeypatch.chdir(real)
     here = {"SMALL": "slm", "LARGE": "llm", "JUDGE": "answer", "cuda": "cpu", "bfloat16": "float32", "8192": "10"}
     small = {"latency": "--max-len 80 --rounds 2 --per-round 2", "train_r2r": "--width 8 --blocks 1 --top-k 5 --epochs 2", "collect": "--every 3 --sampled 20 --samples 3 --continued 2",
