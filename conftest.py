@@ -104,13 +104,14 @@ def words(n: int, chat_template: str | None = None) -> transformers.PreTrainedTo
     from tokenizers import Tokenizer, models, pre_tokenizers
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n)}, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2",
-                                                chat_template=chat_template)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1",
+                                                unk_token="w2", chat_template=chat_template)
 
 
 @pytest.fixture
 def saved_pair(tmp_path):
-    """Two tiny random models with different logit widths and one tokenizer with a chat template, as folders."""
+    """Two tiny random models with different logit widths and one tokenizer with a chat template, as
+    folders."""
     template = "{% for m in messages %}w5 {{ m['content'] }} w6{% endfor %}"
     for name, model in (("slm", tiny("Qwen2", 1, vocab_size=36)), ("llm", tiny("Llama", 2))):
         model.save_pretrained(tmp_path / name)

@@ -1,19 +1,19 @@
 """rstitch: one answer, written token by token by a small and a large language model.
 
-A small model (SLM) writes most of a chain of thought cheaply; a large one (LLM) writes the tokens that matter.
+A small model (SLM) writes most of a chain of thought cheaply; a large one (LLM) writes those that matter.
 R-Stitch (arXiv 2507.17307) hands over where the SLM's next-token entropy is high. R-Stitch+ learns where, by
 reinforcement, with a latency model in its reward. R2R (arXiv 2505.21600) trains a network on tokens where the
 two models' reasoning diverges. Each is a router of a few lines in one loop over two cached models.
 
-The idea that keeps it small: a problem is ONE token sequence with TWO cursors into it, one per model. A cursor
-says how much of the sequence the model's KV cache has read. Prefill, catching up after a switch and plain
-decoding are then one operation:
+The idea that keeps it small: a problem is ONE token sequence with TWO cursors into it, one per model. A
+cursor says how much of the sequence the model's KV cache has read. Prefill, catching up after a switch and
+plain decoding are then one operation:
 
     model m reads the tokens between its cursor and the end, and proposes the next token.
 
-Switching models is running the other one. To discard a token is not to append it: no model has read it yet, so
-nothing is rolled back. A router decides only who reads next (Algorithm 1 of R-Stitch; H is the entropy of the
-proposing model):
+Switching models is running the other one. To discard a token is not to append it: no model has read it yet,
+so nothing is rolled back. A router decides only who reads next (Algorithm 1 of R-Stitch; H is the entropy of
+the proposing model):
 
     active   router says            the proposed token is         next active
     SLM      stay   (H <= tau)      kept                          SLM
@@ -21,33 +21,31 @@ proposing model):
     LLM      stay   (H >  tau)      kept                          LLM
     LLM      leave  (H <= tau)      kept                          SLM
 
-Sections: 1 Algorithm 1 · 2 uncertainty and sampling · 3 routers · 4 stitching · 5 cached models · 6 which rows a
-call serves · 7 what goes in and what comes out · 8 latency model · 9 R2R · 10 R-Stitch+. The method is read in
-1 to 4. To change the router, touch one class of 3; the sampling rule, `Sampling.draw`; the cache, `StitchLayer`.
+Sections: 1 Algorithm 1 · 2 uncertainty and sampling · 3 routers · 4 stitching · 5 cached models · 6 which
+rows a call serves · 7 what goes in and what comes out · 8 latency model · 9 R2R · 10 R-Stitch+. The method is
+read in 1 to 4. To change the router, touch one class of 3; the sampling rule, `Sampling.draw`; the cache,
+`StitchLayer`.
 What ties this to transformers and its checkpoints stands in rstitch_hf/.
 
 Glossary (code name, paper symbol, unit, default):
 
-    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache slots; logit columns; hidden size (in a
-                       cache: of one head)
-    P, N, G            prompt columns; tokens of the longest answer; answers per prompt (training, where P counts
-                       prompts)
-    entropy            H_t of R-Stitch Eq. 1, in nats. The paper divides by log V; here the unit is always named
-    tau                threshold on the entropy, R-Stitch section 3; normalised to [0, 1] unless unit="nats"; 0.02
+    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache slots; logits; hidden size
+    P, N, G            prompt columns; tokens of the longest answer; answers per prompt (training: P prompts)
+    entropy            H_t of R-Stitch Eq. 1, in nats. The paper divides by log V; here the unit is named
+    tau                entropy threshold, R-Stitch section 3; normalised to [0, 1] unless unit="nats"; 0.02
     window             entropies averaged before comparing with tau: the proposal's and those of the last kept
                        tokens; 1 (the paper)
     SLM, LLM = 0, 1    the two sources of tokens
     kept               appended to the answer; an SLM proposal at which the router leaves is not
-    position           index of a token in the answer, 0 for the first; in section 5, as in transformers, in the
-                       whole sequence
+    position           index of a token in the answer, 0 for the first; in section 5 in the whole sequence
     cursor             L of R-Stitch Algorithm 1: tokens a model has read of a row, prompt included
-    n_inf, n_kv        N_inf, N_kv of the R-Stitch latency model: tokens a call reads, tokens its cache held before
+    n_inf, n_kv        N_inf, N_kv of R-Stitch's latency model: tokens a call reads, tokens its cache held
     lam                lambda of R-Stitch+'s reward: what a millisecond of latency costs, 5e-6
     logp, A            log-probability of a decision, its advantage (DAPO)
 
     python rstitch.py                                         # a built-in problem, by the pocket pair
     python rstitch.py "Ann has 596 coins. Ann loses 120. How many coins does Ann have?"
-    python rstitch.py --slm SMALL --llm LARGE "question"      # any Hugging Face names or paths with one tokenizer
+    python rstitch.py --slm SMALL --llm LARGE "question"      # Hugging Face names or paths with one tokenizer
 """
 from __future__ import annotations
 
@@ -87,14 +85,14 @@ def check_count(name: str, value, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r}: expected an integer, {least} or more")
 
 
-# ---- 1. Algorithm 1 ------------------------------------------------------------------------------------------
-# R-Stitch in plain sight. What comes below does the same for any number of rows, with every token read once by
-# each model, and with sampling; the tests assert that both give the same tokens.
+# ---- 1. Algorithm 1 ----------------------------------------------------------------------------------------
+# R-Stitch in plain sight. What comes below does the same for any number of rows, with every token read once
+# by each model, and with sampling; the tests assert that both give the same tokens.
 
 
 @torch.no_grad()
 def stitch_reference(slm, llm, ids: list[int], router, n: int) -> tuple[list[int], list[int]]:
-    """R-Stitch Algorithm 1: one prompt, greedy, no cache. The answer of up to n tokens, and who wrote each."""
+    """R-Stitch Algorithm 1: one prompt, greedy, no cache. Up to n tokens, and who wrote each."""
     models, ends = (slm, llm), end_tokens(None, (slm, llm))
     V = min(model.get_output_embeddings().weight.shape[0] for model in models)
     answer, source, entropies = [], [], []
@@ -118,23 +116,22 @@ def stitch_reference(slm, llm, ids: list[int], router, n: int) -> tuple[list[int
     return answer, source
 
 
-# ---- 2. Uncertainty and sampling -----------------------------------------------------------------------------
+# ---- 2. Uncertainty and sampling ---------------------------------------------------------------------------
 # How sure a model is of its next token (R-Stitch Eq. 1), and how that token is drawn.
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of the next-token distribution in nats, float32: (..., V) -> (...).
 
-    R-Stitch Eq. 1 without its division by log V. Taken in float32 because bfloat16 arithmetic is off by some hundredths of
-    a nat at V = 152k, more than the thresholds of interest; p log p is 0 where p underflows or a logit is -inf.
-    """
+    R-Stitch Eq. 1 without its division by log V. In float32: bfloat16 is off by some hundredths of a nat at
+    V = 152k, more than the thresholds of interest. p log p is 0 where p underflows or a logit is -inf."""
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits; temperature 0 is greedy, whatever the rest. The filters mean what they mean in
-    `transformers`: temperature first, then the top_k largest, then the smallest set that holds top_p of what is left.
+    """How a token is drawn from logits. Temperature 0 is greedy, whatever the rest. Filters as in
+    transformers: temperature, then the top_k largest, then the smallest set that holds top_p of what is left.
     ValueError for numbers outside their ranges."""
 
     temperature: float = 0.0
@@ -144,14 +141,15 @@ class Sampling:
     def __post_init__(self):
         check_count("top_k", self.top_k, least=0)
         if not (isinstance(self.temperature, Real) and 0 <= self.temperature < math.inf):
-            raise ValueError(f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or more")
+            raise ValueError(
+                f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or more")
         if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The warped distribution, float32: (n, V) -> (n, V)."""
         logits = logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)  # no overflow, however cold
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)  # no overflow
         if self.top_k:
             kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -165,9 +163,8 @@ class Sampling:
     def draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """One token per row, (n, V) and (n,) in [0, 1) -> (n,), by inverting the CDF.
 
-        The uniforms come from outside, so a draw depends neither on the batch nor on the order of the calls. A token of
-        probability 0 is never drawn, even where a parallel cumulative sum is not quite monotone.
-        """
+        The uniforms come from outside: a draw depends neither on the batch nor on the order of the calls. A
+        token of probability 0 is never drawn, even where a parallel cumulative sum is not quite monotone."""
         if self.temperature == 0:
             return logits.argmax(-1)
         probs = self.probabilities(logits)
@@ -180,14 +177,15 @@ class Sampling:
 GREEDY = Sampling()
 
 
-# ---- 3. Routers ----------------------------------------------------------------------------------------------
-# Who writes the next token. A router is asked after every forward pass: leave_slm(step) of the SLM's proposals,
-# leave_llm(step) of the LLM's. It keeps no state of a row. R2R's stands in section 9, R-Stitch+'s in section 10.
+# ---- 3. Routers --------------------------------------------------------------------------------------------
+# Who writes the next token. A router is asked after every forward pass: leave_slm(step) of the SLM's
+# proposals, leave_llm(step) of the LLM's. It keeps no state of a row. R2R's stands in section 9, R-Stitch+'s
+# in section 10.
 
 
 class Step(NamedTuple):
-    """What a router sees of one forward call, about the n rows that read. Its tensors are inference tensors, valid until the
-    router returns: clone to keep, or to train on."""
+    """What a router sees of one forward call, about the n rows that read. Its tensors are inference tensors,
+    valid until the router returns: clone to keep, or to train on."""
 
     rows: list[int]  # which rows of the batch
     seeds: list[int]  # their seeds, for random decisions that do not depend on the batch
@@ -197,17 +195,17 @@ class Step(NamedTuple):
     entropy: torch.Tensor  # (n,) nats
     position: torch.Tensor  # (n,) index of the proposal in the answer
     context: torch.Tensor  # (n,) tokens before the proposal, prompt included
-    history: torch.Tensor  # (n, window - 1) entropies of the row's last kept tokens, whoever wrote them; NaN where there are fewer
+    history: torch.Tensor  # (n, window - 1) entropies of the last kept tokens, whoever wrote them; NaN: none
 
 
 @dataclass(frozen=True)
 class EntropyRouter:
-    """R-Stitch: leave the SLM where its entropy exceeds tau, leave the LLM where its own does not (Algorithm 1, Eq. 1).
+    """R-Stitch: leave the SLM where its entropy exceeds tau, the LLM where its own does not (Algorithm 1).
 
-    tau is normalised by log V (the paper) or in nats. `window` > 1 compares the mean over the row's last kept tokens and the
-    current proposal; discarded proposals do not count, and a switch does not start the window anew. `tau_back` is the LLM's
-    threshold for handing back, tau unless given. Neither is in the paper. ValueError for thresholds outside the range of their unit.
-    """
+    tau is normalised by log V (the paper) or in nats. Not in the paper: `window` > 1 compares the mean over
+    the proposal and the row's last kept tokens; a discarded proposal does not count later, and a switch does
+    not start the window anew. `tau_back`, tau unless given, is the LLM's threshold for handing back.
+    ValueError for thresholds outside their unit's range."""
 
     tau: float = 0.02
     unit: str = "normalized"
@@ -217,9 +215,12 @@ class EntropyRouter:
     def __post_init__(self):
         if self.unit not in ("normalized", "nats"):
             raise ValueError(f"unit={self.unit!r}: expected 'normalized' (divided by log V) or 'nats'")
-        for name, tau in (("tau", self.tau), ("tau_back", self.tau if self.tau_back is None else self.tau_back)):
-            if not isinstance(tau, Real) or not 0 <= tau < math.inf or (self.unit == "normalized" and tau > 1):
-                bound = "in [0, 1], normalised by log V" if self.unit == "normalized" else "of nats, 0 or more"
+        for name, tau in (("tau", self.tau),
+                          ("tau_back", self.tau if self.tau_back is None else self.tau_back)):
+            if (not isinstance(tau, Real) or not 0 <= tau < math.inf
+                    or (self.unit == "normalized" and tau > 1)):
+                bound = ("in [0, 1], normalised by log V" if self.unit == "normalized"
+                         else "of nats, 0 or more")
                 raise ValueError(f"{name}={tau!r}: expected a number {bound}")
         check_count("window", self.window)
 
@@ -255,17 +256,17 @@ class LLMOnly(SLMOnly):
 
 
 def uniforms(seed: int, seeds: list[int], positions: list[int], model: int) -> list[float]:
-    """One number in [0, 1) per row, from (seed, row seed, position, model) alone: a decision made with it does not depend on the batch."""
+    """One number in [0, 1) per row, from (seed, row seed, position, model) alone, so whatever the batch."""
     return [random.Random(f"{seed} {row_seed} {t} {model}").random() for row_seed, t in zip(seeds, positions)]
 
 
 @dataclass(frozen=True)
 class RandomRouter:
-    """Leave the SLM with probability p, stay with the LLM with probability `stay`: the baseline at an equal LLM share.
+    """Leave the SLM with probability p, stay with the LLM with `stay`: the baseline at an
+    equal LLM share.
 
-    The LLM writes p / (1 - stay (1 - p)) of the tokens in the long run; with stay = 0, the default, that is p.
-    ValueError for what is no probability.
-    """
+    The LLM writes p / (1 - stay (1 - p)) of the tokens in the long run, p with the default.
+    ValueError for what is no probability."""
 
     p: float
     stay: float = 0.0
@@ -278,7 +279,8 @@ class RandomRouter:
                 raise ValueError(f"{name}={p!r}: expected a probability in [0, 1]")
 
     def flip(self, step: Step, model: int, p: float) -> torch.Tensor:
-        return torch.tensor([u < p for u in uniforms(self.seed, step.seeds, step.position.tolist(), model)], device=step.token.device)
+        return torch.tensor([u < p for u in uniforms(self.seed, step.seeds, step.position.tolist(), model)],
+                            device=step.token.device)
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         return self.flip(step, SLM, self.p)
@@ -287,10 +289,10 @@ class RandomRouter:
         return self.flip(step, LLM, 1 - self.stay)
 
 
-# ---- 4. Stitching --------------------------------------------------------------------------------------------
-# Algorithm 1 for many rows at once. Each has its own active model; in each turn one model serves all rows that
-# wait for it. `CachedLM.read` (section 5) reads tokens and proposes the next ones; no result depends on which
-# rows share a call (section 6).
+# ---- 4. Stitching ------------------------------------------------------------------------------------------
+# Algorithm 1 for many rows at once. Each has its own active model; in each turn one model serves all rows
+# that wait for it. `CachedLM.read` (section 5) reads tokens and proposes the next ones; no result depends on
+# which rows share a call (section 6).
 
 
 class Call(NamedTuple):
@@ -320,12 +322,12 @@ class Stitched:
     calls: list[list[Call]]  # per row, in order
     kept: list[list[Call]]  # per row, those whose token was kept: one per token of the answer
     seed: list[int]  # the row seeds: seed=result.seed repeats the result
-    n_read: tuple[int, int]  # tokens that SLM and LLM really read; the n_inf of calls count what was copied too
+    n_read: tuple[int, int]  # tokens that SLM and LLM really read; the calls' n_inf counts copies too
 
 
 @dataclass(eq=False)
 class Row:
-    """The state of one problem: one sequence, and who reads it next. The cursors live in the two CachedLMs."""
+    """One problem: its sequence, and who reads it next. The cursors live in the two CachedLMs."""
 
     index: int  # of the prompt
     seed: int
@@ -334,7 +336,7 @@ class Row:
     active: int
     limit: int = 0  # tokens that it may write
     slot: int | None = None  # where it lies in both caches, like the prompts unless there are fewer
-    uniform: list[list[float]] = field(default_factory=list)  # by position, a draw for the SLM and for the LLM
+    uniform: list[list[float]] = field(default_factory=list)  # by position, a draw for SLM and LLM
     calls: list[Call] = field(default_factory=list)
     kept: list[Call] = field(default_factory=list)  # those whose token was appended, one per answer token
     begun: set[int] = field(default_factory=set)  # which models have read of it
@@ -348,7 +350,7 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
             process: Process | None = None) -> list[Call]:
     """`model` reads what it has not read of each row and proposes a token; the router decides who goes on."""
     unread = [row.ids[lm.cursor[row.slot]:] for row in rows]
-    n_kv = [lm.cursor[row.slot] if model in row.begun else 0 for row in rows]  # as if what was copied was read
+    n_kv = [lm.cursor[row.slot] if model in row.begun else 0 for row in rows]  # a copy counts as read
     n_inf = [len(row.ids) - start for row, start in zip(rows, n_kv)]
     position = [len(row.ids) - row.n_prompt for row in rows]
     # Copied to the device before the read: a copy after it would wait for the read to end.
@@ -394,7 +396,7 @@ def write(rows: list[Row], lms: Sequence[CachedLM], slots: int, router, vocab: i
                     on_token(row.index, call)
 
 
-@torch.inference_mode(False)  # even where the caller is in it, or what a router clones could not be trained on
+@torch.inference_mode(False)  # even where the caller is in it: a router's clones must be trainable
 @torch.no_grad()
 def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, *,
            attention_mask: torch.Tensor | None = None, max_new_tokens: int | Sequence[int],
@@ -408,24 +410,21 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
     slm, llm: a decoder-only model of transformers each, or a CachedLM.
     input_ids: lists of token ids, or a tensor (B, P). Of a tensor every token counts, or with attention_mask
       (B, P) those that are not padding, zeros on the left. Without one, rows that look padded are refused.
-    max_new_tokens: of each row, or one number per row.
-    temperature, top_k, top_p: see `Sampling`.
-    eos_token_id: None takes every EOS of either model's generation config, [] none.
-    pad_token_id: fills short answers. None takes the models', else the first token that ends an answer, else 0.
-    seed: see `row_seeds`.
-    on_token(row, call): sees every forward pass, in each row's order.
-    stop(row, ids): ends a row after the token that makes it true; ids are the answer so far.
-    process(row, ids, logits): returns the scores (V,) from which each proposal of either model is drawn, before
+    max_new_tokens: of each row, or one number per row. temperature, top_k, top_p: see `Sampling`.
+    eos_token_id: None takes every EOS of either model's generation config, [] none. pad_token_id: fills short
+    answers. None takes the models', else the first that ends an answer, else 0. seed: see `row_seeds`.
+    on_token(row, call): sees every forward pass, in each row's order. stop(row, ids): ends a row after the
+    token that makes it true; ids are the answer so far. process(row, ids, logits): returns the scores (V,)
+    from which each proposal of either model is drawn, before
       temperature, top_k and top_p. logits (V,) are raw, float32, of the common vocabulary; ids are prompt and
       answer; it changes neither. Entropies, and the logits that a router sees, stay the raw ones.
     slots: at most so many rows are in the caches at once, a finished one's slot goes to the next prompt; None
       takes all at once. What prompts begin with alike is read once and copied.
 
-    Departs from the paper: any batch size (a row gets, up to float rounding, what it would get alone); entropies
-    are taken in float32; where the models' logit widths differ the common columns are used.
+    Departs from the paper: any batch size (a row gets, up to float rounding, what it would get alone);
+    entropies are taken in float32; where the models' logit widths differ the common columns are used.
     ValueError or TypeError for what cannot be run, before anything is computed, but for what a router or
-    `process` returns. FloatingPointError for NaN logits; its `partial` is the `Stitched` of what was written.
-    """
+    `process` returns. FloatingPointError for NaN logits; its `partial` is the `Stitched` so far."""
     sampling = Sampling(temperature, top_k, top_p)
     check_arguments(router, slots, on_token=on_token, stop=stop, process=process)
     prompts = unpadded(input_ids, attention_mask)
@@ -451,28 +450,25 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
         return collect(rows, input_ids, pad, lms, read_before)
 
 
-# ---- 5. Cached models ----------------------------------------------------------------------------------------
-# All there is to do with a model is `CachedLM.read`: some rows read some tokens each, and each proposes its next
-# one. Slot t of row b holds the token at position t of row b, so rows stand at different lengths and a mask is
-# just "slot <= position". A recurrent layer has no slots but one state per row, of all that the row has read: no
-# pad is given to it, and no row that does not read.
+# ---- 5. Cached models --------------------------------------------------------------------------------------
+# All there is to do with a model is `CachedLM.read`: some rows read some tokens each, and each proposes its
+# next one. Slot t of row b holds the token at position t of row b, so rows stand at different lengths and a
+# mask is just "slot <= position". A recurrent layer has no slots but one state per row, of all that the row
+# has read: no pad is given to it, and no row that does not read.
 
 
-BLOCK = 64  # attention reads the slots up to the end of the longest row ("live"), rounded up to a multiple of this; see live_slots
+BLOCK = 64  # attention reads a multiple of so many slots, see live_slots
 CHUNK = 2048  # tokens in one forward call at most
-
-
-# Pads that a forward call may hold: on a CPU they cost less than a second call, which reads all weights again,
-# up to about so many (measured). For a GPU, which computes faster than it reads, more are assumed: not measured.
+# Pads that a forward call may hold: on a CPU they cost less than a second call, which reads all weights
+# again, up to about so many (measured). For a GPU, which computes faster than it reads, more are assumed: not
+# measured.
 FREE = {"cpu": 32, "cuda": 128}
-
-
 SHORT = 32  # under graphs, reads up to this are padded to a power of two
 
 
 def live_slots(end: int, coarse: bool) -> int:
-    """How many slots attention reads where the longest row ends at `end`: rounded up to BLOCK, or if coarse to an eighth of the next power
-    of two, so that few graphs serve all lengths."""
+    """How many slots attention reads where the longest row ends at `end`: rounded up to BLOCK, or if coarse
+    to an eighth of the next power of two, so that few graphs serve all lengths."""
     unit = max(BLOCK, (1 << (end - 1).bit_length()) // 8) if coarse else BLOCK
     return -(-end // unit) * unit
 
@@ -490,7 +486,7 @@ class Place:
 
 
 class StitchLayer(CacheLayerMixin):
-    """Keys and values of one layer, (B, H, T, D) each, allocated once and written in place at per-row positions."""
+    """Keys and values of one layer, (B, H, T, D) each, allocated once, written at per-row positions."""
 
     is_compileable = True
     is_sliding = False
@@ -507,13 +503,14 @@ class StitchLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write (n, H, S, D) at the read's positions; return the live part of the rows that read, (n, H, live, D)."""
+        """Write (n, H, S, D) at the read's positions; return what is live of these rows, (n, H, live, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, slots, live = self.place.rows, self.place.slots, self.place.live
         if isinstance(rows, slice):
             if self.viewed != (rows, live):  # making two views costs as much as writing a token
-                self.viewed, self.views = (rows, live), (self.keys[rows, :, :live], self.values[rows, :, :live])
+                self.viewed, self.views = (
+                    (rows, live), (self.keys[rows, :, :live], self.values[rows, :, :live]))
             keys, values = self.views
             keys.scatter_(2, slots.expand_as(key_states), key_states)
             values.scatter_(2, slots.expand_as(value_states), value_states)
@@ -521,7 +518,8 @@ class StitchLayer(CacheLayerMixin):
         here = rows[:, None], slice(None), slots[:, 0, :, 0]
         self.keys[here] = key_states.transpose(1, 2)  # (n, S, H, D)
         self.values[here] = value_states.transpose(1, 2)
-        return self.keys[:, :, :live].index_select(0, rows), self.values[:, :, :live].index_select(0, rows)  # faster than indexing
+        # Faster than indexing.
+        return self.keys[:, :, :live].index_select(0, rows), self.values[:, :, :live].index_select(0, rows)
 
     def reset(self, rows: slice | list[int] = slice(None)) -> None:
         if self.is_initialized:
@@ -550,8 +548,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
 
     Models change them in place where they read one token, and through `update_*` where they read several. So
     `begin` hands out those of the rows that read, a view where the rows are neighbours, else a copy, which
-    `end` writes back.
-    """
+    `end` writes back."""
 
     def __init__(self, place: Place, batch_size: int):
         super().__init__()
@@ -618,7 +615,7 @@ class HybridLayer(StitchLayer, RecurrentLayer):
 
 
 class Output(NamedTuple):
-    """What a read returns, per row: raw logits (n, V) float32, last hidden state (n, D), drawn token (n,), entropy (n,)."""
+    """Of a read: raw logits (n, V) float32, last hidden states (n, D), drawn tokens (n,), entropies (n,)."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
@@ -629,11 +626,10 @@ class Output(NamedTuple):
 class CachedLM:
     """One model, one preallocated cache, one cursor per row.
 
-    `cursor[b]` tokens of row b have been read: they, and nothing else, are what row b attends to. Pass one to `stitch` instead
-    of a model to keep its allocation from call to call; `close()` detaches it from the model. `graphs` replays single tokens and
-    short reads as CUDA graphs, all rows taking part in each, idle ones too. ValueError or TypeError for a model that cannot be served,
-    and for graphs of one that is not on a CUDA device or has recurrent layers.
-    """
+    `cursor[b]` tokens of row b have been read: they, and nothing else, are what row b attends to. Pass one to
+    `stitch` instead of a model to keep its allocation; `close()` detaches it from the model. `graphs` replays
+    short reads as CUDA graphs, in which all rows take part. ValueError or TypeError for a model that cannot
+    be served, and for graphs of one that is not on a CUDA device or has recurrent layers."""
 
     @torch.inference_mode(False)
     def __init__(self, model, batch_size: int, max_len: int, graphs: bool = False):
@@ -646,7 +642,8 @@ class CachedLM:
             raise ValueError(f"graphs={graphs!r}: expected attention layers only, "
                              f"{config.model_type} has recurrent ones")
         if graphs and model.device.type != "cuda":
-            raise ValueError(f"graphs={graphs!r}: expected a model on a CUDA device, this one is on {model.device}")
+            raise ValueError(f"graphs={graphs!r}: expected a model on a CUDA device, this one is on "
+                             f"{model.device}")
         self.graphs = Graphs(model.device) if graphs else None
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         slots = -(-max_len // BLOCK) * BLOCK
@@ -662,13 +659,16 @@ class CachedLM:
         self.config, self.attention = config, attention_of(config)
         self.compiled = model._compiled_call_impl is not None  # by model.compile()
         self.sliding = getattr(config, "sliding_window", None)
-        self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype  # which walks the parameters: as long as a matmul
+        # Kept, for model.dtype walks the parameters: as long as a matmul.
+        self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype
         self.free = 0 if self.recurrent else FREE["cpu" if model.device.type == "cpu" else "cuda"]
-        self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long, device=model.device)  # ids, positions; with pads
+        # Ids and positions, with pads.
+        self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long,
+                                  device=model.device)
         self.slots = torch.arange(slots, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
-        # What the output embedding reads is the last hidden state, in every family tested. The hook holds a dict, not self, so
-        # that a CachedLM which nobody closed is still freed, cache and all.
+        # What the output embedding reads is the last hidden state, in every family tested. The hook holds a
+        # dict, not self, so that a CachedLM which nobody closed is still freed, cache and all.
         caught = self.caught = {}
         self.hook = model.get_output_embeddings().register_forward_pre_hook(
             lambda module, args: caught.update(hidden=args[0][:, -1]))  # (n, D)
@@ -702,13 +702,11 @@ class CachedLM:
             self.cursor[row] = 0
 
     def fork(self, source: int, n: int, targets: Sequence[int]) -> None:
-        """Give rows `targets` the first n tokens that row `source` has read, as if they had read them: their
-        cursors become n.
+        """Give rows `targets` the first n tokens that row `source` has read, as if they had read them.
 
         Copies n tokens of the cache in place and leaves the slots after them, masked, as they were: after a
         failed call reset first. Recurrent layers know their state after the last token only: with them n must
-        be the source's cursor. ValueError for another n, for what is no row, and for a closed cache.
-        """
+        be the source's cursor. ValueError for another n, for what is no row, and for a closed cache."""
         if not self.layers:
             raise ValueError("this CachedLM is closed: there is nothing to fork")
         if type(source) is not int or not 0 <= source < self.batch_size:
@@ -749,8 +747,9 @@ class CachedLM:
             return additive("sliding_attention" if self.sliding else "full_attention")
         return {kind: additive(kind) for kind in set(self.layer_types)}
 
-    def compute(self, rows: slice | torch.Tensor, n: int, S: int, live: int, vocab: int, sampling: Sampling) -> Output:
-        """One forward call on what lies in the static buffers; no host sync, no shape that depends on data."""
+    def compute(self, rows: slice | torch.Tensor, n: int, S: int, live: int, vocab: int,
+                sampling: Sampling) -> Output:
+        """One forward call on what lies in the static buffers; no host sync, no shape from data."""
         ids, positions = self.inputs[:2 * n * S].view(2, n, S)
         self.place.rows, self.place.slots, self.place.live = rows, positions[:, None, :, None], live
         for layer in self.recurrent:
@@ -763,8 +762,8 @@ class CachedLM:
         return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
     def call_model(self, *args) -> Output:
-        """`compute` with the attention that was chosen, and without cuDNN's, which may plan anew for every new
-        shape (not measured here); model and torch are as they were afterwards."""
+        """`compute` with the attention that was chosen, and without cuDNN's, which may plan anew for every
+        new shape (not measured here); model and torch are as they were afterwards."""
         own, cudnn = self.config._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()
         changed = own != self.attention  # to ask costs nothing, to set it as much as a small layer
         try:
@@ -787,15 +786,16 @@ class CachedLM:
         repeats the row's first token at that token's position: it computes and writes what the token itself
         does, so it needs no slot of its own. With recurrent layers, to which it would be one more token, rows
         that differ in length read one after the other. More than CHUNK tokens, pads included, are read in
-        several calls, of fewer rows, or of fewer tokens of one row.
-        """
+        several calls, of fewer rows, or of fewer tokens of one row."""
         assert self.layers and len(set(rows)) == len(rows) == len(tokens) and all(tokens), (rows, tokens)
         ends = [self.cursor[row] + len(line) for row, line in zip(rows, tokens)]
-        assert max(ends) <= self.max_len, f"a row would hold {max(ends)} tokens, the cache holds {self.max_len}"
+        assert max(
+            ends) <= self.max_len, f"a row would hold {max(ends)} tokens, the cache holds {self.max_len}"
         if len(rows) > 1 and len(rows) * self.width(max(map(len, tokens))) > max(CHUNK, len(rows)):
             some, half = slice(len(rows) // 2), slice(len(rows) // 2, None)
-            parts = [[x.clone() for x in self.read(rows[part], tokens[part], vocab, sampling, uniform and uniform[part])]
-                     for part in (some, half)]  # clones, since a graph's results are overwritten by its next replay
+            parts = [[x.clone() for x in self.read(rows[part], tokens[part], vocab, sampling,
+                                                   uniform and uniform[part])]
+                     for part in (some, half)]  # clones: a graph's next replay overwrites its results
             return Output(*map(torch.cat, zip(*parts)))
         while len(rows) == 1 and len(tokens[0]) > CHUNK and not (self.stepwise and self.cursor[rows[0]]):
             self.read_together(rows, [tokens[0][:CHUNK]], self.vocab, GREEDY, None)
@@ -804,8 +804,8 @@ class CachedLM:
         return read(rows, tokens, vocab or self.vocab, sampling, uniform)
 
     def read_by_length(self, rows, tokens, vocab: int, sampling: Sampling, uniform) -> Output:
-        """`read_together` for a model with recurrent layers: a call for each length; but first, where the model's scan
-        starts from zero, the rows that have a state read all but their last token one by one."""
+        """`read_together` for a model with recurrent layers: a call for each length; but first, where the
+        model's scan starts from zero, the rows that have a state read all but their last token one by one."""
         if self.stepwise:
             late = {row: line for row, line in zip(rows, tokens) if self.cursor[row]}
             for left in range(max(map(len, late.values()), default=1), 1, -1):
@@ -821,7 +821,8 @@ class CachedLM:
         back = torch.tensor(order, device=self.inputs.device).argsort()
         return parts[0] if len(parts) == 1 else Output(*(torch.cat(x)[back] for x in zip(*parts)))
 
-    def read_together(self, rows, tokens, vocab: int, sampling: Sampling, uniform: Sequence[float] | None) -> Output:
+    def read_together(self, rows, tokens, vocab: int, sampling: Sampling,
+                      uniform: Sequence[float] | None) -> Output:
         S, unread = self.width(max(map(len, tokens))), dict(zip(rows, tokens))
         graphed = self.graphs is not None and (S == 1 or S <= SHORT and self.batch_size * S <= self.free)
         span = range(self.batch_size) if graphed else range(min(rows), max(rows) + 1)
@@ -842,10 +843,12 @@ class CachedLM:
         if uniform is not None:
             drawn = dict(zip(rows, uniform))
             self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in taking_part])
-        where = slice(span.start, span.stop) if neighbours else torch.tensor(taking_part, device=self.inputs.device)
+        where = (slice(span.start, span.stop) if neighbours
+                 else torch.tensor(taking_part, device=self.inputs.device))
         live = min(live_slots(max(positions) + 1, graphed), len(self.slots))
         key = n, S, live, vocab, sampling
-        picked = None if taking_part == list(rows) else torch.tensor([row - span.start for row in rows], device=self.inputs.device)
+        picked = (None if taking_part == list(rows)
+                  else torch.tensor([row - span.start for row in rows], device=self.inputs.device))
         out = self.graphs(self.call_model, where, *key) if graphed else self.call_model(where, *key)
         for row, line in unread.items():
             self.cursor[row] += len(line)
@@ -853,16 +856,15 @@ class CachedLM:
         return out if picked is None else Output(*(x[picked] for x in out))
 
 
-# ---- 6. Which rows a call serves -----------------------------------------------------------------------------
-# None of this changes a result. Calls serve many rows, of similar lengths; a slot that a finished row leaves goes
-# to the next prompt; what two rows begin with alike is read once and copied.
+# ---- 6. Which rows a call serves ---------------------------------------------------------------------------
+# None of this changes a result. Calls serve many rows, of similar lengths; a slot that a finished row leaves
+# goes to the next prompt; what two rows begin with alike is read once and copied.
 
 
 def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
-    """Split rows into groups that share a forward call: reads of similar length, or so few pads that one call is cheaper than two.
+    """Groups of rows that share a forward call: of similar lengths, or with few enough pads.
 
-    So one row's long read pads nobody else's, and a row that catches up does not widen a large batch of single tokens.
-    """
+    So one row's long read pads nobody else's, and a row that catches up widens no batch of single tokens."""
     def unread(row: Row) -> int:
         return len(row.ids) - lm.cursor[row.slot]
 
@@ -884,8 +886,8 @@ PATIENCE = 8  # calls that one model makes in a row at most, while a row waits f
 
 
 def next_model(rows: list[Row], last: int, in_a_row: int) -> int:
-    """Which model runs next: the one that more rows wait for, so that a call serves many, but after PATIENCE calls in a row the
-    other, if any row waits for it. No result depends on this choice."""
+    """Which model runs next: the one that more rows wait for, so that a call serves many; after PATIENCE
+    calls in a row the other, if any row waits for it. No result depends on this choice."""
     other = 1 - last
     waiting = sum(row.active == other for row in rows)
     return other if waiting and (2 * waiting > len(rows) or in_a_row >= PATIENCE) else last
@@ -905,12 +907,13 @@ def common(a: list[int], b: list[int]) -> int:
 
 def take_over(row: Row, lm: CachedLM, held: list[Row | None], known: int = 0) -> bool:
     """Copy into a row's slot the longest beginning that it has in common with what any slot of the cache
-    holds, if that saves reading beyond the `known` tokens; held: the row that is, or was last, in each slot."""
+    holds, if that saves reading beyond the `known` tokens; held: each slot's row, or its last."""
     if lm.stepwise:  # would read token by token what follows a copy
         return False
     found = [(min(common(row.ids[:-1], other.ids), lm.cursor[slot]), slot) for slot, other in enumerate(held)
              if other not in (None, row) and lm.cursor[slot]]
-    n, source = max(((n, slot) for n, slot in found if not lm.recurrent or n == lm.cursor[slot]), default=(0, 0))
+    n, source = max(((n, slot) for n, slot in found if not lm.recurrent or n == lm.cursor[slot]),
+                    default=(0, 0))
     if n < known + SHARED:
         return False
     if source == row.slot:
@@ -921,8 +924,7 @@ def take_over(row: Row, lm: CachedLM, held: list[Row | None], known: int = 0) ->
 
 
 def share(rows: list[Row], lm: CachedLM, held: list[Row | None]) -> None:
-    """Let rows that a model is to read for the first time read once what they begin with alike: the longest
-    reads it, the others copy it."""
+    """Rows that a model first reads read once what they begin with alike: the longest reads, others copy."""
     rows = sorted(rows, key=lambda row: -len(row.ids)) if not lm.stepwise else []
     for row in rows:
         take_over(row, lm, held, lm.cursor[row.slot])
@@ -952,7 +954,7 @@ def admit(row: Row, slot: int, held: list[Row | None], lms: Sequence[CachedLM], 
     held[slot] = row
 
 
-TOGETHER = 8  # prompts come in when one in so many slots is free: reading several at once costs less than each
+TOGETHER = 8  # prompts come in when one in so many slots is free: to read several at once costs less
 
 
 def admitted(waiting: deque[Row], held: list[Row | None], lms: Sequence[CachedLM],
@@ -965,7 +967,7 @@ def admitted(waiting: deque[Row], held: list[Row | None], lms: Sequence[CachedLM
     return [row for row in held if row is not None and not row.done]
 
 
-# ---- 7. What goes in and what comes out ----------------------------------------------------------------------
+# ---- 7. What goes in and what comes out --------------------------------------------------------------------
 # Bad input is told in one sentence, before any work. Draws and seeds; prompts as tensors or lists.
 
 
@@ -974,7 +976,8 @@ Process = Callable[[int, list[int], torch.Tensor], torch.Tensor]  # (row, ids, l
 
 def histories(rows: list[Row], width: int, device) -> torch.Tensor:
     """(n, width) entropies of each row's last kept tokens, NaN where there are fewer."""
-    lines = [[row.kept[t].entropy if t >= 0 else math.nan for t in range(len(row.kept) - width, len(row.kept))] for row in rows]
+    lines = [[row.kept[t].entropy if t >= 0 else math.nan
+              for t in range(len(row.kept) - width, len(row.kept))] for row in rows]
     return torch.tensor(lines, dtype=torch.float32, device=device)
 
 
@@ -1013,9 +1016,9 @@ def draw_processed(process: Process, rows: list[Row], logits: torch.Tensor, samp
     return sampling.draw(scores, uniform)
 
 
-def propose(model: int, lm: CachedLM, rows: list[Row], unread: list[list[int]], position: list[int], vocab: int,
-            sampling: Sampling, process: Process | None) -> Output:
-    """Each row reads its tokens; its proposal is drawn from the logits, or from what `process` makes of them."""
+def propose(model: int, lm: CachedLM, rows: list[Row], unread: list[list[int]], position: list[int],
+            vocab: int, sampling: Sampling, process: Process | None) -> Output:
+    """Each row reads its tokens; its proposal is drawn from the logits, as `process` changes them."""
     uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
     slots = [row.slot for row in rows]
     if process is None:
@@ -1029,7 +1032,8 @@ def check_router(router) -> None:
     """TypeError or ValueError for what is no router, before any work."""
     for method in ("leave_slm", "leave_llm"):
         if isinstance(router, type) or not callable(getattr(router, method, None)):
-            raise TypeError(f"router={router!r} has no method {method}(step): expected an object such as EntropyRouter(0.02)")
+            raise TypeError(f"router={router!r} has no method {method}(step): expected an object such as "
+                            "EntropyRouter(0.02)")
     if getattr(router, "first", SLM) not in (SLM, LLM):
         raise ValueError(f"router.first={router.first!r}: expected SLM (0) or LLM (1)")
     check_count("router.window", getattr(router, "window", 1))
@@ -1037,7 +1041,8 @@ def check_router(router) -> None:
 
 def check_decision(router, model: int, leave, token: torch.Tensor) -> None:
     """TypeError unless a router returned one bool per row, on the device of the tokens."""
-    got = (leave.dtype, tuple(leave.shape), leave.device) if isinstance(leave, torch.Tensor) else type(leave).__name__
+    got = ((leave.dtype, tuple(leave.shape), leave.device) if isinstance(leave, torch.Tensor)
+           else type(leave).__name__)
     if got != (torch.bool, tuple(token.shape), token.device):
         raise TypeError(f"router {type(router).__name__}.leave_{NAMES[model].lower()} returned {got}: "
                         f"expected a bool tensor of shape {tuple(token.shape)} on {token.device}")
@@ -1078,13 +1083,16 @@ def opened(slm, llm, prompts: list[list[int]], limits: list[int], slots: int) ->
 
 
 def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
-    """One seed per row: row i of an integer seed draws from (seed, i), a list is taken as it is, None draws from torch's generator."""
+    """One seed per row: an integer gives row i one made from (seed, i), a list is taken as it is, None draws
+    from torch's generator. ValueError for what is neither."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     if isinstance(seed, Integral):
         return [int.from_bytes(hashlib.sha256(f"{seed} {i}".encode()).digest()[:7], "big") for i in range(B)]
-    if not isinstance(seed, Sequence) or len(seed) != B or not all(isinstance(s, Integral) and abs(s) < 2**63 for s in seed):
-        raise ValueError(f"seed={seed!r}: expected an integer, or a sequence of one integer below 2**63 per row, {B}")
+    if (not isinstance(seed, Sequence) or len(seed) != B
+            or not all(isinstance(s, Integral) and abs(s) < 2**63 for s in seed)):
+        raise ValueError(f"seed={seed!r}: expected an integer, or a sequence of one integer below 2**63 per "
+                         f"row, {B}")
     return [int(s) for s in seed]
 
 
@@ -1107,19 +1115,22 @@ def unpadded(input_ids, attention_mask: torch.Tensor | None) -> list[list[int]]:
         return listed(input_ids, attention_mask)
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         got = getattr(input_ids, "dtype", type(input_ids).__name__)
-        raise TypeError(f"input_ids is {got}: expected a tensor of token ids, int64 or int32, or lists of them")
+        raise TypeError(f"input_ids is {got}: expected a tensor of token ids, int64 or int32, or lists of "
+                        "them")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least 1 x 1")
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least 1 "
+                         "x 1")
     if attention_mask is None:
         return input_ids.tolist()
     if not isinstance(attention_mask, torch.Tensor):
         raise TypeError(f"attention_mask is a {type(attention_mask).__name__}: expected a tensor of 0 and 1")
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: expected that of input_ids, "
-                         f"{tuple(input_ids.shape)}")
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: expected that of "
+                         f"input_ids, {tuple(input_ids.shape)}")
     mask = attention_mask.bool()
     if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
-        raise ValueError("attention_mask has a 0 after a 1: expected padding on the left only, and no empty prompt")
+        raise ValueError("attention_mask has a 0 after a 1: expected padding on the left only, and no empty "
+                         "prompt")
     return [ids[keep].tolist() for ids, keep in zip(input_ids, mask)]
 
 
@@ -1154,25 +1165,29 @@ def check_padding(input_ids, attention_mask, prompts: list[list[int]], lms: Sequ
         return
     pads = pads_of(lms) if pad_token_id is None else [pad_token_id]
     if any(ids[0] in set(pads) - set(eos) for ids in prompts):  # a prompt may well begin with an EOS
-        raise ValueError("input_ids has rows that begin with a padding token: expected an attention_mask with 0 "
-                         "where a row is padded")
+        raise ValueError("input_ids has rows that begin with a padding token: expected an attention_mask "
+                         "with 0 where a row is padded")
     if 0 < sum(ids[-1] in pads for ids in prompts) < len(prompts):
-        raise ValueError("input_ids has rows that end with a padding token: expected padding on the left, and an "
-                         "attention_mask")
+        raise ValueError("input_ids has rows that end with a padding token: expected padding on the left, "
+                         "and an attention_mask")
 
 
 def check_fits(name: str, lm: CachedLM, prompts: list[list[int]], slots: int, length: int) -> None:
-    """ValueError where rows of up to `length` tokens, answer included, exceed a cache, a model's context or its vocabulary."""
-    context = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or length
+    """ValueError where rows of up to `length` tokens exceed a cache, a model's context or its vocabulary."""
+    context = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings",
+                      None) or length
     lowest, highest = min(map(min, prompts)), max(map(max, prompts))
     if not lm.layers:
         raise ValueError(f"the CachedLM given as {name} is closed")
     if slots > lm.batch_size or length > lm.max_len:
-        raise ValueError(f"input_ids needs {slots} rows of {length} tokens: the CachedLM given as {name} holds {lm.batch_size} of {lm.max_len}")
+        raise ValueError(f"input_ids needs {slots} rows of {length} tokens: the CachedLM given as {name} "
+                         f"holds {lm.batch_size} of {lm.max_len}")
     if length > context:
-        raise ValueError(f"max_new_tokens brings the longest row to {length} tokens: the context of {name} is {context}")
+        raise ValueError(f"max_new_tokens brings the longest row to {length} tokens: the context of {name} "
+                         f"is {context}")
     if lowest < 0 or highest >= lm.vocab:
-        raise ValueError(f"input_ids ranges from {lowest} to {highest}: {name} knows tokens 0 to {lm.vocab - 1}")
+        raise ValueError(f"input_ids ranges from {lowest} to {highest}: {name} knows tokens 0 to "
+                         f"{lm.vocab - 1}")
 
 
 def end_tokens(eos_token_id, models: Sequence) -> list[int]:
@@ -1180,11 +1195,13 @@ def end_tokens(eos_token_id, models: Sequence) -> list[int]:
     own = [model.generation_config.eos_token_id for model in models]
     given = own if eos_token_id is None else [eos_token_id]
     try:
-        tokens = [token for entry in given if entry is not None for token in torch.as_tensor(entry).flatten().tolist()]
+        tokens = [token for entry in given if entry is not None
+                  for token in torch.as_tensor(entry).flatten().tolist()]
     except (TypeError, ValueError, RuntimeError):
         tokens = [None]
     if not all(type(token) is int for token in tokens):
-        raise ValueError(f"eos_token_id={eos_token_id!r}: expected a token id or several, or None for those of the models")
+        raise ValueError(f"eos_token_id={eos_token_id!r}: expected a token id or several, or None for those "
+                         "of the models")
     return tokens
 
 
@@ -1207,7 +1224,7 @@ def collect(rows: list[Row], input_ids, pad: int, lms: Sequence[CachedLM],
                     tuple(lm.n_read - before for lm, before in zip(lms, read_before)))
 
 
-# ---- 8. Latency model ----------------------------------------------------------------------------------------
+# ---- 8. Latency model --------------------------------------------------------------------------------------
 # What a trajectory takes at batch 1, from what its calls read (R-Stitch+); fitted to the engine's own steps.
 
 
@@ -1233,10 +1250,10 @@ class LatencyModel:
         T_prefill(n_inf, n_kv) = a n_inf n_kv + b n_inf^2 + c n_inf + d     two tokens or more
         T_decode(n_kv)         = c' n_kv + d'                               one token
 
-    `prefill` is (a, b, c, d), `decode` is (c', d'): times, none below 0 (ValueError).
-    """
+    `prefill` is (a, b, c, d), `decode` is (c', d'): times, none below 0 (ValueError)."""
 
-    TERMS = {"prefill": lambda n_inf, n_kv: (n_inf * n_kv, n_inf * n_inf, n_inf, 1), "decode": lambda n_inf, n_kv: (n_kv, 1)}
+    TERMS = {"prefill": lambda n_inf, n_kv: (n_inf * n_kv, n_inf * n_inf, n_inf, 1),
+             "decode": lambda n_inf, n_kv: (n_kv, 1)}
 
     def __init__(self, prefill: Sequence[float], decode: Sequence[float]):
         self.coefficients = {"prefill": tuple(map(float, prefill)), "decode": tuple(map(float, decode))}
@@ -1245,7 +1262,8 @@ class LatencyModel:
                 raise ValueError(f"{name}={times}: expected {count} finite times in milliseconds, 0 or more")
 
     def prefill(self, n_inf: int, n_kv: int) -> float:
-        return sum(x * term for x, term in zip(self.coefficients["prefill"], self.TERMS["prefill"](n_inf, n_kv)))
+        return sum(x * term for x, term in zip(self.coefficients["prefill"],
+                                               self.TERMS["prefill"](n_inf, n_kv)))
 
     def decode(self, n_kv: int) -> float:
         return sum(x * term for x, term in zip(self.coefficients["decode"], self.TERMS["decode"](1, n_kv)))
@@ -1256,33 +1274,37 @@ class LatencyModel:
 
     @classmethod
     def fit(cls, samples: Sequence[Sample]) -> "LatencyModel":
-        """Non-negative least squares on the relative error, so that a short call counts as much as a long one.
+        """Non-negative least squares on the relative error: a short call counts as much as a long one.
 
-        Samples of one (n_inf, n_kv) count as their median. The paper says least squares; without the bound a noisy profile gives
-        negative times. ValueError where the samples do not determine the coefficients, or a time is not positive.
-        """
+        Samples of one (n_inf, n_kv) count as their median. The paper says least squares: without the bound a
+        noisy profile gives negative times. ValueError for times of 0 or less, and for samples that do not
+        determine the coefficients."""
         for n_inf, n_kv, ms in samples:
             if not 0 < ms < math.inf:
-                raise ValueError(f"samples hold a time of {ms!r} ms at n_inf={n_inf}, n_kv={n_kv}: expected more than 0")
+                raise ValueError(f"samples hold a time of {ms!r} ms at n_inf={n_inf}, n_kv={n_kv}: expected "
+                                 "more than 0")
         fitted = {}
         for kind, terms in cls.TERMS.items():
             points = [s for s in medians(samples) if (s.n_inf == 1) == (kind == "decode")]
-            X = np.array([np.array(terms(s.n_inf, s.n_kv)) / s.ms for s in points]).reshape(-1, len(terms(1, 1)))
+            X = np.array(
+                [np.array(terms(s.n_inf, s.n_kv)) / s.ms for s in points]).reshape(-1, len(terms(1, 1)))
             scale = X.max(0, initial=0)  # the columns differ by orders of magnitude
             if (scale == 0).any() or np.linalg.matrix_rank(X / scale) < X.shape[1]:
-                raise ValueError(f"samples have {len(points)} different {kind} points: expected points that determine "
-                                 f"{'a, b, c and d: four or more' if kind == 'prefill' else 'both coefficients: two or more'}, with several n_kv")
+                raise ValueError(
+                f"samples have {len(points)} different {kind} points: expected points that determine "
+                f"{'a, b, c and d: four or more' if kind == 'prefill' else 'both coefficients: two or more'}"
+                ", with several n_kv")
             fitted[kind] = scipy.optimize.nnls(X / scale, np.ones(len(X)))[0] / scale
         return cls(**fitted)
 
 
 def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) -> list[Sample]:
-    """Time the engine's own step at batch 1 - read, entropy, draw, router, host read - at each (n_inf, n_kv), `repeats` times.
+    """Times of the engine's own step at batch 1 - read, entropy, draw, router, host read - at each point,
+    `repeats` times.
 
-    model: as for `stitch`. Each time follows an untimed step of the same kind, as most steps of a trajectory do. What lies in the
-    cache does not matter to the time; the points are visited in turn, so that whatever else the machine does is spread over them.
-    ValueError for no points, points and repeats that are no counts, and a CachedLM that is too small, or whose graphs step several rows.
-    """
+    model: as for `stitch`. Each time follows an untimed step of the same kind, as most steps do. What lies in
+    the cache does not matter. The points are visited in turn, so that other load is spread over them.
+    ValueError for no points, no counts, and a CachedLM that is too small or steps several rows."""
     check_count("repeats", repeats)
     if not points:
         raise ValueError(f"points={points!r}: expected at least one (n_inf, n_kv)")
@@ -1291,9 +1313,11 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
         check_count("n_kv", n_kv, least=0)
     longest = max(map(sum, points))
     if isinstance(model, CachedLM) and model.max_len < longest:
-        raise ValueError(f"points reach {longest} tokens: the CachedLM given as model holds rows of {model.max_len}")
+        raise ValueError(f"points reach {longest} tokens: the CachedLM given as model holds rows of "
+                         f"{model.max_len}")
     if isinstance(model, CachedLM) and model.graphs and model.batch_size > 1:
-        raise ValueError(f"the CachedLM given as model has graphs of {model.batch_size} rows, which all take part in a step: expected one row")
+        raise ValueError(f"the CachedLM given as model has graphs of {model.batch_size} rows, which all take "
+                         "part in a step: expected one row")
     with nullcontext(model) if isinstance(model, CachedLM) else closing(CachedLM(model, 1, longest)) as lm:
         router, samples = EntropyRouter(), []
         for n_inf, n_kv in list(points) * repeats:
@@ -1309,12 +1333,12 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
 
 
 def trajectory_latency(calls: Sequence[Call], slm: LatencyModel, llm: LatencyModel) -> float:
-    """Milliseconds of a whole trajectory: the sum over all calls of both models, discarded proposals included. Of a row that was
-    answered in a batch it says what the row would have taken alone."""
+    """Milliseconds of a trajectory: all calls of both models, discarded proposals included. Of a row of a
+    batch it is what the row would have taken alone."""
     return sum((slm, llm)[call.model].call(call.n_inf, call.n_kv) for call in calls)
 
 
-# ---- 9. R2R --------------------------------------------------------------------------------------------------
+# ---- 9. R2R ------------------------------------------------------------------------------------------------
 # A network that tells which tokens of the SLM lead the reasoning astray, trained on tokens labelled by
 # running both models on. The LLM rewrites those.
 
@@ -1326,15 +1350,16 @@ def fingerprint(model) -> str:
 
 
 def made_of(folder: Path, slm=None, llm=None) -> dict:
-    """What made.json tells of the trained router in a folder; ValueError where there is none, or it was made for other models."""
+    """What made.json tells of the router in a folder; ValueError where there is none, or for other models."""
     path = Path(folder) / "made.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no trained router: expected a folder with made.json, as analysis.train_r2r or analysis.train_policy writes it")
+        raise ValueError(f"{folder} holds no trained router: expected a folder with made.json, as "
+                         "analysis.train_r2r or analysis.train_policy writes it")
     made = json.loads(path.read_text())
     for name, model in (("slm", slm), ("llm", llm)):
         if model is not None and made[name] != fingerprint(model):
-            raise ValueError(f"the router in {folder} was made for another {name.upper()}: expected weights with fingerprint {made[name]}, "
-                             f"got {fingerprint(model)}")
+            raise ValueError(f"the router in {folder} was made for another {name.upper()}: expected weights "
+                             f"with fingerprint {made[name]}, got {fingerprint(model)}")
     return made
 
 
@@ -1351,41 +1376,44 @@ def hidden_size_of(model) -> int:
 
 
 class Residual(torch.nn.Module):
-    """x + Dropout(Linear(Dropout(GELU(Linear(LayerNorm(x)))))), four times as wide inside: (n, width) -> (n, width)."""
+    """x + Dropout(Linear(Dropout(GELU(Linear(LayerNorm(x)))))), 4 width inside: (n, width) -> (n, width)."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__()
-        self.inner = torch.nn.Sequential(
-            torch.nn.LayerNorm(width), torch.nn.Linear(width, 4 * width), torch.nn.GELU(), torch.nn.Dropout(dropout),
-            torch.nn.Linear(4 * width, width), torch.nn.Dropout(dropout))
+        self.inner = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 4 * width),
+                                         torch.nn.GELU(), torch.nn.Dropout(dropout),
+                                         torch.nn.Linear(4 * width, width), torch.nn.Dropout(dropout))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.inner(x)
 
 
 class R2RNet(torch.nn.Module):
-    """R2R's router (arXiv 2505.21600): does this token of the SLM lead the reasoning astray? One logit per token.
+    """R2R's router (arXiv 2505.21600): does this SLM token lead the reasoning astray? One logit each.
 
-    It sees the SLM's last hidden state, the values of its top_k largest logits (sorted, without their ids) and the embedding of
-    the token that it drew. `embedding` is the SLM's own input embedding: frozen, and no parameter of the router. ValueError for sizes
-    that do not fit the SLM, when it is made or when it is asked.
-    """
+    It sees the SLM's last hidden state, its top_k largest logits (sorted, without their ids) and the
+    embedding of the token drawn. `embedding` is the SLM's own input embedding: frozen, and no parameter of
+    the router. ValueError for sizes that do not fit the SLM, when it is made or when it is asked."""
 
-    def __init__(self, hidden_size: int, embedding: torch.nn.Embedding, top_k: int = 100, width: int = 1024, blocks: int = 6,
-                 dropout: float = 0.1):
+    def __init__(self, hidden_size: int, embedding: torch.nn.Embedding, top_k: int = 100, width: int = 1024,
+                 blocks: int = 6, dropout: float = 0.1):
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("top_k", top_k), ("width", width)):
             check_count(name, size)
         check_count("blocks", blocks, least=0)
         if embedding.weight.shape[1] != hidden_size:
-            raise ValueError(f"embedding has {embedding.weight.shape[1]} features: expected hidden_size={hidden_size}")
+            raise ValueError(f"embedding has {embedding.weight.shape[1]} features: expected "
+                             f"hidden_size={hidden_size}")
         if embedding.weight.shape[0] < top_k:
-            raise ValueError(f"top_k={top_k}: expected at most the {embedding.weight.shape[0]} tokens of the vocabulary")
+            raise ValueError(f"top_k={top_k}: expected at most the {embedding.weight.shape[0]} tokens of the "
+                             "vocabulary")
         self.hidden_size, self.top_k = hidden_size, top_k
         self.embedding = (embedding,)  # in a tuple, or its weights would be parameters of the router
         self.logit_features = torch.nn.Linear(top_k, hidden_size)
-        self.body = torch.nn.Sequential(torch.nn.Linear(3 * hidden_size, width), torch.nn.Linear(width, width),
-                                        *(Residual(width, dropout) for _ in range(blocks)), torch.nn.LayerNorm(width))
+        self.body = torch.nn.Sequential(torch.nn.Linear(3 * hidden_size, width),
+                                        torch.nn.Linear(width, width),
+                                        *(Residual(width, dropout) for _ in range(blocks)),
+                                        torch.nn.LayerNorm(width))
         self.head = torch.nn.Linear(width, 1)
 
     def embed(self, token: torch.Tensor) -> torch.Tensor:
@@ -1395,23 +1423,25 @@ class R2RNet(torch.nn.Module):
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """(n, D), (n, V), (n,) -> (n,)"""
         if hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden has {hidden.shape[-1]} features: this router was made for an SLM of hidden size {self.hidden_size}")
+            raise ValueError(f"hidden has {hidden.shape[-1]} features: this router was made for an SLM of "
+                             f"hidden size {self.hidden_size}")
         if logits.shape[-1] < self.top_k:
-            raise ValueError(f"logits have {logits.shape[-1]} columns: this router reads the {self.top_k} largest")
+            raise ValueError(f"logits have {logits.shape[-1]} columns: this router reads the {self.top_k} "
+                             "largest")
         dtype = self.head.weight.dtype
         top = logits.topk(self.top_k).values
         top = torch.maximum(top, top[:, :1] - 100)  # e^-100 is nothing, and -inf would be NaN behind a Linear
-        x = torch.cat([hidden.to(dtype), self.embed(token).to(dtype), self.logit_features(top.to(dtype))], 1)  # (n, 3D)
+        x = torch.cat([hidden.to(dtype), self.embed(token).to(dtype),
+                       self.logit_features(top.to(dtype))], 1)  # (n, 3D)
         return self.head(self.body(x))[:, 0]
 
 
 class R2RRouter:
-    """R2R: the SLM's token is discarded where the net's score, sigmoid of its logit, reaches the threshold; the LLM then writes
-    exactly one token in its place. Threshold 0 is the LLM alone, above 1 the SLM alone.
+    """R2R: the SLM's token is discarded where the net's score, sigmoid of its logit, reaches the threshold;
+    the LLM then writes exactly one token in its place. Threshold 0 is the LLM alone, above 1 the SLM alone.
 
-    Under sampling the net sees the token that was drawn (the paper does not say). ValueError for a threshold below 0 or NaN, and for
-    a net in training mode.
-    """
+    Under sampling the net sees the token that was drawn (the paper does not say). ValueError for a threshold
+    below 0 or NaN, and for a net in training mode."""
 
     def __init__(self, net: R2RNet, threshold: float):
         if not isinstance(threshold, Real) or not threshold >= 0:
@@ -1422,13 +1452,15 @@ class R2RRouter:
 
     @classmethod
     def load(cls, folder: Path | str, slm, llm, threshold: float | None = None) -> "R2RRouter":
-        """The router that analysis.train_r2r wrote into a folder for this pair of models, at its calibrated threshold unless another is
-        given, which warns. ValueError where there is none, or it was made for another pair."""
+        """The router that analysis.train_r2r wrote into a folder for this pair, at its calibrated threshold
+        unless another is given, which warns. ValueError where there is none, or for another pair."""
         made, weights = made_of(folder, slm, llm), weights_of(folder, "router.safetensors")
         config, own = made["config"], made["threshold"]
         if threshold not in (None, own):
-            warnings.warn(f"threshold {threshold:g} in place of the router's own {own:g} ({made['calibrated']})", stacklevel=2)
-        net = R2RNet(hidden_size_of(slm), slm.get_input_embeddings(), config["top_k"], config["width"], config["blocks"], config["dropout"])
+            warnings.warn(f"threshold {threshold:g} in place of the router's own {own:g} "
+                          f"({made['calibrated']})", stacklevel=2)
+        net = R2RNet(hidden_size_of(slm), slm.get_input_embeddings(), config["top_k"], config["width"],
+                     config["blocks"], config["dropout"])
         net.load_state_dict(weights)
         return cls(net.to(slm.device).eval().requires_grad_(False), own if threshold is None else threshold)
 
@@ -1444,34 +1476,38 @@ def as_array(x) -> np.ndarray:
     return np.asarray(x.detach().cpu().double() if isinstance(x, torch.Tensor) else x, float)
 
 
-def calibrate_threshold(scores: Sequence[float], labels: Sequence[int] | None = None, *, min_recall: float | None = None,
-                        target_usage: float | None = None) -> float:
-    """min_recall: the highest threshold on the scores that still finds this share of the divergent tokens (R2R's rule). target_usage: the
-    highest at which the LLM writes this share of all tokens. Tokens of equal score are treated alike, so either may be exceeded.
-    Scores and labels, which only min_recall needs: sequences, arrays or tensors. ValueError unless exactly one of the two shares is given, in
-    (0, 1], and for labels that would not be used."""
+def calibrate_threshold(scores: Sequence[float], labels: Sequence[int] | None = None, *,
+                        min_recall: float | None = None, target_usage: float | None = None) -> float:
+    """The highest threshold on the scores that still finds the share min_recall of the divergent tokens
+    (R2R's rule), or at which the LLM writes the share target_usage of all tokens. Tokens of equal score are
+    treated alike, so either may be exceeded. Scores, and labels, which only min_recall needs: sequences,
+    arrays or tensors. ValueError unless exactly one share is given, in (0, 1], and for labels not used."""
     if (min_recall is None) == (target_usage is None):
-        raise ValueError(f"min_recall={min_recall!r}, target_usage={target_usage!r}: expected exactly one of them")
+        raise ValueError(f"min_recall={min_recall!r}, target_usage={target_usage!r}: expected exactly one of "
+                         "them")
     if target_usage is not None and labels is not None:
-        raise ValueError(f"target_usage={target_usage!r} with labels: expected none, since it counts all tokens alike")
+        raise ValueError(f"target_usage={target_usage!r} with labels: expected none, since it counts all "
+                         "tokens alike")
     name, share = ("min_recall", min_recall) if target_usage is None else ("target_usage", target_usage)
     scores = as_array(scores)
     if not (isinstance(share, Real) and 0 < share <= 1):
         raise ValueError(f"{name}={share!r}: expected a share in (0, 1]")
     if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
-        raise ValueError(f"scores has shape {scores.shape}: expected one score per token, at least one, and all finite")
+        raise ValueError(f"scores has shape {scores.shape}: expected one score per token, at least one, and "
+                         "all finite")
     if min_recall is not None:
         labels = as_array([] if labels is None else labels)
         if labels.shape != scores.shape or not set(np.unique(labels)) <= {0, 1} or not labels.any():
             raise ValueError("labels: expected one per score, 0 or 1, with at least one divergent (1)")
         scores = scores[labels.astype(bool)]
-    count = max(1, math.ceil(share * len(scores) - 1e-9))  # how many must reach it; 0.07 x 100 is 7.000000000000001
+    # How many must reach it; 0.07 x 100 is 7.000000000000001.
+    count = max(1, math.ceil(share * len(scores) - 1e-9))
     return float(np.sort(scores)[-count])
 
 
-# ---- 10. R-Stitch+ -------------------------------------------------------------------------------------------
-# A policy that learns at which uncertain tokens the LLM pays: rollouts, a reward that counts latency only where
-# the answer is right, and the loss of DAPO.
+# ---- 10. R-Stitch+ -----------------------------------------------------------------------------------------
+# A policy that learns at which uncertain tokens the LLM pays: rollouts, a reward that counts latency only
+# where the answer is right, and the loss of DAPO.
 
 
 class Reward(NamedTuple):
@@ -1481,37 +1517,38 @@ class Reward(NamedTuple):
 
 
 def reward(correct: bool, latency_ms: float, lam: float = 5e-6) -> Reward:
-    """R = r_acc - lam r_acc L of R-Stitch+, L in ms: a wrong answer has exactly 0 whatever it took, so speed never buys accuracy.
+    """R = r_acc - lam r_acc L of R-Stitch+, L in ms. A wrong answer has exactly 0: speed never buys accuracy.
 
-    Warns (once per place) where lam L >= 1: there a right answer scores no better than a wrong one, and the gate does not hold.
-    ValueError for a latency or a lam that is negative or not finite.
-    """
+    Warns (once per place) where lam L >= 1: there a right answer scores no better than a wrong one, and the
+    gate does not hold. ValueError for a latency or a lam that is negative or not finite."""
     for name, value in (("latency_ms", latency_ms), ("lam", lam)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value!r}: expected a finite number, 0 or more")
     if not correct:
         return Reward(0.0, 0.0, 0.0)
     if lam * latency_ms >= 1:
-        warnings.warn("lam x latency is 1 or more: a right answer this slow has a reward of 0 or less", stacklevel=2)
+        warnings.warn("lam x latency is 1 or more: a right answer this slow has a reward of 0 or less",
+                      stacklevel=2)
     return Reward(1 - lam * latency_ms, 1.0, -lam * latency_ms)
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: str = "std") -> torch.Tensor:
-    """Advantages of G rollouts of each of P prompts, (P, G) -> (P, G): (R - mean) / (std + eps) within the group (DAPO Eq. 9).
+    """(R - mean) / (std + eps) within each group of G rollouts of one prompt (DAPO Eq. 9): (P, G) -> (P, G).
 
-    scale="none" leaves out the division. With it lam cancels in a group that is right throughout, where the spread is all
-    latency; without it lam keeps its weight. A group of equal rewards has advantages of exactly 0. Integer rewards count as float32.
-    ValueError for groups of one, rewards that are not finite, and another scale or eps.
-    """
+    scale="none" leaves out the division. With it lam cancels in a group that is right throughout, where the
+    spread is all latency; without it lam keeps its weight. A group of equal rewards has advantages of
+    exactly 0. Integer rewards count as float32. ValueError for groups of one, rewards that are not finite, and another scale or eps."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected (prompts, rollouts), two rollouts or more")
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected (prompts, rollouts), two "
+                         "rollouts or more")
     if not rewards.isfinite().all():
         raise ValueError(f"rewards holds {rewards[~rewards.isfinite()][0].item()}: expected finite numbers")
     if scale not in ("std", "none") or not eps >= 0:
         raise ValueError(f"scale={scale!r}, eps={eps!r}: expected 'std' or 'none', and 0 or more")
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     centred = rewards - rewards.mean(1, keepdim=True)
-    equal = rewards.amin(1, keepdim=True) == rewards.amax(1, keepdim=True)  # their mean may be off by a rounding
+    # Their mean may be off by a rounding.
+    equal = rewards.amin(1, keepdim=True) == rewards.amax(1, keepdim=True)
     if scale == "std":
         centred = centred / (rewards.std(1, keepdim=True) + eps)
     return centred.masked_fill(equal, 0.0)
@@ -1521,17 +1558,17 @@ def dapo_loss(logp: torch.Tensor, logp_old: torch.Tensor, advantages: torch.Tens
               eps_low: float = 0.2, eps_high: float = 0.28) -> torch.Tensor:
     """DAPO's objective, negated, over decisions of one shape: scalar.
 
-    -mean over the decisions of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - logp_old). Token-level: every
-    decision of the batch counts alike, so a long trajectory counts by its decisions. Clip-higher: eps_high > eps_low leaves
-    more room to raise an unlikely action. `advantages` is each decision's, mask False where there is none. No KL term.
-    ValueError for shapes that differ, a mask without a decision, and clips outside their ranges.
-    """
+    -mean over the decisions of min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - logp_old), no
+    KL term. Token-level: a long trajectory counts by its decisions. Clip-higher: eps_high > eps_low leaves
+    more room to raise an unlikely action. `advantages` is each decision's, mask False where there is none.
+    ValueError for shapes that differ, a mask without a decision, and clips outside their ranges."""
     shapes = [tuple(x.shape) for x in (logp, logp_old, advantages, mask)]
     if len(set(shapes)) > 1 or mask.dtype != torch.bool or not mask.any():
-        raise ValueError(f"logp, logp_old, advantages and mask have shapes {shapes}, mask of {mask.dtype}: expected one shape, and a "
-                         "bool mask with at least one decision")
+        raise ValueError(f"logp, logp_old, advantages and mask have shapes {shapes}, mask of {mask.dtype}: "
+                         "expected one shape, and a bool mask with at least one decision")
     if not (0 <= eps_low <= 1 and eps_high >= 0):
-        raise ValueError(f"eps_low={eps_low!r}, eps_high={eps_high!r}: expected 0 <= eps_low <= 1 and eps_high >= 0")
+        raise ValueError(f"eps_low={eps_low!r}, eps_high={eps_high!r}: expected 0 <= eps_low <= 1 and "
+                         "eps_high >= 0")
     ratio = (logp - logp_old)[mask].exp()
     A = advantages[mask]
     return -torch.minimum(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A).mean()
@@ -1540,28 +1577,31 @@ def dapo_loss(logp: torch.Tensor, logp_old: torch.Tensor, advantages: torch.Tens
 class Policy(torch.nn.Module):
     """The network of the R-Stitch+ router: call the LLM at this uncertain SLM token? One logit per token.
 
-    State: the SLM's last hidden state and the context length (the paper publishes neither architecture nor size). Ours is a
-    small MLP on [normalised hidden state, log of the entropy in nats, log of context length / 1000]; the entropy follows from
-    the hidden state, but a net this small would first have to find the output embedding. `start` is the probability of calling
-    the LLM that an untrained policy gives everywhere; use_entropy=False and use_context=False leave either out.
-    ValueError for sizes that do not fit the SLM, when it is made or when it is asked, and for a start outside (0, 1).
-    """
+    State: the SLM's last hidden state and the context length (the paper publishes neither architecture nor
+    size). Ours is a small MLP on [normalised hidden state, log of the entropy in nats, log of context length
+    / 1000]. The entropy follows from the hidden state, but so small a net would have to find the output
+    embedding first. `start`: an untrained policy calls the LLM with this probability. use_entropy and
+    use_context: False leaves that input out. ValueError for sizes that do not fit the SLM, when it is made or
+    when it is asked, and for a start outside (0, 1)."""
 
-    def __init__(self, hidden_size: int, width: int = 64, start: float = 0.5, use_entropy: bool = True, use_context: bool = True):
+    def __init__(self, hidden_size: int, width: int = 64, start: float = 0.5, use_entropy: bool = True,
+                 use_context: bool = True):
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("width", width)):
             check_count(name, size)
         if not 0 < start < 1:
             raise ValueError(f"start={start!r}: expected a probability inside (0, 1)")
         self.hidden_size, self.use_entropy, self.use_context = hidden_size, use_entropy, use_context
-        self.mlp = torch.nn.Sequential(torch.nn.Linear(hidden_size + use_entropy + use_context, width), torch.nn.GELU(), torch.nn.Linear(width, 1))
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(hidden_size + use_entropy + use_context, width),
+                                       torch.nn.GELU(), torch.nn.Linear(width, 1))
         torch.nn.init.zeros_(self.mlp[-1].weight)
         torch.nn.init.constant_(self.mlp[-1].bias, math.log(start / (1 - start)))
 
     def forward(self, hidden: torch.Tensor, entropy: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """(n, D), (n,) nats, (n,) tokens -> (n,)"""
         if hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden has {hidden.shape[-1]} features: this policy was made for an SLM of hidden size {self.hidden_size}")
+            raise ValueError(f"hidden has {hidden.shape[-1]} features: this policy was made for an SLM of "
+                             f"hidden size {self.hidden_size}")
         x = [torch.nn.functional.layer_norm(hidden.float(), (self.hidden_size,))]
         x += [entropy.clamp(min=1e-6).log()[:, None]] if self.use_entropy else []
         x += [(context / 1000).log()[:, None]] if self.use_context else []
@@ -1577,46 +1617,52 @@ class Decisions(NamedTuple):
     """What a sampled policy did at one step, about the k rows where it was asked."""
 
     rows: list[int]
-    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # what the policy saw: hidden (k, D), entropy (k,), context (k,)
+    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden (k, D), entropy (k,), context (k,)
     action: torch.Tensor  # (k,) bool: the LLM was called
     logp: torch.Tensor  # (k,) of that action
 
 
 class PolicyRouter:
-    """R-Stitch+: where the SLM's entropy exceeds tau a policy decides whether to discard its token and call the LLM.
+    """R-Stitch+: where the SLM's entropy exceeds tau, a policy decides whether to call the LLM instead.
 
-    Elsewhere the SLM goes on, and the LLM hands back by the entropy rule (tau_back, tau unless given), as in R-Stitch. tau is
-    normalised. Without `seed` the LLM is called where the policy's probability exceeds `threshold`, in [0, 1]; at the paper's 0.5 that is the
-    likelier action. With a seed, actions are sampled and what training needs is appended to `decisions`. `back`, which the paper does not
-    have, is a second policy: asked at every token of the LLM, on the LLM's hidden state, whether to hand back.
-    ValueError for thresholds as in EntropyRouter.
-    """
+    Elsewhere the SLM goes on, and the LLM hands back by the entropy rule, as in R-Stitch. tau and tau_back
+    (tau unless given) are normalised. Without `seed` the LLM is called where the policy's probability exceeds
+    `threshold`, in [0, 1]; at 0.5, as in the paper, that is the likelier action. With a seed, actions are
+    sampled and what training needs is appended to `decisions`. `back`, not in the paper, is a second policy: asked at every token of the LLM, on the LLM's
+    hidden state, whether to hand back. ValueError for thresholds as in EntropyRouter."""
 
-    def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None, threshold: float = 0.5,
-                 back: Policy | None = None):
+    def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None,
+                 threshold: float = 0.5, back: Policy | None = None):
         if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability in [0, 1]")
         self.policy, self.seed = policy, seed
         self.rule = EntropyRouter(tau, tau_back=tau_back)
         with np.errstate(divide="ignore"):
-            self.limit = float(np.log(threshold) - np.log1p(-threshold))  # the threshold as a logit, infinite at 0 and 1
-        # The same positions are asked about on either side, so the second policy draws with a seed of its own.
-        self.back = None if back is None else PolicyRouter(back, tau, seed=None if seed is None else -1 - seed)
+            # the threshold as a logit, infinite at 0 and 1
+            self.limit = float(np.log(threshold) - np.log1p(-threshold))
+        # Both policies are asked about the same positions, so the second draws with a seed of its own.
+        self.back = (None if back is None
+                     else PolicyRouter(back, tau, seed=None if seed is None else -1 - seed))
         self.decisions: list[Decisions] = []
 
     @classmethod
-    def load(cls, folder: Path | str, slm, llm, threshold: float = 0.5, seed: int | None = None) -> "PolicyRouter":
-        """The router that analysis.train_policy wrote into a folder for this pair of models. ValueError where there is none, or it was made
-        for another pair."""
+    def load(cls, folder: Path | str, slm, llm, threshold: float = 0.5,
+             seed: int | None = None) -> "PolicyRouter":
+        """The router that analysis.train_policy wrote into a folder for this pair of models. ValueError where
+        there is none, or it was made for another pair."""
         config, weights = made_of(folder, slm, llm)["config"], weights_of(folder, "policy.safetensors")
-        nets = torch.nn.ModuleDict({name: Policy(hidden_size_of(model), config["width"], use_entropy=config["use_entropy"], use_context=config["use_context"])
-                                    .to(model.device) for name, model in (("call", slm), ("back", llm)) if name == "call" or config["hand_back"]})
+        nets = torch.nn.ModuleDict({
+            name: Policy(hidden_size_of(model), config["width"], use_entropy=config["use_entropy"],
+                         use_context=config["use_context"]).to(model.device)
+            for name, model in (("call", slm), ("back", llm)) if name == "call" or config["hand_back"]})
         nets.load_state_dict(weights)
         nets.eval().requires_grad_(False)
-        return cls(nets["call"], config["tau"], config["tau_back"], seed, threshold, nets["back"] if config["hand_back"] else None)
+        return cls(nets["call"], config["tau"], config["tau_back"], seed, threshold,
+                   nets["back"] if config["hand_back"] else None)
 
     def leave_llm(self, step: Step) -> torch.Tensor:
-        return self.rule.leave_llm(step) if self.back is None else self.back.decide(step, torch.arange(len(step.rows), device=step.token.device))
+        return (self.rule.leave_llm(step) if self.back is None
+                else self.back.decide(step, torch.arange(len(step.rows), device=step.token.device)))
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         leave = self.rule.leave_slm(step)
@@ -1634,7 +1680,8 @@ class PolicyRouter:
         rows = asked.tolist()
         uniform = uniforms(self.seed, [step.seeds[i] for i in rows], step.position[asked].tolist(), SLM)
         action = torch.tensor(uniform, device=logit.device) < logit.sigmoid()
-        self.decisions.append(Decisions([step.rows[i] for i in rows], state, action, log_probability(logit, action)))
+        self.decisions.append(Decisions([step.rows[i] for i in rows], state, action,
+                                        log_probability(logit, action)))
         return action
 
 

@@ -26,25 +26,33 @@ def test_main_prints_the_answer_of_stitch_and_a_summary(saved_pair, capsys):
     result = stitch(slm, llm, ids, EntropyRouter(0.85), max_new_tokens=20)
     text, line, _ = out.split("\n")
     assert text == tokenizer.decode(answers(result)[0], skip_special_tokens=True)
-    assert line.startswith(f"{(result.source >= 0).sum()} tokens (LLM {100 * (result.source == LLM).float().mean():.1f} %)")
+    assert line.startswith(f"{(result.source >= 0).sum()} tokens (LLM "
+                           f"{100 * (result.source == LLM).float().mean():.1f} %)")
     assert "\033" not in out  # plain where the output is no terminal
-    sampled = [run_main(capsys, *pair, "--temperature", "1", "--top-p", "0.9", "--seed", s, "w7").split("\n")[0] for s in "001"]
+    sampled = [run_main(capsys, *pair, "--temperature", "1", "--top-p", "0.9", "--seed", s,
+                        "w7").split("\n")[0] for s in "001"]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--tau", "2"], "tau=2.0: expected a number in"), (["--tau", "nan"], "tau=nan: expected a number in"),
-    (["--router", "slm", "--tau", "0.1"], "--tau 0.1 belongs to --router entropy"), (["--p", "0.1"], "--p 0.1 belongs to --router random"),
-    (["--router", "random", "--p", "1.5"], "p=1.5: expected a probability"), (["--top-p", "0.5"], "--top-p 0.5 needs a --temperature"),
-    (["--temperature", "-1"], "temperature=-1.0: expected"), (["--temperature", "1", "--top-p", "0"], "top_p=0.0: expected"),
-    (["--max-new-tokens", "0"], "--max-new-tokens=0: expected"), (["--slm", "no/such/folder"], "--slm no/such/folder: there is no such folder"),
-    (["--llm", "./nothing"], "--llm ./nothing: there is no such folder"), (["--llm", "analysis"], "--llm analysis: this folder has no config.json"),
-    (["--device", "nope"], "'nope' is no device that torch can use here"),
-    (["--dtype", "nope"], "invalid choice: 'nope'"),
-])
+@pytest.mark.parametrize("argv, message",
+                         [(["--tau", "2"], "tau=2.0: expected a number in"),
+                          (["--tau", "nan"], "tau=nan: expected a number in"),
+                          (["--router", "slm", "--tau", "0.1"], "--tau 0.1 belongs to --router entropy"),
+                          (["--p", "0.1"], "--p 0.1 belongs to --router random"),
+                          (["--router", "random", "--p", "1.5"], "p=1.5: expected a probability"),
+                          (["--top-p", "0.5"], "--top-p 0.5 needs a --temperature"),
+                          (["--temperature", "-1"], "temperature=-1.0: expected"),
+                          (["--temperature", "1", "--top-p", "0"], "top_p=0.0: expected"),
+                          (["--max-new-tokens", "0"], "--max-new-tokens=0: expected"),
+                          (["--slm", "no/such/folder"], "--slm no/such/folder: there is no such folder"),
+                          (["--llm", "./nothing"], "--llm ./nothing: there is no such folder"),
+                          (["--llm", "analysis"], "--llm analysis: this folder has no config.json"),
+                          (["--device", "nope"], "'nope' is no device that torch can use here"),
+                          (["--dtype", "nope"], "invalid choice: 'nope'")])
 def test_main_refuses_bad_options_in_one_sentence(saved_pair, capsys, argv, message):
     with pytest.raises(SystemExit) as refused:
-        command.main(["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu", "w7", *argv])
+        command.main(["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu",
+                      "w7", *argv])
     assert refused.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -55,7 +63,8 @@ def test_main_refuses_what_is_no_question_and_names_the_words_it_does_not_know(s
         assert "expected a text" in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected a text, or a list of messages; give several"):
         rstitch.encode(words(9), ["w3", "w4"])
-    command.main(["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu", "--max-new-tokens", "2", "w7 who knows"])
+    command.main(["--slm", str(saved_pair / "slm"), "--llm", str(saved_pair / "llm"), "--device", "cpu",
+                  "--max-new-tokens", "2", "w7 who knows"])
     assert "note: unknown to the tokenizer: who knows" in capsys.readouterr().err
     (saved_pair / "bare").mkdir()
     tiny().save_pretrained(saved_pair / "bare")
@@ -71,7 +80,8 @@ def test_without_a_question_the_built_in_one_is_answered(capsys, argv, tau):
     command.main(["--tau", str(tau), "--device", "cpu", command.PROBLEM])
     text, line = capsys.readouterr().out.strip().split("\n")
     assert out[:-4] == ([f'python rstitch.py --tau {tau} "{command.PROBLEM}"', ""] if not argv else [])
-    assert out[-4] == text and out[-3].split(" switches")[0] == line.split(" switches")[0] and "tokens/s" in line
+    assert out[-4] == text and out[-3].split(" switches")[0] == line.split(" switches")[
+        0] and "tokens/s" in line
     assert out[-2:] == ["", "Every method on 200 problems, in a table, two minutes: python -m analysis.demo"]
 
 
@@ -81,7 +91,8 @@ def test_tokenizers_that_disagree_are_refused_naming_the_first_token():
         loading.check_same_tokenizer(words(9), words(12))
     marked = words(9)
     marked.add_special_tokens({"additional_special_tokens": ["<think>"]})
-    with pytest.raises(ValueError, match="token 9 is '<think>' for the SLM and None for the LLM.*--special-tokens-may-differ"):
+    with pytest.raises(ValueError, match="token 9 is '<think>' for the SLM and None for the "
+                       "LLM.*--special-tokens-may-differ"):
         loading.check_same_tokenizer(marked, words(9))
     loading.check_same_tokenizer(marked, words(9), special_may_differ=True)
     with pytest.raises(ValueError, match="token 10 is None for the SLM"):  # the ordinary one

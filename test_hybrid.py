@@ -307,7 +307,8 @@ def test_prompts_that_begin_alike_are_read_once(family):
     cuts = [59, 40, 40, 30, 17]
     ids, mask = loading.left_padded([stem[:n] + [2 + i] for i, n in enumerate(cuts)])
     options = dict(max_new_tokens=5, eos_token_id=[])
-    alone = [stitch(model, model, row[keep.bool()][None], LLMOnly(), **options) for row, keep in zip(ids, mask)]
+    alone = [stitch(model, model, row[keep.bool()][None], LLMOnly(), **options)
+             for row, keep in zip(ids, mask)]
     result = stitch(model, model, ids, LLMOnly(), attention_mask=mask, **options)
     assert result.calls == [[call._replace(entropy=mine.entropy) for call, mine in zip(one.calls[0], ours)]
                             for one, ours in zip(alone, result.calls)]

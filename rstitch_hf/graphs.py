@@ -6,16 +6,16 @@ import torch
 
 
 class Graphs:
-    """Steps of one CachedLM as CUDA graphs, each captured when it is first asked for; they share one memory pool. A model that cannot be
-    captured runs eagerly, after a warning that says why."""
+    """Steps of one CachedLM as CUDA graphs, each captured when it is first asked for; they share one memory
+    pool. A model that cannot be captured runs eagerly, after a warning that says why."""
 
     def __init__(self, device: torch.device):
         self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple]] = {}
         self.device, self.pool, self.stream, self.works = device, None, None, True
 
     def __call__(self, step: Callable[..., tuple], rows: slice, *key) -> tuple:
-        """step(rows, *key); the tensors that it returns are overwritten by the next step. rows, the whole batch, is no part of the key:
-        before Python 3.12 a slice cannot be one."""
+        """step(rows, *key); the tensors that it returns are overwritten by the next step. rows, the whole
+        batch, is no part of the key: before Python 3.12 a slice cannot be one."""
         if self.works and key not in self.captured:
             try:
                 self.captured[key] = self.capture(step, rows, *key)
@@ -31,18 +31,22 @@ class Graphs:
 
     def capture(self, step: Callable[..., tuple], rows: slice, *key) -> tuple[torch.cuda.CUDAGraph, tuple]:
         with torch.cuda.device(self.device):  # the model's, which need not be the current one
-            self.stream = self.stream or torch.cuda.Stream()  # one for all: memory of the pool goes from capture to capture on one stream only
-            graph, current, mode = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+            # One for all: memory of the pool goes from capture to capture on one stream only.
+            self.stream = self.stream or torch.cuda.Stream()
+            graph, current, mode = (torch.cuda.CUDAGraph(), torch.cuda.current_stream(),
+                                    torch.cuda.get_sync_debug_mode())
             self.stream.wait_stream(current)
             try:
-                with torch.cuda.stream(self.stream):  # lazy set-up must not be captured; a step that is repeated writes the same again
+                # Lazy set-up must not be captured; a step that is repeated writes the same again.
+                with torch.cuda.stream(self.stream):
                     for strict in (mode, "error"):  # a host sync is told here, where it does no harm
                         torch.cuda.set_sync_debug_mode(strict)
                         step(rows, *key)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
             current.wait_stream(self.stream)
-            torch._C._cuda_clearCublasWorkspaces()  # or the graph would keep the address of one that others may free
+            # Or the graph would keep the address of one that others may free.
+            torch._C._cuda_clearCublasWorkspaces()
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     out = step(rows, *key)

@@ -8,15 +8,16 @@ from transformers import AttentionInterface, PreTrainedModel
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Grouped-query attention by `sdpa` that reads every cached key once: queries (n, H, S, D), keys and values (n, K, T, D) of K <= H
-    heads, additive mask (n, 1, S, T) -> (n, S, H, D).
+    """Grouped-query attention by `sdpa` that reads every cached key once: queries (n, H, S, D), keys and
+    values (n, K, T, D) of K <= H heads, additive mask (n, 1, S, T) -> (n, S, H, D).
 
-    The query heads that share a key become rows of one query. transformers' own `sdpa`, given a mask, first copies keys and values
-    H / K times (since 5.23 only for reads of two tokens or more), which takes several times as long as the attention itself.
-    ValueError for soft caps and sinks: sdpa has neither, such models use eager.
-    """
+    The query heads that share a key become rows of one query. transformers' own `sdpa`, given a mask, first
+    copies keys and values H / K times (since 5.23 only for reads of two tokens or more), which takes several
+    times as long as the attention itself. ValueError for soft caps and sinks: sdpa has neither, such models
+    use eager."""
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
-        raise ValueError(f"{type(module).__name__} has a soft cap or sinks: expected attn_implementation='eager', not 'sdpa'")
+        raise ValueError(f"{type(module).__name__} has a soft cap or sinks: expected "
+                         "attn_implementation='eager', not 'sdpa'")
     n, H, S, D = query.shape
     shared = H // key.shape[1]
     query = query.reshape(n, -1, shared * S, D)  # (n, K, shared S, D)
@@ -32,20 +33,25 @@ AttentionInterface.register(GROUPED, grouped_attention)
 
 
 def attention_of(config) -> str:
-    """Which attention to use: ours where query heads share keys and the model would use sdpa without a soft cap, else the model's own."""
+    """Which attention to use: ours where query heads share keys and the model would use sdpa without a soft
+    cap, else the model's own."""
     heads = getattr(config, "num_attention_heads", 0)  # Mamba's has none
     shares = (getattr(config, "num_key_value_heads", None) or math.inf) < heads
     plain = config._attn_implementation == "sdpa" and not getattr(config, "attn_logit_softcapping", None)
     return GROUPED if shares and plain else config._attn_implementation
 
 
-# Of all causal models of transformers 5.23 that take position_ids, those that differ from a full recompute all the same.
-MISPLACED = frozenset("""gpt_neo moshi roberta roberta-prelayernorm camembert data2vec-text xlm-roberta xlm-roberta-xl xmod""".split())
+# Of all causal models of transformers 5.23 that take position_ids, those that differ from a full recompute
+# all the same.
+MISPLACED = frozenset((
+    "gpt_neo moshi roberta roberta-prelayernorm camembert data2vec-text xlm-roberta xlm-roberta-xl "
+    "xmod").split())
 
 
 @lru_cache(maxsize=None)
 def forward_arguments(kind: type) -> frozenset[str]:
-    """What the forward of a class of models takes; kept, because asking takes as long as a token of a small one."""
+    """What the forward of a class of models takes; kept, because asking takes as long as a token of a small
+    one."""
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
@@ -65,17 +71,20 @@ def cache_keyword(model) -> str:
 
 
 def bare(model):
-    """The model of transformers inside of one that torch.compile or PEFT made. An adapter lives in its layers, so it counts; compiled code
-    does not run, since every new shape would compile anew."""
+    """The model of transformers inside of one that torch.compile or PEFT made. An adapter lives in its
+    layers, so it counts; compiled code does not run, since every new shape would compile anew."""
     model = getattr(model, "_orig_mod", model)
     wrapped = callable(getattr(model, "get_base_model", None)) and not isinstance(model, PreTrainedModel)
     return model.get_base_model() if wrapped else model
 
 
 def check_servable(model, max_len: int, name: str = "model") -> None:
-    """ValueError or TypeError for a model whose rows cannot be at different lengths in one batch, before anything is computed."""
-    if any(getattr(config, "is_prompt_learning", False) for config in getattr(getattr(model, "_orig_mod", model), "peft_config", {}).values()):
-        raise ValueError(f"{name} has an adapter of virtual tokens: expected one that lives in the layers, such as LoRA")
+    """ValueError or TypeError for a model whose rows cannot be at different lengths in one batch, before
+    anything is computed."""
+    if any(getattr(config, "is_prompt_learning", False)
+           for config in getattr(getattr(model, "_orig_mod", model), "peft_config", {}).values()):
+        raise ValueError(f"{name} has an adapter of virtual tokens: expected one that lives in the layers, "
+                         "such as LoRA")
     model = bare(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{name} is a {type(model).__name__}: expected a decoder-only model of transformers")
@@ -94,20 +103,25 @@ def check_servable(model, max_len: int, name: str = "model") -> None:
         raise ValueError(f"{name} keeps a state that is not one key and value per token ({kept}) and was not "
                          f"tested: expected full or sliding attention layers only, or one of {tested}")
     if missing or model.get_output_embeddings() is None:
-        raise ValueError(f"{name} cannot be served: its forward takes no {', '.join(missing) or 'output embeddings'}")
+        raise ValueError(f"{name} cannot be served: its forward takes no "
+                         f"{', '.join(missing) or 'output embeddings'}")
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"{name} uses attn_implementation={attention!r}: expected 'sdpa' or 'eager'")
     if len(devices) > 1:
-        raise ValueError(f"{name} is spread over {len(devices)} devices: expected all of it on one; SLM and LLM may differ")
+        raise ValueError(f"{name} is spread over {len(devices)} devices: expected all of it on one; SLM and "
+                         "LLM may differ")
     if model.training:
         raise ValueError(f"{name} is in training mode: call .eval() first")
     if config.model_type in MISPLACED or getattr(config, "alibi", False):
         raise ValueError(f"{name} cannot be served: its positions or its mask do not follow position_ids")
     # Rotary frequencies that follow the longest row of a call would make rows depend on each other.
     ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in [ropes, *(r for r in ropes.values() if isinstance(r, dict))]:  # one for all layers, or one per type of layer
-        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or math.inf
+    # One for all layers, or one per type of layer.
+    for rope in [ropes, *(r for r in ropes.values() if isinstance(r, dict))]:
+        limit = (rope.get("original_max_position_embeddings")
+                 or getattr(config, "original_max_position_embeddings", None) or math.inf)
         kind = rope.get("rope_type", "default")
         if kind == "dynamic" or kind == "longrope" and max_len > limit:
-            raise ValueError(f"{name} has rope_type={kind!r}, whose frequencies change with the length of the longest "
-                             f"row: expected another type, or for longrope at most {limit} tokens, prompt and answer; asked for {max_len}")
+            raise ValueError(f"{name} has rope_type={kind!r}, whose frequencies change with the length of "
+                             f"the longest row: expected another type, or for longrope at most {limit} "
+                             f"tokens, prompt and answer; asked for {max_len}")

@@ -2,7 +2,6 @@
 import argparse
 from dataclasses import field, fields
 
-import rstitch
 from rstitch_hf.command import template_option, usable_device
 
 
