@@ -8,7 +8,7 @@ import sys
 import textwrap
 import warnings
 from contextlib import redirect_stdout
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,10 @@ from conftest import words
 from rstitch import LLM, SLM
 from rstitch_hf import command
 
+torch.set_num_threads(1)  # models this small only lose by threads
 ROOT = Path(__file__).parent
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CLAIMS.md", "DIFFERENCES.md", "SERVING.md")}
+NAMES = ("README.md", "CLAIMS.md", "DIFFERENCES.md", "SERVING.md")
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 README = PAGES["README.md"]
 FILE = re.compile(r"[\w.*-]+(/[\w.*-]*)+|[\w*-]+\.(py|md|jsonl?|txt|png|csv|ipynb|toml|ini)")
 COLUMNS = ["claim", "paper's figure", "real pair", "pocket pair", "verdict"]
@@ -46,7 +48,8 @@ def blocks(text: str) -> list[list[str]]:
     text = re.sub(r" \\\n +", " ", text)
     values = {f"${name}": value for name, value in re.findall(r'(?m)^    ([A-Z]+)="(.*)"$', text)}
     lines = [line.split(" && ")[0] for line in re.findall(r"(?m)^    (python .*)$", text)]
-    return [shlex.split(re.sub(r"\$[A-Z]+", lambda name: values[name[0]], line), comments=True) for line in lines]
+    filled = [re.sub(r"\$[A-Z]+", lambda name: values[name[0]], line) for line in lines]
+    return [shlex.split(line, comments=True) for line in filled]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -54,20 +57,28 @@ def commands(text: str) -> list[list[str]]:
     return blocks(text) + [shlex.split(found) for found in re.findall(r"`(python [^`]*)`", text)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def options(*target: str) -> set[str]:
     """The options that --help of ("rstitch.py",) or ("-m", module) lists."""
-    argv, out, runs = sys.argv, io.StringIO(), {"run_name": "__main__", "alter_sys": True}
+    argv, out = sys.argv, io.StringIO()
     try:
         sys.argv = [target[-1], "--help"]
         with warnings.catch_warnings(), redirect_stdout(out), pytest.raises(SystemExit) as ended:
             warnings.simplefilter("ignore")  # that the module has been imported already
-            runpy.run_module(target[1], **runs) if target[0] == "-m" else runpy.run_path(str(ROOT / target[0]), "", "__main__")
+            if target[0] == "-m":
+                runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / target[0]), run_name="__main__")
     finally:
         sys.argv = argv
     assert not ended.value.code
     listed = re.findall(r"(?m)^  (-.*?)(?:  |$)", out.getvalue())
     return {name for line in listed for name in re.findall(r"--[\w-]+", line)}
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of the demonstration's table."""
+    return re.split(r" {2,}", line.strip())
 
 
 def slug(heading: str) -> str:
@@ -101,7 +112,8 @@ def test_every_file_and_link_exists(page):
             target = ROOT / (path or page)
             assert target.exists(), link
             assert not anchor or anchor in map(slug, re.findall(r"(?m)^#+ (.*)$", target.read_text())), link
-    named = {part for code in re.findall(r"`([^`\n]+)`", text) for part in code.split() if FILE.fullmatch(part)}
+    parts = " ".join(re.findall(r"`([^`\n]+)`", text)).split()
+    named = {part for part in parts if FILE.fullmatch(part)}
     named |= {word for words_ in blocks(text) for word in words_[1:2] if word != "-m"}
     named |= set(re.findall(r"(?m)^    (?:pytest|pip install -r) (\S+\.\w+)", text))
     assert [name for name in sorted(named) if not list(ROOT.glob(name))] == []
@@ -120,7 +132,8 @@ def test_every_snippet_of_the_readme_runs(capsys, monkeypatch):
         exec(compile(code, "README.md", "exec"), names)
     assert len(snippets) >= 3 and "The answer is 4052" in capsys.readouterr().out
     sources = [[call.model for call in calls if call.kept] for calls in names["result"].calls]
-    torch.testing.assert_close(names["share"], torch.tensor([np.mean(row) for row in sources], dtype=torch.float32))
+    shares = torch.tensor([np.mean(row) for row in sources], dtype=torch.float32)
+    torch.testing.assert_close(names["share"], shares)
     assert torch.equal(names["out"], names["by_gap"].sequences)
     assert all({SLM, LLM} <= set(names[way].source.unique().tolist()) for way in ("by_gap", "by_r2r"))
 
@@ -128,7 +141,8 @@ def test_every_snippet_of_the_readme_runs(capsys, monkeypatch):
 def test_every_command_for_a_question_runs(saved_pair, capsys):
     """Tiny random models, with a chat template and two logit widths, stand in for pairs of elsewhere."""
     for name in ("slm", "llm"):
-        template = "{% for m in messages %}w5 {{ m['content'] }} w6{% endfor %}{% if enable_thinking %}w7{% endif %}"
+        template = ("{% for m in messages %}w5 {{ m['content'] }} w6{% endfor %}"
+                    "{% if enable_thinking %}w7{% endif %}")
         words(32, template).save_pretrained(saved_pair / name)
     ran = [words_[2:] for page in PAGES.values() for words_ in blocks(page) if words_[1] == "rstitch.py"]
     for argv in ran:
@@ -154,9 +168,8 @@ def test_the_built_in_problem_comes_out_as_the_readme_shows(capsys):
 def test_the_tables_of_the_demonstration_are_the_committed_one():
     whole = demo.show(json.loads((figures.results("table.json")).read_text()))
     assert textwrap.indent(whole, "    ") in PAGES["SERVING.md"]
-    split = lambda line: re.split(r" {2,}", line.strip())  # noqa: E731
-    head, units, *body = map(split, after(README, "Its table, shortened"))
-    full_head, full_units, *full = map(split, whole.splitlines())
+    head, units, *body = map(cells_of, after(README, "Its table, shortened"))
+    full_head, full_units, *full = map(cells_of, whole.splitlines())
     columns = [full_head.index(name) for name in head]
     assert units == [full_units[k] for k in columns] and len(columns) >= 3 and len(body) >= 4
     full = {name: cells for name, *cells in full[:-1]}
