@@ -189,7 +189,8 @@ def test_the_figures_of_the_readme_are_the_committed_ones():
         wanted = float(name.partition(" at ")[2].rstrip(" %") or 0) / 100
         run = figures.nearest(runs, "LLM alone" if drafts else method, wanted)
         shown = "not counted" if drafts else f"{100 * run['llm_share']:.1f}"
-        assert (right, share, speed) == (f"{100 * run['accuracy']:.1f}", shown, clock[name]) and run["n"] == 1000
+        assert (right, share, speed) == (f"{100 * run['accuracy']:.1f}", shown, clock[name])
+        assert run["n"] == 1000
     assert wall["n"] == 100 and "1,000 test problems" in README and "first\n100 problems" in README
     rules = {r["name"]: f"{100 * r['accuracy']:.1f} %" for r in frontier if r["kind"] == "fixed"}
     random = figures.nearest(runs, "random", 0.15)["accuracy"]
