@@ -25,7 +25,7 @@ from analysis.pocket.domain import problems
 from conftest import tiny, words
 
 torch.set_num_threads(1)
-ROOT = MODELS.parent.parent
+ROOT = RESULTS.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
