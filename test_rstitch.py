@@ -6,7 +6,6 @@ whatever the batch. """
 import math
 import pickle
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ import rstitch
 from conftest import FAMILIES, IDS, VOCAB, answers, assert_same_calls, prompts, tiny, untouchable
 from rstitch import (LLM, SLM, CachedLM, EntropyRouter, LLMOnly, RandomRouter, Sampling, SLMOnly, entropy,
                      row_seeds, stitch)
-from rstitch_hf import command, loading, serving
+from rstitch_hf import loading, serving
 from rstitch_hf.loading import left_padded
 
 torch.set_num_threads(1)  # models this small only lose by threads
@@ -1705,42 +1704,3 @@ def test_a_policy_of_another_hidden_size_is_refused():
                        "size 16"):
         stitch(tiny("Qwen2", 1), tiny("Llama", 2), IDS, rstitch.PolicyRouter(rstitch.Policy(16), 0.0),
                max_new_tokens=3)
-
-
-# ---- README ------------------------------------------------------------------------------------------------
-
-
-README = (Path(__file__).parent / "README.md").read_text()
-
-
-def readme_commands() -> list[list[str]]:
-    """The arguments of every `python rstitch.py` of the README."""
-    return [shlex.split(found, comments=True) for found in re.findall(r"python rstitch\.py([^\n`]*)", README)]
-
-
-def test_every_snippet_of_the_readme_runs(capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent)
-    names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(compile(code, "README.md", "exec"), names)
-    assert "The answer is" in capsys.readouterr().out
-    sources = [[call.model for call in calls if call.kept] for calls in names["result"].calls]
-    torch.testing.assert_close(names["share"],
-                               torch.tensor([np.mean(row) for row in sources], dtype=torch.float32))
-    assert torch.equal(names["out"],
-                       names["by_gap"].sequences) and all({SLM, LLM}
-                                                          <= set(names[way].source.unique().tolist())
-                                                          for way in ("by_gap", "by_r2r"))
-
-
-def test_every_command_of_the_readme_runs(saved_pair, capsys):
-    for argv in readme_commands():
-        # a real pair: tiny random models with a chat template and two logit widths in its place, fewer tokens
-        if "--slm" in argv:
-            argv[argv.index("--slm") + 1], argv[argv.index("--llm")
-                                                + 1] = str(saved_pair / "slm"), str(saved_pair / "llm")
-            argv[argv.index("--max-new-tokens") + 1] = "24"
-        if "--help" not in argv:
-            command.main(argv + ["--device", "cpu"])
-    out = capsys.readouterr().out
-    assert out.count("tokens/s") == len(readme_commands()) - 1 >= 3

@@ -1,13 +1,17 @@
 """How far a step is from what the machine can do.
 
-    python -m analysis.floors                      (0.5B and 1.5B shapes of Qwen2.5, batch 1, 8, 16 and 64, 300 cached tokens)
+    python -m analysis.floors              0.5B and 1.5B shapes of Qwen2.5, batch 1, 8, 16, 64, 300 cached tokens
     python -m analysis.floors --shapes 7B --dtype bfloat16 --batch 1 8
 
-A step reads one token in each row of a batch: read, entropy, draw, host read. It cannot take less than its bytes over
-the bandwidth of a stream that is only read, nor less than its operations over the best rate of a matrix product; both
-are measured in the same run, and the floor is the larger. Rows are appended to analysis/results/bench.jsonl. What each
-way to compute x W^T takes is printed beside (`TurnedLinear` of rstitch_hf/loading.py).
+Rows: bench.jsonl.
+Feeds: SERVING.md's section on speed.
+
+A step reads one token in each row of a batch: read, entropy, draw, host read. It cannot take less than its bytes
+over the bandwidth of a stream that is only read, nor less than its operations over the best rate of a matrix
+product. Both are measured in the same run, and the floor is the larger. What each way to compute x W^T takes is
+printed beside (`TurnedLinear` of rstitch_hf/loading.py).
 """
+
 import argparse
 from dataclasses import dataclass
 
@@ -41,8 +45,13 @@ def ways(rows: int, device: str, dtype: torch.dtype) -> dict:
 @torch.inference_mode()
 def products(batches: list[int], device: str, dtype: torch.dtype, rounds: int) -> dict[int, dict[str, float]]:
     """Milliseconds by rows and way, medians."""
-    return {rows: {name: float(np.median(ms)) for name, ms in interleaved(ways(rows, device, dtype), rounds, device).items()}
-            for rows in batches}
+    return {
+        rows: {
+            name: float(np.median(ms))
+            for name, ms in interleaved(ways(rows, device, dtype), rounds, device).items()
+        }
+        for rows in batches
+    }
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,10 @@ class Machine:
     def floor(self, shape: str, batch: int, context: int, itemsize: int) -> tuple[float, str]:
         """(milliseconds, what binds)."""
         _, read, live = bytes_of(shape, batch, context, itemsize)
-        bound = {"bytes": (read + live) / self.stream, "operations": operations(shape, batch, context) / self.peak}
+        bound = {
+            "bytes": (read + live) / self.stream,
+            "operations": operations(shape, batch, context) / self.peak,
+        }
         name = max(bound, key=bound.get)
         return 1e3 * bound[name], name
 
@@ -66,7 +78,9 @@ def measure_machine(device: str, dtype: torch.dtype, times: dict[int, dict[str, 
     return Machine(bandwidth(device, dtype), max(rates))
 
 
-def rows_of(shape: str, batches: list[int], context: int, machine: Machine, device: str, dtype: str, rounds: int) -> list[dict]:
+def rows_of(
+    shape: str, batches: list[int], context: int, machine: Machine, device: str, dtype: str, rounds: int
+) -> list[dict]:
     kind = getattr(torch, dtype)
     model = build(shape, context + rstitch.BLOCK, device, kind)
     turn_products(model)
@@ -76,26 +90,49 @@ def rows_of(shape: str, batches: list[int], context: int, machine: Machine, devi
         step = read_cost([lm], context, rounds)(0, [1] * batch)
         lm.close()
         floor, bound = machine.floor(shape, batch, context, kind.itemsize)
-        rows.append({"what": "step over floor", "shape": shape, "batch": batch, "context": context, "step_ms": step, "floor_ms": floor,
-                     "bound": bound, "of_floor": floor / step, "stream_gb_per_s": machine.stream / 1e9, "peak_gflop_per_s": machine.peak / 1e9,
-                     "device_name": device_name(device), "threads": torch.get_num_threads(), **provenance(0, rounds, device, dtype)})
+        rows.append(
+            {
+                "what": "step over floor",
+                "shape": shape,
+                "batch": batch,
+                "context": context,
+                "step_ms": step,
+                "floor_ms": floor,
+                "bound": bound,
+                "of_floor": floor / step,
+                "stream_gb_per_s": machine.stream / 1e9,
+                "peak_gflop_per_s": machine.peak / 1e9,
+                "device_name": device_name(device),
+                "threads": torch.get_num_threads(),
+                **provenance(0, rounds, device, dtype),
+            }
+        )
     return rows
 
 
 def show(row: dict) -> str:
-    return (f"{row['shape']:>6} batch {row['batch']:>3}: {row['step_ms']:7.0f} ms a step, floor {row['floor_ms']:7.0f} ms ({row['bound']}), "
-            f"floor / step {row['of_floor']:.2f}, higher is better")
+    return (
+        f"{row['shape']:>6} batch {row['batch']:>3}: {row['step_ms']:7.0f} ms a step, floor {row['floor_ms']:7.0f} ms ({row['bound']}), "
+        f"floor / step {row['of_floor']:.2f}, higher is better"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1.5B"], help="(default: 0.5B 1.5B)")
     add("--batch", nargs="+", type=int, default=[1, 8, 16, 64], help="rows (default: 1 8 16 64)")
     add("--context", type=int, default=300, help="cached tokens of each row (default: %(default)s)")
     add("--rounds", type=int, default=5, help="steps of each kind after a first one (default: %(default)s)")
     add("--device", type=usable_device, default="cpu", help="(default: %(default)s)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(default: %(default)s)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="(default: %(default)s)",
+    )
     args = parser.parse_args()
     try:
         for name in ("context", "rounds"):
@@ -107,9 +144,16 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     times = products(sorted({*args.batch, 1024}), args.device, dtype, args.rounds)
     for rows, ms in times.items():
-        print(f"{rows:>5} rows x {PRODUCT[1]} by {PRODUCT[0]}: " + ", ".join(f"{name} {one:.2f} ms" for name, one in ms.items()), flush=True)
+        print(
+            f"{rows:>5} rows x {PRODUCT[1]} by {PRODUCT[0]}: "
+            + ", ".join(f"{name} {one:.2f} ms" for name, one in ms.items()),
+            flush=True,
+        )
     machine = measure_machine(args.device, dtype, times)
-    print(f"stream {machine.stream / 1e9:.1f} GB/s, product {machine.peak / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads", flush=True)
+    print(
+        f"stream {machine.stream / 1e9:.1f} GB/s, product {machine.peak / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads",
+        flush=True,
+    )
     for shape in args.shapes:
         for row in rows_of(shape, args.batch, args.context, machine, args.device, args.dtype, args.rounds):
             append_row(FILE, row)

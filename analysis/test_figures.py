@@ -515,8 +515,8 @@ def executed(path: Path) -> str:
 
 
 def real_pair_commands() -> list[list[str]]:
-    """The README's commands for a real pair, [module, arguments ...], its shell variables filled in."""
-    block = re.search(r'    PAIR="(?:.*\n    )+.*', (ROOT / "README.md").read_text())[0]
+    """SERVING.md's commands for a real pair, [module, arguments ...], its shell variables filled in."""
+    block = re.search(r'    PAIR="(?:.*\n    )+.*', (ROOT / "SERVING.md").read_text())[0]
     lines, variables = [line.strip() for line in block.splitlines() if line.strip()], {}
     for line in lines:
         if found := re.fullmatch(r'([A-Z]+)="(.*)"', line):

@@ -8,13 +8,13 @@ from analysis.floors import Machine, operations
 
 
 def test_operations_are_two_per_weight_and_four_per_key_feature():
-    """mini-S by the model's own parameters: 2 rows, 10 cached tokens; the vectors (norms, biases) are counted as weights."""
+    """mini-S by the model's own parameters: 2 rows, 10 cached tokens; norms and biases count as weights."""
     weights = sum(p.numel() for p in build("mini-S", 64, "cpu", torch.float32).parameters())
     assert operations("mini-S", 2, 10) == 2 * (2 * weights + 4 * 4 * 128 * 10)
 
 
 def test_the_floor_is_the_larger_of_bytes_and_operations():
-    """0.5B: 494,032,768 weights of 4 bytes; a key or value of a token takes 24 layers x 2 heads x 64 = 3,072 features."""
+    """0.5B: 494,032,768 weights of 4 bytes; a token's keys take 24 layers x 2 heads x 64 = 3,072 features."""
     weights = 494_032_768
     assert sum(p.numel() for p in build("0.5B", 64, "meta", torch.float32).parameters()) == weights
     machine = Machine(stream=1e9, peak=1e12)
@@ -27,7 +27,7 @@ def test_the_floor_is_the_larger_of_bytes_and_operations():
 def test_rows_of_a_small_shape_say_what_was_measured():
     rows = floors.rows_of("mini-S", [1, 2], 20, Machine(1e10, 1e10), "cpu", "float32", 2)
     assert [(r["batch"], r["context"]) for r in rows] == [(1, 20), (2, 20)] and "mini-S" in SHAPES
-    assert all(r["step_ms"] > 0 and r["of_floor"] == pytest.approx(r["floor_ms"] / r["step_ms"]) for r in rows)
+    assert all(r["of_floor"] == pytest.approx(r["floor_ms"] / r["step_ms"]) for r in rows)
     assert "floor / step" in floors.show(rows[0])
 
 

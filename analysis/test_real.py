@@ -194,5 +194,5 @@ def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path,
 
 def test_needs_no_torch_and_no_pictures():
     heavy = "{'torch', 'transformers', 'matplotlib'}"
-    code = f"import sys; from analysis import real; assert not {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=MODELS.parent.parent, check=True)
+    code = f"import sys; from analysis.presentation import real; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=MODELS.parent.parent.parent, check=True)

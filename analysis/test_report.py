@@ -40,7 +40,7 @@ def test_the_readme_and_the_results_page_show_the_committed_figures():
     rows = list({(r["kind"], r["name"]): r for r in read_rows(report.RESULTS / "frontier.jsonl")}.values())
     assert frontier.recipes(rows) in page and frontier.ablations(rows) in page
     assert textwrap.indent(demo.show(json.loads((report.RESULTS / "table.json").read_text())),
-                           "    ") in (report.RESULTS.parent.parent / "README.md").read_text()
+                           "    ") in (report.RESULTS.parent.parent / "SERVING.md").read_text()
 
 
 def test_committed_design_properties_hold():

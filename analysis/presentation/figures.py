@@ -17,7 +17,7 @@ from analysis.presentation import real
 from analysis.presentation.real import MISSING, entropy_auroc, percent, share_above, table, within_problem
 from analysis.instruments.stats import PAPER_LABELS, bootstrap, difference
 from analysis.instruments.stats import gap_with_interval, net_time, outcomes_of
-from analysis.instruments.rows import read_rows
+from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.stats import ratio_of_means, signed, wilson, with_interval
 
 SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # for the colour-blind too
@@ -31,7 +31,7 @@ Finding = tuple[str, str]  # a figure and what it says of a claim
 
 def results(name: str) -> Path:
     """A file of results: of the folder RSTITCH_RESULTS names, else of this repository."""
-    return Path(os.environ.get("RSTITCH_RESULTS", Path(__file__).parent / "results")) / name
+    return Path(os.environ.get("RSTITCH_RESULTS", RESULTS)) / name
 
 
 def style() -> None:

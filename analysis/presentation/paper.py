@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from analysis.presentation.figures import FAMILY_STYLE, GREY, LLM_COLOUR, SLM_COLOUR, THIRD
+from analysis.instruments.rows import RESULTS
 from analysis.instruments.stats import wilson
 
-TABLE = Path(__file__).parent / "results" / "paper_table1.csv"
+TABLE = RESULTS / "paper_table1.csv"
 BENCHMARKS = ("AIME", "AMC", "Minerva", "MATH", "Olympiad")
 LAMBDA = 5e-6  # per ms, the paper's: what a millisecond of latency costs in R-Stitch+'s reward
 COLUMNS = [(budget, llm) for budget in ("8k", "16k") for llm in ("7B", "14B", "32B")]
