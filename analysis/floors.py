@@ -1,15 +1,15 @@
 """How far a step is from what the machine can do.
 
-    python -m analysis.floors              0.5B and 1.5B shapes of Qwen2.5, batch 1, 8, 16, 64, 300 cached tokens
+    python -m analysis.floors              0.5B and 1.5B shapes, batch 1 to 64, 300 cached tokens
     python -m analysis.floors --shapes 7B --dtype bfloat16 --batch 1 8
 
 Rows: bench.jsonl.
 Feeds: SERVING.md's section on speed.
 
-A step reads one token in each row of a batch: read, entropy, draw, host read. It cannot take less than its bytes
-over the bandwidth of a stream that is only read, nor less than its operations over the best rate of a matrix
-product. Both are measured in the same run, and the floor is the larger. What each way to compute x W^T takes is
-printed beside (`TurnedLinear` of rstitch_hf/loading.py).
+A step reads one token in each row of a batch: read, entropy, draw, host read. It cannot take less than its
+bytes over the bandwidth of a stream that is only read, nor less than its operations over the best rate of a
+matrix product. Both are measured in the same run, and the floor is the larger. What each way to compute
+x W^T takes is printed beside (`TurnedLinear` of rstitch_hf/loading.py).
 """
 
 import argparse
@@ -30,7 +30,7 @@ PRODUCT = (8960, 1536)  # outputs, inputs: the largest layer of the 1.5B shape
 
 
 def operations(shape: str, batch: int, context: int) -> int:
-    """Multiplications and additions of a step: two per weight and row, and four per cached key feature of a head."""
+    """Multiplications and additions of a step: two per weight and row, four per cached key feature."""
     hidden, _, layers, *_ = SHAPES[shape]
     return batch * (2 * bytes_of(shape, batch, context, 1)[1] + 4 * layers * hidden * context)
 
@@ -56,7 +56,7 @@ def products(batches: list[int], device: str, dtype: torch.dtype, rounds: int) -
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine can do: bytes per second of a stream that is only read, operations per second of a product."""
+    """Bytes per second of a stream that is only read, operations per second of a product."""
 
     stream: float
     peak: float
@@ -112,7 +112,8 @@ def rows_of(
 
 def show(row: dict) -> str:
     return (
-        f"{row['shape']:>6} batch {row['batch']:>3}: {row['step_ms']:7.0f} ms a step, floor {row['floor_ms']:7.0f} ms ({row['bound']}), "
+        f"{row['shape']:>6} batch {row['batch']:>3}: {row['step_ms']:7.0f} ms a step, "
+        f"floor {row['floor_ms']:7.0f} ms ({row['bound']}), "
         f"floor / step {row['of_floor']:.2f}, higher is better"
     )
 
@@ -151,7 +152,8 @@ def main() -> None:
         )
     machine = measure_machine(args.device, dtype, times)
     print(
-        f"stream {machine.stream / 1e9:.1f} GB/s, product {machine.peak / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads",
+        f"stream {machine.stream / 1e9:.1f} GB/s, product {machine.peak / 1e9:.0f} GFLOP/s, "
+        f"{torch.get_num_threads()} threads",
         flush=True,
     )
     for shape in args.shapes:

@@ -630,7 +630,7 @@ def test_grades():
 
 def test_figures_need_no_torch():
     heavy = "{'torch', 'transformers'}"
-    code = f"import sys; from analysis import figures, paper; assert not {heavy} & set(sys.modules)"
+    code = f"import sys; from analysis.presentation import figures, paper; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

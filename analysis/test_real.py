@@ -6,12 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from analysis import answers
-from analysis.presentation import real
-from analysis.pocket.weights import MODELS
 from analysis.instruments.task import Task
+from analysis.pocket.weights import MODELS
+from analysis.presentation import real
 
 
 def row(method: str = "slm", problem: int = 0, correct: bool = True, writer: str = "SSSS", entropy=None,
