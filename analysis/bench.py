@@ -44,6 +44,7 @@ from analysis.instruments.task import encode_problems, same_width
 from analysis.instruments.timing import now, rotated
 from analysis.pocket.domain import problems
 from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
+from rstitch_hf import serving
 from rstitch_hf.command import usable_device
 from rstitch_hf.loading import left_padded
 
@@ -217,7 +218,7 @@ def enable_gqa(q, k, v, mask, scale):
 
 def folded(q, k, v, mask, scale):
     """The one that rstitch keeps."""
-    return rstitch.grouped_attention(None, q, k, v, mask, scale)[0].transpose(1, 2)
+    return serving.grouped_attention(None, q, k, v, mask, scale)[0].transpose(1, 2)
 
 
 def folded_matmul(q, k, v, mask, scale):
