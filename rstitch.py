@@ -1,9 +1,9 @@
 """rstitch: one answer, written token by token by a small and a large language model.
 
-A small model (SLM) writes most of a chain of thought cheaply; a large one (LLM) writes those that matter.
-R-Stitch (arXiv 2507.17307) hands over where the SLM's next-token entropy is high. R-Stitch+ learns where, by
-reinforcement, with a latency model in its reward. R2R (arXiv 2505.21600) trains a network on tokens where the
-two models' reasoning diverges. Each is a router of a few lines in one loop over two cached models.
+A small model (SLM) writes most of a chain of thought cheaply; a large one (LLM) writes the tokens that
+matter. R-Stitch (arXiv 2507.17307) hands over where the SLM's next-token entropy is high. R-Stitch+ learns
+where, by reinforcement, with a latency model in its reward. R2R (arXiv 2505.21600) trains a network on tokens
+where the two models' reasoning diverges. Each is a router of a few lines in one loop over two cached models.
 
 The idea that keeps it small: a problem is ONE token sequence with TWO cursors into it, one per model. A
 cursor says how much of the sequence the model's KV cache has read. Prefill, catching up after a switch and
@@ -24,8 +24,7 @@ the proposing model):
 Sections: 1 Algorithm 1 · 2 uncertainty and sampling · 3 routers · 4 stitching · 5 cached models · 6 which
 rows a call serves · 7 what goes in and what comes out · 8 latency model · 9 R2R · 10 R-Stitch+. The method is
 read in 1 to 4. To change the router, touch one class of 3; the sampling rule, `Sampling.draw`; the cache,
-`StitchLayer`.
-What ties this to transformers and its checkpoints stands in rstitch_hf/.
+`StitchLayer`. What ties this to transformers and its checkpoints stands in rstitch_hf/.
 
 Glossary (code name, paper symbol, unit, default):
 
@@ -417,13 +416,14 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
     slm, llm: a decoder-only model of transformers each, or a CachedLM.
     input_ids: lists of token ids, or a tensor (B, P). Of a tensor every token counts, or with attention_mask
       (B, P) those that are not padding, zeros on the left. Without one, rows that look padded are refused.
-    max_new_tokens: of each row, or one number per row. temperature, top_k, top_p: see `Sampling`.
-    eos_token_id: None takes every EOS of either model's generation config, [] none. pad_token_id: fills short
-    answers. None takes the models', else the first that ends an answer, else 0. seed: see `row_seeds`.
-    on_token(row, call): sees every forward pass, in each row's order. stop(row, ids): ends a row after the
-    token that makes it true; ids are the answer so far. process(row, ids, logits): returns the scores (V,)
-    from which each proposal of either model is drawn, before
-      temperature, top_k and top_p. logits (V,) are raw, float32, of the common vocabulary; ids are prompt and
+    max_new_tokens: of each row, or one number per row.
+    temperature, top_k, top_p: see `Sampling`. seed: see `row_seeds`.
+    eos_token_id: None takes every EOS of either model's generation config, [] none.
+    pad_token_id: fills short answers. None takes the models', else the first that ends an answer, else 0.
+    on_token(row, call): sees every forward pass, in each row's order.
+    stop(row, ids): ends a row after the token that makes it true; ids are the answer so far.
+    process(row, ids, logits): returns the scores (V,) from which each proposal of either model is drawn,
+      before temperature, top_k and top_p. logits (V,) are raw, float32, of the common vocabulary; ids are prompt and
       answer; it changes neither. Entropies, and the logits that a router sees, stay the raw ones.
     slots: at most so many rows are in the caches at once, a finished one's slot goes to the next prompt; None
       takes all at once. What prompts begin with alike is read once and copied.

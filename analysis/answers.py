@@ -19,12 +19,12 @@ from pathlib import Path
 
 import rstitch
 from analysis.instruments.options import add_options, given
-from analysis.instruments.problems import PARTS, question, verify
+from analysis.instruments.problems import PARTS, question
 from analysis.instruments.progress import progress
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson
-from analysis.instruments.task import SEED, Task, encode_problems, ends_of
+from analysis.instruments.task import SEED, Task, encode_problems, ends_of, graded
 from rstitch import fingerprint
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
@@ -74,8 +74,7 @@ def calls_of(row: dict) -> list[rstitch.Call]:
 
 
 def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Callable[[int, dict], None],
-           temperature: float = 0.0,
-           label: str = "") -> None:
+           temperature: float = 0.0, label: str = "") -> None:
     """Call save(index into todo, row) with each answer as it ends."""
     slm, llm, tokenizer, *_ = task.load()
     ends, (ids, mask) = ends_of((slm, llm)), encode_problems(tokenizer, todo, task)
@@ -84,17 +83,15 @@ def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Calla
 
         def count(i: int, call: rstitch.Call) -> None:
             calls[i].append(call)
-            finished = call.kept and call.token in ends
-            ended = finished or call.kept and call.position + 1 == task.max_new_tokens
+            ended = call.kept and (call.token in ends or call.position + 1 == task.max_new_tokens)
             if ended:
                 row = row_of(calls[i])
-                text = tokenizer.decode(row["tokens"], skip_special_tokens=True)
-                save(i, {"correct": verify(todo[i], text, finished), "finished": finished, **row})
+                verdict = graded(tokenizer, ends, todo[i], row["tokens"])
+                save(i, {"correct": verdict["correct"], "finished": verdict["finished"], **row})
             bar.update(ended)
 
         rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=task.max_new_tokens,
-                       temperature=temperature, seed=list(seeds),
-                       slots=task.rows, on_token=count)
+                       temperature=temperature, seed=list(seeds), slots=task.rows, on_token=count)
 
 
 def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temperature: float = 0.0,
@@ -108,8 +105,8 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
     digests = [hashlib.sha256(question(problem).encode()).hexdigest()[:12] for problem in chosen]
     seeds = rstitch.row_seeds(SEED, len(chosen))
 
-    store = Rows(path, lambda row: tuple(row[name] for name in ("method", "problem", "sample",
-                                                                "question")), lambda key: world)
+    named = ("method", "problem", "sample", "question")
+    store = Rows(path, lambda row: tuple(row[name] for name in named), lambda key: world)
     keys = {method: [(method, i // samples, i % samples, digest) for i, digest in enumerate(digests)]
             for method in methods}
     for method in methods:
@@ -117,10 +114,9 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
         todo = [i for i, key in enumerate(keys[method]) if key in lacking]
 
         def save(at: int, row: dict) -> None:
-            name, problem, sample, digest = key = keys[method][todo[at]]
-            store.add(key, {"what": "answer", "method": name, "problem": problem, "sample": sample,
-                            "question": digest, **row,
-                            "rows": task.rows, **provenance(SEED, n, task.device, task.dtype)})
+            key = keys[method][todo[at]]
+            store.add(key, {"what": "answer", **dict(zip(named, key)), **row, "rows": task.rows,
+                            **provenance(SEED, n, task.device, task.dtype)})
 
         if todo:
             answer(task, router_of(method), [chosen[i] for i in todo], [seeds[i] for i in todo], save,

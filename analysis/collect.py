@@ -83,8 +83,8 @@ def write_on(settings: Settings, router, prompts: list[list[int]], temperature: 
     stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=room,
                               temperature=temperature, slots=settings.rows,
                               seed=0 if seeds is None else [seeds[k] for k in order])
-    for k, calls in zip(order, stitched.calls):
-        out[k] = [call for call in calls if call.kept]
+    for k, kept in zip(order, stitched.kept):
+        out[k] = kept
     return out
 
 

@@ -5,7 +5,7 @@
     python -m analysis.compare $P --router router --policies policies --out results
 
 Rows: compare.jsonl.
-Feeds: the results page's tables at equal LLM share, by the clock and of tau from the SLM alone; frontier.png.
+Feeds: the results page's tables at equal LLM share, by the clock and of tau from the SLM alone; readme.png.
 
 A family of routers has one knob. It is turned over a grid on the calibration split, running; the knob for a
 wanted share is read off by interpolation (where several would do, as with R-Stitch, the one that was most
@@ -44,7 +44,7 @@ from transformers import GenerationConfig
 import rstitch
 from analysis import label
 from analysis.instruments.options import add_options, given
-from analysis.instruments.problems import question, verify
+from analysis.instruments.problems import question
 from analysis.instruments.provenance import provenance
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import at_share, difference, net_time, signed, with_interval
@@ -60,6 +60,7 @@ from analysis.instruments.task import (
     digest_of,
     encode_problems,
     ends_of,
+    graded,
     measure,
     same_width,
     solve,
@@ -292,9 +293,7 @@ def assisted_row(task: Task, n: int) -> dict:
     pair, solved = task.load(), []
     for problem in task.split("test", n):
         tokens, calls = assisted(pair, encode_problems(pair[2], [problem], task)[0], task.max_new_tokens)
-        text, finished = pair[2].decode(tokens, skip_special_tokens=True), tokens[-1] in pair[3]
-        solved.append({"correct": verify(problem, text, finished), "finished": finished,
-                       "tokens": len(tokens), "calls": calls,
+        solved.append({**graded(pair[2], pair[3], problem, tokens), "tokens": len(tokens), "calls": calls,
                        "llm_tokens": sum(call.model == rstitch.LLM for call in calls)})
     return {"kind": "assisted", "family": "speculative decoding", "knob": None, **summarise(task, solved)}
 

@@ -11,8 +11,8 @@ bytes over the bandwidth of a stream that is only read, nor less than its operat
 matrix product. Both are measured in the same run, and the floor is the larger. What each way to compute
 x W^T takes is printed beside (`TurnedLinear` of rstitch_hf/loading.py).
 """
-
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,8 @@ import torch
 from torch.nn.functional import linear
 
 import rstitch
-from analysis.bench import FILE, SHAPES, bandwidth, build, bytes_of, device_name, interleaved, read_cost
-from analysis.instruments.provenance import provenance
+from analysis.bench import FILE, SHAPES, bandwidth, build, bytes_of, interleaved, read_cost
+from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import append_row
 from rstitch_hf.command import usable_device
 from rstitch_hf.loading import turn_products
@@ -45,17 +45,13 @@ def ways(rows: int, device: str, dtype: torch.dtype) -> dict:
 @torch.inference_mode()
 def products(batches: list[int], device: str, dtype: torch.dtype, rounds: int) -> dict[int, dict[str, float]]:
     """Milliseconds by rows and way, medians."""
-    return {
-        rows: {
-            name: float(np.median(ms))
-            for name, ms in interleaved(ways(rows, device, dtype), rounds, device).items()
-        }
-        for rows in batches
-    }
+    return {rows: {name: float(np.median(ms))
+                   for name, ms in interleaved(ways(rows, device, dtype), rounds, device).items()}
+            for rows in batches}
 
 
 @dataclass(frozen=True)
-class Machine:
+class Limits:
     """Bytes per second of a stream that is only read, operations per second of a product."""
 
     stream: float
@@ -64,76 +60,53 @@ class Machine:
     def floor(self, shape: str, batch: int, context: int, itemsize: int) -> tuple[float, str]:
         """(milliseconds, what binds)."""
         _, read, live = bytes_of(shape, batch, context, itemsize)
-        bound = {
-            "bytes": (read + live) / self.stream,
-            "operations": operations(shape, batch, context) / self.peak,
-        }
+        bound = {"bytes": (read + live) / self.stream,
+                 "operations": operations(shape, batch, context) / self.peak}
         name = max(bound, key=bound.get)
         return 1e3 * bound[name], name
 
 
-def measure_machine(device: str, dtype: torch.dtype, times: dict[int, dict[str, float]]) -> Machine:
+def measure_limits(device: str, dtype: torch.dtype, times: dict[int, dict[str, float]]) -> Limits:
     """The peak is the best rate of any product that was timed, one of 1,024 rows among them."""
     rates = [2e3 * rows * PRODUCT[0] * PRODUCT[1] / min(ms.values()) for rows, ms in times.items()]
-    return Machine(bandwidth(device, dtype), max(rates))
+    return Limits(bandwidth(device, dtype), max(rates))
 
 
-def rows_of(
-    shape: str, batches: list[int], context: int, machine: Machine, device: str, dtype: str, rounds: int
-) -> list[dict]:
+def rows_of(shape: str, batches: list[int], context: int, limits: Limits, device: str, dtype: str,
+            rounds: int) -> Iterator[dict]:
+    """A row for each batch, as it is measured."""
     kind = getattr(torch, dtype)
     model = build(shape, context + rstitch.BLOCK, device, kind)
     turn_products(model)
-    rows = []
     for batch in batches:
         lm = rstitch.CachedLM(model, batch, context + rstitch.BLOCK)
         step = read_cost([lm], context, rounds)(0, [1] * batch)
         lm.close()
-        floor, bound = machine.floor(shape, batch, context, kind.itemsize)
-        rows.append(
-            {
-                "what": "step over floor",
-                "shape": shape,
-                "batch": batch,
-                "context": context,
-                "step_ms": step,
-                "floor_ms": floor,
-                "bound": bound,
-                "of_floor": floor / step,
-                "stream_gb_per_s": machine.stream / 1e9,
-                "peak_gflop_per_s": machine.peak / 1e9,
-                "device_name": device_name(device),
-                "threads": torch.get_num_threads(),
-                **provenance(0, rounds, device, dtype),
-            }
-        )
-    return rows
+        floor, bound = limits.floor(shape, batch, context, kind.itemsize)
+        yield {"what": "step over floor", "shape": shape, "batch": batch, "context": context, "step_ms": step,
+               "floor_ms": floor, "bound": bound, "of_floor": floor / step,
+               "stream_gb_per_s": limits.stream / 1e9, "peak_gflop_per_s": limits.peak / 1e9,
+               "machine": machine(device), "threads": torch.get_num_threads(),
+               **provenance(0, rounds, device, dtype)}
 
 
 def show(row: dict) -> str:
-    return (
-        f"{row['shape']:>6} batch {row['batch']:>3}: {row['step_ms']:7.0f} ms a step, "
-        f"floor {row['floor_ms']:7.0f} ms ({row['bound']}), "
-        f"floor / step {row['of_floor']:.2f}, higher is better"
-    )
+    return (f"{row['shape']:>6} batch {row['batch']:>3}: {row['step_ms']:7.0f} ms a step, "
+            f"floor {row['floor_ms']:7.0f} ms ({row['bound']}), "
+            f"floor / step {row['of_floor']:.2f}, higher is better")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["0.5B", "1.5B"], help="(default: 0.5B 1.5B)")
     add("--batch", nargs="+", type=int, default=[1, 8, 16, 64], help="rows (default: 1 8 16 64)")
     add("--context", type=int, default=300, help="cached tokens of each row (default: %(default)s)")
     add("--rounds", type=int, default=5, help="steps of each kind after a first one (default: %(default)s)")
     add("--device", type=usable_device, default="cpu", help="(default: %(default)s)")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="(default: %(default)s)",
-    )
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="(default: %(default)s)")
     args = parser.parse_args()
     try:
         for name in ("context", "rounds"):
@@ -145,19 +118,13 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     times = products(sorted({*args.batch, 1024}), args.device, dtype, args.rounds)
     for rows, ms in times.items():
-        print(
-            f"{rows:>5} rows x {PRODUCT[1]} by {PRODUCT[0]}: "
-            + ", ".join(f"{name} {one:.2f} ms" for name, one in ms.items()),
-            flush=True,
-        )
-    machine = measure_machine(args.device, dtype, times)
-    print(
-        f"stream {machine.stream / 1e9:.1f} GB/s, product {machine.peak / 1e9:.0f} GFLOP/s, "
-        f"{torch.get_num_threads()} threads",
-        flush=True,
-    )
+        print(f"{rows:>5} rows x {PRODUCT[1]} by {PRODUCT[0]}: "
+              + ", ".join(f"{name} {one:.2f} ms" for name, one in ms.items()), flush=True)
+    limits = measure_limits(args.device, dtype, times)
+    print(f"{machine(args.device)}: stream {limits.stream / 1e9:.1f} GB/s, product "
+          f"{limits.peak / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads", flush=True)
     for shape in args.shapes:
-        for row in rows_of(shape, args.batch, args.context, machine, args.device, args.dtype, args.rounds):
+        for row in rows_of(shape, args.batch, args.context, limits, args.device, args.dtype, args.rounds):
             append_row(FILE, row)
             print(show(row), flush=True)
 

@@ -3,7 +3,7 @@
     python -m analysis.frontier              skips what is there, prints all
 
 Rows: frontier.jsonl.
-Feeds: the results page's tables of R-Stitch+ and of its ablations; notebook 4 and frontier.png.
+Feeds: the results page's tables of R-Stitch+ and of its ablations; notebook 4.
 
 The frontier is what fixed rules reach: one threshold, a threshold on a windowed entropy, two thresholds,
 either model alone, interpolated between neighbours. The gap of a method is 1 - its latency / the frontier's

@@ -40,7 +40,7 @@ def answer(task: Task, method: str, chosen: list) -> list[list[int]]:
     ids, mask = encode_problems(tokenizer, chosen, task)
     result = rstitch.stitch(slm, llm, ids, METHODS[method], attention_mask=mask,
                             max_new_tokens=task.max_new_tokens, seed=SEED)
-    return [[call.token for call in calls if call.kept] for calls in result.calls]
+    return [[call.token for call in kept] for kept in result.kept]
 
 
 def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:

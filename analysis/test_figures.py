@@ -537,8 +537,8 @@ def planted(real, monkeypatch):
     grids."""
     monkeypatch.chdir(real)
     right = lambda question, text: zlib.crc32((text + question).encode()) % 2 == 0  # noqa: E731
-    for module in (task, compare):  # random models are never right
-        monkeypatch.setattr(module, "verify", lambda problem, text, finished: right(problem.question, text))
+    # random models are never right
+    monkeypatch.setattr(task, "verify", lambda problem, text, finished: right(problem.question, text))
     monkeypatch.setattr(collect, "grade", lambda text, row, finished: right(row["question"], text))
     make = label.make_labels  # and hardly ever end an answer: labels are planted after all stages have run
     plant = lambda row: {**row, "labels": ("DN" * 99)[:len(row["labels"])]}  # noqa: E731

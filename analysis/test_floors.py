@@ -4,7 +4,7 @@ import torch
 
 from analysis import floors
 from analysis.bench import SHAPES, build
-from analysis.floors import Machine, operations
+from analysis.floors import Limits, operations
 
 
 def test_operations_are_two_per_weight_and_four_per_key_feature():
@@ -17,15 +17,15 @@ def test_the_floor_is_the_larger_of_bytes_and_operations():
     """0.5B: 494,032,768 weights of 4 bytes; a token's keys take 24 layers x 2 heads x 64 = 3,072 features."""
     weights = 494_032_768
     assert sum(p.numel() for p in build("0.5B", 64, "meta", torch.float32).parameters()) == weights
-    machine = Machine(stream=1e9, peak=1e12)
-    ms, bound = machine.floor("0.5B", 1, 300, 4)
+    limits = Limits(stream=1e9, peak=1e12)
+    ms, bound = limits.floor("0.5B", 1, 300, 4)
     assert (ms, bound) == (pytest.approx(1e3 * (4 * weights + 4 * 2 * 3072 * 300) / 1e9), "bytes")
-    ms, bound = Machine(1e12, 1e9).floor("0.5B", 8, 300, 4)
+    ms, bound = Limits(1e12, 1e9).floor("0.5B", 8, 300, 4)
     assert (ms, bound) == (pytest.approx(1e3 * 8 * (2 * weights + 4 * 24 * 896 * 300) / 1e9), "operations")
 
 
 def test_rows_of_a_small_shape_say_what_was_measured():
-    rows = floors.rows_of("mini-S", [1, 2], 20, Machine(1e10, 1e10), "cpu", "float32", 2)
+    rows = list(floors.rows_of("mini-S", [1, 2], 20, Limits(1e10, 1e10), "cpu", "float32", 2))
     assert [(r["batch"], r["context"]) for r in rows] == [(1, 20), (2, 20)] and "mini-S" in SHAPES
     assert all(r["of_floor"] == pytest.approx(r["floor_ms"] / r["step_ms"]) for r in rows)
     assert "floor / step" in floors.show(rows[0])

@@ -196,6 +196,12 @@ def encode_problems(tokenizer, chosen: Sequence,
     return settings.encode(tokenizer, *map(question, chosen))
 
 
+def graded(tokenizer, ends: Sequence[int], problem, tokens: Sequence[int]) -> dict:
+    """What an answer says, whether it came to its end, and whether it is right."""
+    text, finished = tokenizer.decode(tokens, skip_special_tokens=True), tokens[-1] in ends
+    return {"text": text, "correct": verify(problem, text, finished), "finished": finished}
+
+
 def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = "", progress: bool = True,
           seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, settings: Prompting = Prompting(),
           **options) -> list[dict]:
@@ -213,12 +219,9 @@ def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = ""
         result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens,
                                 seed=rstitch.row_seeds(seed, len(chosen)),
                                 slots=batch_size, on_token=count if progress else None, **options)
-    for problem, calls in zip(chosen, result.calls):
-        kept = [call for call in calls if call.kept]
-        text = tokenizer.decode([call.token for call in kept], skip_special_tokens=True)
-        finished = kept[-1].token in ends
-        out.append({"text": text, "correct": verify(problem, text, finished), "finished": finished,
-                    "tokens": len(kept), "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
+    for problem, calls, kept in zip(chosen, result.calls, result.kept):
+        out.append({**graded(tokenizer, ends, problem, [call.token for call in kept]), "tokens": len(kept),
+                    "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
                     "entropy": float(np.mean([call.entropy for call in kept])), "calls": calls})
     return out
 
