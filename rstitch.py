@@ -21,14 +21,15 @@ the proposing model):
     LLM      stay   (H >  tau)      kept                          LLM
     LLM      leave  (H <= tau)      kept                          SLM
 
-Sections: 1 Algorithm 1 · 2 uncertainty and sampling · 3 routers · 4 stitching · 5 cached models · 6 which
-rows a call serves · 7 what goes in and what comes out · 8 latency model · 9 R2R · 10 R-Stitch+. The method is
-read in 1 to 4. To change the router, touch one class of 3; the sampling rule, `Sampling.draw`; the cache,
-`StitchLayer`. What ties this to transformers and its checkpoints stands in rstitch_hf/.
+Sections: 1 Algorithm 1; 2 uncertainty and sampling; 3 routers; 4 stitching; 5 cached models; 6 which rows a
+call serves; 7 what goes in and what comes out; 8 latency model; 9 R2R; 10 R-Stitch+. The method is read in 1
+to 4; 6 changes no result, 7 is checks. To change the router, touch one class of 3; the sampling rule,
+`Sampling`; the cache, `StitchLayer`. What ties this to transformers' models stands in rstitch_hf/.
 
 Glossary (code name, paper symbol, unit, default):
 
-    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache slots; logits; hidden size
+    B, n, S, T, V, D   rows of a batch; rows and tokens of one read; cache columns; logits; hidden size
+    slot, column       a row's place in a cache, where one row follows another; a token's place in a row
     P, N, G            prompt columns; tokens of the longest answer; answers per prompt (training: P prompts)
     entropy            H_t of R-Stitch Eq. 1, in nats. The paper divides by log V; here the unit is named
     tau                entropy threshold, R-Stitch section 3; normalised to [0, 1] unless unit="nats"; 0.02
@@ -92,8 +93,8 @@ def check_count(name: str, value, least: int = 1) -> None:
 
 
 # ---- 1. Algorithm 1 ----------------------------------------------------------------------------------------
-# R-Stitch in plain sight. What comes below does the same for any number of rows, with every token read once
-# by each model, and with sampling; the tests assert that both give the same tokens.
+# R-Stitch in plain sight. What comes below does the same for any number of rows, with every token read at
+# most once by each model, and with sampling; the tests assert that both give the same tokens.
 
 
 @torch.no_grad()
@@ -108,6 +109,7 @@ def stitch_reference(slm, llm, ids: list[int], router, n: int) -> tuple[list[int
         out = models[active](sequence, output_hidden_states=True)
         logits = out.logits[:, -1, :V].float()  # (1, V)
         token, H = logits.argmax(-1), entropy(logits)
+        # The last window - 1 entropies, NaN before the first. (A slice from -(window - 1) fails at window 1.)
         history = torch.tensor([([math.nan] * window + entropies)[len(entropies) + 1:]])  # (1, window - 1)
         step = Step([0], [0], logits, out.hidden_states[-1][:, -1], token, H,
                     torch.tensor([len(answer)]), torch.tensor([sequence.shape[1]]), history)
@@ -130,7 +132,8 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of the next-token distribution in nats, float32: (..., V) -> (...).
 
     R-Stitch Eq. 1 without its division by log V. In float32: bfloat16 is off by some hundredths of a nat at
-    V = 152k, more than the thresholds of interest. p log p is 0 where p underflows or a logit is -inf."""
+    V = 152k, and the paper's smallest tau, 0.001, is 0.012 nats there. p log p is 0 where p underflows or a
+    logit is -inf."""
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
@@ -268,8 +271,7 @@ def uniforms(seed: int, seeds: list[int], positions: list[int], model: int) -> l
 
 @dataclass(frozen=True)
 class RandomRouter:
-    """Leave the SLM with probability p, stay with the LLM with `stay`: the baseline at an
-    equal LLM share.
+    """Leave the SLM with probability p, stay with the LLM with `stay`: the baseline at an equal LLM share.
 
     The LLM writes p / (1 - stay (1 - p)) of the tokens in the long run, p with the default.
     ValueError for what is no probability."""
@@ -301,21 +303,19 @@ class RandomRouter:
 # which rows share a call (section 6).
 
 
+Process = Callable[[int, list[int], torch.Tensor], torch.Tensor]  # (row, ids, logits (V,)) -> scores (V,)
+
+
 class Call(NamedTuple):
     """One logical forward pass of one model about one row, even if it was read in chunks."""
 
     model: int  # SLM or LLM
     position: int  # index in the answer of the token it proposed
-    n_inf: int  # tokens read by this call (pads excluded)
-    n_kv: int  # tokens in the model's cache before it
+    n_inf: int  # tokens that this call reads, as if its row ran alone: no pads, and what was copied counts
+    n_kv: int  # tokens that its model had read of the row before it
     token: int  # the proposal
     entropy: float  # nats, of the raw distribution over the common vocabulary
     kept: bool  # False: an SLM proposal that the router discarded
-
-
-def count_switches(calls: Sequence[Call]) -> int:
-    """How often the active model of a row changed, in either direction."""
-    return sum(a.model != b.model for a, b in zip(calls, calls[1:]))
 
 
 @dataclass(eq=False)
@@ -341,22 +341,38 @@ class Row:
     n_prompt: int
     active: int
     limit: int = 0  # tokens that it may write
-    slot: int | None = None  # where it lies in both caches, like the prompts unless there are fewer
+    slot: int = 0  # where it lies in both caches, once it is admitted
     uniform: list[list[float]] = field(default_factory=list)  # by position, a draw for SLM and LLM
     calls: list[Call] = field(default_factory=list)
     kept: list[Call] = field(default_factory=list)  # those whose token was appended, one per answer token
     begun: set[int] = field(default_factory=set)  # which models have read of it
     done: bool = False
 
-    def __post_init__(self):
-        self.slot = self.index if self.slot is None else self.slot
+
+def histories(rows: list[Row], width: int, device) -> torch.Tensor:
+    """(n, width) entropies of each row's last kept tokens, NaN where there are fewer."""
+    lines = [[row.kept[t].entropy if t >= 0 else math.nan
+              for t in range(len(row.kept) - width, len(row.kept))] for row in rows]
+    return torch.tensor(lines, dtype=torch.float32, device=device)
+
+
+def propose(model: int, lm: CachedLM, rows: list[Row], unread: list[list[int]], position: list[int],
+            vocab: int, sampling: Sampling, process: Process | None) -> Output:
+    """Each row reads its tokens; its proposal is drawn from the logits, as `process` changes them."""
+    uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
+    slots = [row.slot for row in rows]
+    if process is None:
+        return lm.read(slots, unread, vocab, sampling, uniform)
+    out = lm.read(slots, unread, vocab)
+    check_entropies(model, rows, out.entropy.tolist())
+    return out._replace(token=draw_processed(process, rows, out.logits, sampling, uniform))
 
 
 def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampling: Sampling,
             process: Process | None = None) -> list[Call]:
     """`model` reads what it has not read of each row and proposes a token; the router decides who goes on."""
     unread = [row.ids[lm.cursor[row.slot]:] for row in rows]
-    n_kv = [lm.cursor[row.slot] if model in row.begun else 0 for row in rows]  # a copy counts as read
+    n_kv = [lm.cursor[row.slot] if model in row.begun else 0 for row in rows]  # see `Call`
     n_inf = [len(row.ids) - start for row, start in zip(rows, n_kv)]
     position = [len(row.ids) - row.n_prompt for row in rows]
     # Copied to the device before the read: a copy after it would wait for the read to end.
@@ -402,7 +418,7 @@ def write(rows: list[Row], lms: Sequence[CachedLM], slots: int, router, vocab: i
                     on_token(row.index, call)
 
 
-@torch.inference_mode(False)  # even where the caller is in it: a router's clones must be trainable
+@torch.inference_mode(False)  # even where the caller is in it: a router clones what it sees to train on it
 @torch.no_grad()
 def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, *,
            attention_mask: torch.Tensor | None = None, max_new_tokens: int | Sequence[int],
@@ -420,11 +436,11 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
     temperature, top_k, top_p: see `Sampling`. seed: see `row_seeds`.
     eos_token_id: None takes every EOS of either model's generation config, [] none.
     pad_token_id: fills short answers. None takes the models', else the first that ends an answer, else 0.
-    on_token(row, call): sees every forward pass, in each row's order.
+    on_token(row, call): sees every forward pass in each row's order, those of discarded proposals too.
     stop(row, ids): ends a row after the token that makes it true; ids are the answer so far.
     process(row, ids, logits): returns the scores (V,) from which each proposal of either model is drawn,
-      before temperature, top_k and top_p. logits (V,) are raw, float32, of the common vocabulary; ids are prompt and
-      answer; it changes neither. Entropies, and the logits that a router sees, stay the raw ones.
+      before temperature, top_k and top_p. logits (V,) are raw, float32, of the common vocabulary; ids are
+      prompt and answer; it changes neither. Entropies, and the logits that a router sees, stay the raw ones.
     slots: at most so many rows are in the caches at once, a finished one's slot goes to the next prompt; None
       takes all at once. What prompts begin with alike is read once and copied.
 
@@ -459,12 +475,12 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
 
 # ---- 5. Cached models --------------------------------------------------------------------------------------
 # All there is to do with a model is `CachedLM.read`: some rows read some tokens each, and each proposes its
-# next one. Slot t of row b holds the token at position t of row b, so rows stand at different lengths and a
-# mask is just "slot <= position". A recurrent layer has no slots but one state per row, of all that the row
-# has read: no pad is given to it, and no row that does not read.
+# next one. Column t of row b holds the token at position t of row b, so rows differ in length and a mask is
+# just "column <= position". A recurrent layer has no columns but one state per row, of all that the row has
+# read: no pad is given to it, and no row that does not read.
 
 
-BLOCK = 64  # attention reads a multiple of so many slots, see live_slots
+BLOCK = 64  # attention reads a multiple of so many columns, see live_columns
 CHUNK = 2048  # tokens in one forward call at most
 # Pads that a forward call may hold: on a CPU they cost less than a second call, which reads all weights
 # again, up to about so many (measured). For a GPU, which computes faster than it reads, more are assumed: not
@@ -473,8 +489,8 @@ FREE = {"cpu": 32, "cuda": 128}
 SHORT = 32  # under graphs, reads up to this are padded to a power of two
 
 
-def live_slots(end: int, coarse: bool) -> int:
-    """How many slots attention reads where the longest row ends at `end`: rounded up to BLOCK, or if coarse
+def live_columns(end: int, coarse: bool) -> int:
+    """How many columns attention reads where the longest row ends at `end`: rounded up to BLOCK, or if coarse
     to an eighth of the next power of two, so that few graphs serve all lengths."""
     unit = max(BLOCK, (1 << (end - 1).bit_length()) // 8) if coarse else BLOCK
     return -(-end // unit) * unit
@@ -483,11 +499,11 @@ def live_slots(end: int, coarse: bool) -> int:
 @dataclass
 class Place:
     """What the layers of a cache need to know of the current read: its rows (a slice where they are
-    neighbours: an index (n,) copies what it selects), its slots (n, 1, S, 1), how many slots are live, and
+    neighbours: an index (n,) copies what it selects), its columns (n, 1, S, 1), how many are live, and
     whether any row had read before."""
 
     rows: slice | torch.Tensor = None
-    slots: torch.Tensor = None
+    columns: torch.Tensor = None
     live: int = 0
     started: bool = False
 
@@ -498,9 +514,9 @@ class StitchLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, place: Place, batch_size: int, slots: int):
+    def __init__(self, place: Place, batch_size: int, columns: int):
         super().__init__()
-        self.place, self.shape, self.viewed = place, (batch_size, slots), None
+        self.place, self.shape, self.viewed = place, (batch_size, columns), None
 
     @torch.inference_mode(False)  # a tensor made in inference mode cannot be written outside of it
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -513,19 +529,19 @@ class StitchLayer(CacheLayerMixin):
         """Write (n, H, S, D) at the read's positions; return what is live of these rows, (n, H, live, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, slots, live = self.place.rows, self.place.slots, self.place.live
+        rows, columns, live = self.place.rows, self.place.columns, self.place.live
         if isinstance(rows, slice):
             if self.viewed != (rows, live):  # making two views costs as much as writing a token
                 self.viewed, self.views = (
                     (rows, live), (self.keys[rows, :, :live], self.values[rows, :, :live]))
             keys, values = self.views
-            keys.scatter_(2, slots.expand_as(key_states), key_states)
-            values.scatter_(2, slots.expand_as(value_states), value_states)
+            keys.scatter_(2, columns.expand_as(key_states), key_states)
+            values.scatter_(2, columns.expand_as(value_states), value_states)
             return keys, values
-        here = rows[:, None], slice(None), slots[:, 0, :, 0]
+        here = rows[:, None], slice(None), columns[:, 0, :, 0]
         self.keys[here] = key_states.transpose(1, 2)  # (n, S, H, D)
         self.values[here] = value_states.transpose(1, 2)
-        # Faster than indexing.
+        # index_select: faster than indexing by the rows.
         return self.keys[:, :, :live].index_select(0, rows), self.values[:, :, :live].index_select(0, rows)
 
     def reset(self, rows: slice | list[int] = slice(None)) -> None:
@@ -533,7 +549,7 @@ class StitchLayer(CacheLayerMixin):
             self.keys[rows], self.values[rows] = 0, 0
 
     def fork(self, source: int, n: int, targets: Sequence[int]) -> None:
-        """Copy the first n slots of one row to others."""
+        """Copy the first n columns of one row to others."""
         if self.is_initialized:
             for x, row in itertools.product((self.keys, self.values), targets):
                 x[row, :, :n] = x[source, :, :n]
@@ -606,11 +622,11 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
 
 
 class HybridLayer(StitchLayer, RecurrentLayer):
-    """What a layer that attends and has a state keeps. `lazy_initialization` is that of its slots."""
+    """What a layer that attends and has a state keeps. `lazy_initialization` is that of its columns."""
 
-    def __init__(self, place: Place, batch_size: int, slots: int):
+    def __init__(self, place: Place, batch_size: int, columns: int):
         RecurrentLayer.__init__(self, place, batch_size)
-        StitchLayer.__init__(self, place, batch_size, slots)
+        StitchLayer.__init__(self, place, batch_size, columns)
 
     def reset(self, rows: slice | list[int] = slice(None)) -> None:
         StitchLayer.reset(self, rows)
@@ -653,12 +669,13 @@ class CachedLM:
                              f"{model.device}")
         self.graphs = Graphs(model.device) if graphs else None
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
-        slots = -(-max_len // BLOCK) * BLOCK
+        columns = -(-max_len // BLOCK) * BLOCK
         self.cursor, self.n_read = [0] * batch_size, 0
         self.place = Place()
         self.layer_types = getattr(config, "layer_types", None)
         self.layers = [RecurrentLayer(self.place, batch_size) if kind in ("linear_attention", "conv")
-                       else (HybridLayer if kind == "hybrid" else StitchLayer)(self.place, batch_size, slots)
+                       else (HybridLayer if kind == "hybrid" else StitchLayer)(self.place, batch_size,
+                                                                               columns)
                        for kind in self.layer_types or ["full_attention"] * config.num_hidden_layers]
         self.recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
         self.stepwise = config.model_type in STEPWISE
@@ -669,10 +686,9 @@ class CachedLM:
         # Kept, for model.dtype walks the parameters: as long as a matmul.
         self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype
         self.free = 0 if self.recurrent else FREE["cpu" if model.device.type == "cpu" else "cuda"]
-        # Ids and positions, with pads.
         self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long,
                                   device=model.device)
-        self.slots = torch.arange(slots, device=model.device)
+        self.columns = torch.arange(columns, device=model.device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
         # What the output embedding reads is the last hidden state, in every family tested. The hook holds a
         # dict, not self, so that a CachedLM which nobody closed is still freed, cache and all.
@@ -698,9 +714,10 @@ class CachedLM:
             raise ValueError(f"{name}={rows!r}: expected different rows of 0 to {self.batch_size - 1}")
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Forget these rows, every row unless given, and what the cache holds of them: from a recurrent state
-        the next read would go on, and a masked slot still meets a weight of 0, and 0 x NaN, left by a failed
-        call, is NaN. ValueError for what is no row."""
+        """Forget these rows, every row unless given. ValueError for what is no row.
+
+        The cache is cleared, too. The next read would go on from a recurrent state; and a masked column still
+        meets a weight of 0, which times a NaN that a failed call left is NaN."""
         if rows is not None:
             self.check_rows("rows", rows)
         for layer in self.layers:
@@ -711,7 +728,7 @@ class CachedLM:
     def fork(self, source: int, n: int, targets: Sequence[int]) -> None:
         """Give rows `targets` the first n tokens that row `source` has read, as if they had read them.
 
-        Copies n tokens of the cache in place and leaves the slots after them, masked, as they were: after a
+        Copies n tokens of the cache in place and leaves the columns after them, masked, as they were: after a
         failed call reset first. Recurrent layers know their state after the last token only: with them n must
         be the source's cursor. ValueError for another n, for what is no row, and for a closed cache."""
         if not self.layers:
@@ -738,12 +755,12 @@ class CachedLM:
     def mask(self, positions: torch.Tensor, live: int):
         """Additive attention mask (n, 1, S, live) for tokens at positions (n, S); a dict by layer type where
         models want one. Recurrent layers, to which no pad is given, take none."""
-        slots, here, dtype = self.slots[:live], positions[:, None, :, None], self.dtype
+        columns, here, dtype = self.columns[:live], positions[:, None, :, None], self.dtype
 
         def additive(kind: str):
-            masked = slots > here
+            masked = columns > here
             if kind == "sliding_attention":
-                masked = masked | (slots <= here - self.sliding)
+                masked = masked | (columns <= here - self.sliding)
             return masked.to(dtype) * torch.finfo(dtype).min
 
         if self.recurrent and "position_ids" not in forward_arguments(type(self.model)):
@@ -758,7 +775,7 @@ class CachedLM:
                 sampling: Sampling) -> Output:
         """One forward call on what lies in the static buffers; no host sync, no shape from data."""
         ids, positions = self.inputs[:2 * n * S].view(2, n, S)
-        self.place.rows, self.place.slots, self.place.live = rows, positions[:, None, :, None], live
+        self.place.rows, self.place.columns, self.place.live = rows, positions[:, None, :, None], live
         for layer in self.recurrent:
             layer.begin()
         out = self.model(input_ids=ids, position_ids=positions, attention_mask=self.mask(positions, live),
@@ -787,23 +804,24 @@ class CachedLM:
     @torch.inference_mode()  # less work per tensor than no_grad
     def read(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], vocab: int | None = None,
              sampling: Sampling = GREEDY, uniform: Sequence[float] | None = None) -> Output:
-        """Each row reads its tokens, one or more, and proposes the next one from the first `vocab` columns.
+        """Each row reads its tokens, one or more, and proposes the next one from the first `vocab` logits. So
+        a model proposes once per position: who has nothing left to read cannot be asked again.
 
         Ragged reads are aligned on the right, so the last column is the last token of every row. A pad
         repeats the row's first token at that token's position: it computes and writes what the token itself
-        does, so it needs no slot of its own. With recurrent layers, to which it would be one more token, rows
-        that differ in length read one after the other. More than CHUNK tokens, pads included, are read in
+        does, so it needs no column of its own. With recurrent layers, to which it would be one more token,
+        rows that differ in length read one after the other. More than CHUNK tokens, pads included, take
         several calls, of fewer rows, or of fewer tokens of one row."""
         assert self.layers and len(set(rows)) == len(rows) == len(tokens) and all(tokens), (rows, tokens)
         ends = [self.cursor[row] + len(line) for row, line in zip(rows, tokens)]
-        assert max(
-            ends) <= self.max_len, f"a row would hold {max(ends)} tokens, the cache holds {self.max_len}"
+        assert max(ends) <= self.max_len, f"a row would hold {max(ends)} of {self.max_len} tokens"
         if len(rows) > 1 and len(rows) * self.width(max(map(len, tokens))) > max(CHUNK, len(rows)):
             some, half = slice(len(rows) // 2), slice(len(rows) // 2, None)
             parts = [[x.clone() for x in self.read(rows[part], tokens[part], vocab, sampling,
                                                    uniform and uniform[part])]
                      for part in (some, half)]  # clones: a graph's next replay overwrites its results
             return Output(*map(torch.cat, zip(*parts)))
+        # A stepwise model reads what follows its first chunk token by token, see `read_by_length`.
         while len(rows) == 1 and len(tokens[0]) > CHUNK and not (self.stepwise and self.cursor[rows[0]]):
             self.read_together(rows, [tokens[0][:CHUNK]], self.vocab, GREEDY, None)
             tokens = [tokens[0][CHUNK:]]
@@ -830,13 +848,15 @@ class CachedLM:
 
     def read_together(self, rows, tokens, vocab: int, sampling: Sampling,
                       uniform: Sequence[float] | None) -> Output:
+        """`read` in one forward call: who takes part, its tokens and positions with pads, and how many
+        columns are live; then the rows of the result that were asked for, in their order."""
         S, unread = self.width(max(map(len, tokens))), dict(zip(rows, tokens))
         graphed = self.graphs is not None and (S == 1 or S <= SHORT and self.batch_size * S <= self.free)
         span = range(self.batch_size) if graphed else range(min(rows), max(rows) + 1)
         idle = len(span) - len(rows)
         # Idle rows in between take part where they are few and have no recurrent state: that costs less than
-        # copying the caches of those that read. An idle row writes the slot at its cursor, which its own next
-        # read overwrites before anybody sees it; a full row its last slot: it reads no more.
+        # copying the caches of those that read. An idle row writes the column at its cursor, which its next
+        # read overwrites before anybody sees it; a full row its last column: it reads no more.
         neighbours = graphed or idle <= len(rows) and idle * S <= self.free
         taking_part = list(span) if neighbours else list(rows)
         n, ids, positions = len(taking_part), [], []
@@ -852,7 +872,7 @@ class CachedLM:
             self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in taking_part])
         where = (slice(span.start, span.stop) if neighbours
                  else torch.tensor(taking_part, device=self.inputs.device))
-        live = min(live_slots(max(positions) + 1, graphed), len(self.slots))
+        live = min(live_columns(max(positions) + 1, graphed), len(self.columns))
         key = n, S, live, vocab, sampling
         picked = (None if taking_part == list(rows)
                   else torch.tensor([row - span.start for row in rows], device=self.inputs.device))
@@ -889,12 +909,12 @@ def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
     return [sorted(group, key=lambda row: row.slot) for group in groups]
 
 
-PATIENCE = 8  # calls that one model makes in a row at most, while a row waits for the other
+PATIENCE = 8  # turns that one model takes in a row at most, while a row waits for the other
 
 
 def next_model(rows: list[Row], last: int, in_a_row: int) -> int:
     """Which model runs next: the one that more rows wait for, so that a call serves many; after PATIENCE
-    calls in a row the other, if any row waits for it. No result depends on this choice."""
+    turns in a row the other, if any row waits for it. No result depends on this choice."""
     other = 1 - last
     waiting = sum(row.active == other for row in rows)
     return other if waiting and (2 * waiting > len(rows) or in_a_row >= PATIENCE) else last
@@ -913,8 +933,11 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 def take_over(row: Row, lm: CachedLM, held: list[Row | None], known: int = 0) -> bool:
-    """Copy into a row's slot the longest beginning that it has in common with what any slot of the cache
-    holds, if that saves reading beyond the `known` tokens; held: each slot's row, or its last."""
+    """Copy into a row's slot the longest beginning that its sequence has in common with what a slot of the
+    cache holds, where that is SHARED tokens or more beyond the `known` ones.
+
+    held: by slot, the row that lies there or lay there last: its tokens stay until they are overwritten.
+    [1 2 3 4] takes the first three of [1 2 3 7 8], but never its own last, which it reads to propose."""
     if lm.stepwise:  # would read token by token what follows a copy
         return False
     found = [(min(common(row.ids[:-1], other.ids), lm.cursor[slot]), slot) for slot, other in enumerate(held)
@@ -931,7 +954,9 @@ def take_over(row: Row, lm: CachedLM, held: list[Row | None], known: int = 0) ->
 
 
 def share(rows: list[Row], lm: CachedLM, held: list[Row | None]) -> None:
-    """Rows that a model first reads read once what they begin with alike: the longest reads, others copy."""
+    """What rows that a model has not read begin with alike is read once: the longest reads, others copy.
+
+    Of [1 2 3 4 5], [1 2 3 6] and [1 7] the first reads 1 2 3; the second copies 1 2 3, the third 1."""
     rows = sorted(rows, key=lambda row: -len(row.ids)) if not lm.stepwise else []
     for row in rows:
         take_over(row, lm, held, lm.cursor[row.slot])
@@ -978,16 +1003,6 @@ def admitted(waiting: deque[Row], held: list[Row | None], lms: Sequence[CachedLM
 # Bad input is told in one sentence, before any work. Draws and seeds; prompts as tensors or lists.
 
 
-Process = Callable[[int, list[int], torch.Tensor], torch.Tensor]  # (row, ids, logits (V,)) -> scores (V,)
-
-
-def histories(rows: list[Row], width: int, device) -> torch.Tensor:
-    """(n, width) entropies of each row's last kept tokens, NaN where there are fewer."""
-    lines = [[row.kept[t].entropy if t >= 0 else math.nan
-              for t in range(len(row.kept) - width, len(row.kept))] for row in rows]
-    return torch.tensor(lines, dtype=torch.float32, device=device)
-
-
 def check_entropies(model: int, rows: list[Row], entropies: Sequence[float]) -> None:
     """FloatingPointError for NaN, which one NaN among the logits is enough to make."""
     for row, H in zip(rows, entropies):
@@ -1021,18 +1036,6 @@ def draw_processed(process: Process, rows: list[Row], logits: torch.Tensor, samp
                              "expected a token to draw")
     uniform = None if uniform is None else torch.tensor(uniform, dtype=torch.float32, device=logits.device)
     return sampling.draw(scores, uniform)
-
-
-def propose(model: int, lm: CachedLM, rows: list[Row], unread: list[list[int]], position: list[int],
-            vocab: int, sampling: Sampling, process: Process | None) -> Output:
-    """Each row reads its tokens; its proposal is drawn from the logits, as `process` changes them."""
-    uniform = [row.uniform[t][model] for row, t in zip(rows, position)] if sampling.temperature else None
-    slots = [row.slot for row in rows]
-    if process is None:
-        return lm.read(slots, unread, vocab, sampling, uniform)
-    out = lm.read(slots, unread, vocab)
-    check_entropies(model, rows, out.entropy.tolist())
-    return out._replace(token=draw_processed(process, rows, out.logits, sampling, uniform))
 
 
 def check_router(router) -> None:
@@ -1229,6 +1232,11 @@ def collect(rows: list[Row], input_ids, pad: int, lms: Sequence[CachedLM],
                     padded("model", torch.int8, -1), padded("entropy", torch.float32, math.nan),
                     [row.calls for row in rows], [row.kept for row in rows], [row.seed for row in rows],
                     tuple(lm.n_read - before for lm, before in zip(lms, read_before)))
+
+
+def count_switches(calls: Sequence[Call]) -> int:
+    """How often the active model of a row changed, in either direction."""
+    return sum(a.model != b.model for a, b in zip(calls, calls[1:]))
 
 
 # ---- 8. Latency model --------------------------------------------------------------------------------------
@@ -1524,7 +1532,8 @@ class Reward(NamedTuple):
 
 
 def reward(correct: bool, latency_ms: float, lam: float = 5e-6) -> Reward:
-    """R = r_acc - lam r_acc L of R-Stitch+, L in ms. A wrong answer has exactly 0: speed never buys accuracy.
+    """R = r_acc - lam r_acc L of R-Stitch+, L in ms: latency counts behind a gate, that the answer is right.
+    A wrong one has exactly 0, so speed never buys accuracy.
 
     Warns (once per place) where lam L >= 1: there a right answer scores no better than a wrong one, and the
     gate does not hold. ValueError for a latency or a lam that is negative or not finite."""
@@ -1544,7 +1553,8 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, scale: str = "std
 
     scale="none" leaves out the division. With it lam cancels in a group that is right throughout, where the
     spread is all latency; without it lam keeps its weight. A group of equal rewards has advantages of
-    exactly 0. Integer rewards count as float32. ValueError for groups of one, rewards that are not finite, and another scale or eps."""
+    exactly 0. Integer rewards count as float32. ValueError for groups of one, rewards that are not finite,
+    and another scale or eps."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected (prompts, rollouts), two "
                          "rollouts or more")
@@ -1616,7 +1626,7 @@ class Policy(torch.nn.Module):
 
 
 def log_probability(logit: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-    """log p of actions (n,) bool, True to call the LLM, under the policy's logits (n,)."""
+    """log p of actions (n,) bool, True to leave the model that was asked about, under logits (n,)."""
     return torch.nn.functional.logsigmoid(torch.where(action, logit, -logit))
 
 
@@ -1625,7 +1635,7 @@ class Decisions(NamedTuple):
 
     rows: list[int]
     state: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden (k, D), entropy (k,), context (k,)
-    action: torch.Tensor  # (k,) bool: the LLM was called
+    action: torch.Tensor  # (k,) bool: left, for the LLM, or of a `back` policy for the SLM
     logp: torch.Tensor  # (k,) of that action
 
 
@@ -1635,13 +1645,17 @@ class PolicyRouter:
     Elsewhere the SLM goes on, and the LLM hands back by the entropy rule, as in R-Stitch. tau and tau_back
     (tau unless given) are normalised. Without `seed` the LLM is called where the policy's probability exceeds
     `threshold`, in [0, 1]; at 0.5, as in the paper, that is the likelier action. With a seed, actions are
-    sampled and what training needs is appended to `decisions`. `back`, not in the paper, is a second policy: asked at every token of the LLM, on the LLM's
-    hidden state, whether to hand back. ValueError for thresholds as in EntropyRouter."""
+    sampled and what training needs is appended to `decisions`. `back`, not in the paper, is a second policy:
+    asked at every token of the LLM, on the LLM's hidden state, whether to hand back; its decisions lie in
+    `back.decisions` of the router. ValueError for thresholds as in EntropyRouter, and for a threshold other
+    than 0.5 with a seed: draws are from the policy as it is."""
 
     def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None,
                  threshold: float = 0.5, back: Policy | None = None):
         if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability in [0, 1]")
+        if seed is not None and threshold != 0.5:
+            raise ValueError(f"threshold={threshold!r} with seed={seed!r}: expected 0.5, actions are sampled")
         self.policy, self.seed = policy, seed
         self.rule = EntropyRouter(tau, tau_back=tau_back)
         with np.errstate(divide="ignore"):
@@ -1679,7 +1693,7 @@ class PolicyRouter:
         return leave
 
     def decide(self, step: Step, asked: torch.Tensor) -> torch.Tensor:
-        """(k,) bool: call the LLM?"""
+        """(k,) bool: leave the model that is asked about?"""
         state = step.hidden[asked], step.entropy[asked], step.context[asked]
         logit = self.policy(*state) - self.limit
         if self.seed is None:

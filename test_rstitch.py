@@ -596,14 +596,14 @@ def test_replayed_steps_write_the_same_answers(router, temperature):
         assert len(lms[0].graphs.captured) <= 6 * 3  # reads of 1, 2, ... 32 tokens, at 64, 128 and 192 slots
 
 
-def test_live_slots_by_hand():
-    assert [rstitch.live_slots(end, False) for end in (1, 64, 65, 1000)] == [64, 64, 128, 1024]
+def test_live_columns_by_hand():
+    assert [rstitch.live_columns(end, False) for end in (1, 64, 65, 1000)] == [64, 64, 128, 1024]
     # up to 512 in steps of 64, to 1,024 of 128, to 2,048 of 256; so 8,192 slots take 8 + 4 x 4 lengths and
     # nothing is read a quarter in vain
-    assert [rstitch.live_slots(end, True)
+    assert [rstitch.live_columns(end, True)
             for end in (1, 65, 512, 513, 1000, 1025, 8192)] == [64, 128, 512, 640, 1024, 1280, 8192]
-    lengths = {rstitch.live_slots(end, True) for end in range(1, 8193)}
-    assert len(lengths) == 24 and all(rstitch.live_slots(end, True) <= max(1.25 * end, end + 63)
+    lengths = {rstitch.live_columns(end, True) for end in range(1, 8193)}
+    assert len(lengths) == 24 and all(rstitch.live_columns(end, True) <= max(1.25 * end, end + 63)
                                       for end in range(1, 8193))
 
 
@@ -727,7 +727,7 @@ def test_a_read_of_many_rows_takes_as_many_calls_as_it_needs(monkeypatch):
 
 
 def rows_of(active: list[int], unread: list[int] | None = None) -> list[rstitch.Row]:
-    return [rstitch.Row(i, 0, [5] * n, 1, model)
+    return [rstitch.Row(i, 0, [5] * n, 1, model, slot=i)
             for i, (model, n) in enumerate(zip(active, unread or [1] * len(active)))]
 
 
@@ -1704,3 +1704,10 @@ def test_a_policy_of_another_hidden_size_is_refused():
                        "size 16"):
         stitch(tiny("Qwen2", 1), tiny("Llama", 2), IDS, rstitch.PolicyRouter(rstitch.Policy(16), 0.0),
                max_new_tokens=3)
+
+
+def test_sampled_decisions_take_no_threshold():
+    """Their log-probabilities would not be the policy's."""
+    with pytest.raises(ValueError, match="threshold=0.9 with seed=3: expected 0.5, actions are sampled"):
+        rstitch.PolicyRouter(rstitch.Policy(16), 0.0, seed=3, threshold=0.9)
+    assert rstitch.PolicyRouter(rstitch.Policy(16), 0.0, threshold=0.9).limit == pytest.approx(math.log(9))

@@ -476,7 +476,7 @@ def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=r
     tokens of each row that takes part. Both models have read the prompt but for its last token; the clock
     starts when every row has its second token."""
     _, B, N = leaves.shape
-    rows = [rstitch.Row(i, 0, [0], 1, rstitch.LLM) for i in range(B)]
+    rows = [rstitch.Row(i, 0, [0], 1, rstitch.LLM, slot=i) for i in range(B)]
     lms, waited = (Cursors(B, graphs), Cursors(B, graphs)), [0] * B
     clock, start, longest, model, in_a_row = 0.0, (0.0, 0), 0, rstitch.LLM, 0
     while live := [row for row in rows if len(row.ids) <= N]:

@@ -190,7 +190,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Settings)
     add = parser.add_argument
-    add("--problems", type=Path, help="JSONL file of problems (default: the pocket domain's test split)")
+    add("--problems", type=Path, help="JSONL file of problems, or a data set as REPO:CONFIG:PART (default: "
+        "the pocket domain's test split)")
     add("--n", type=int, help=f"problems of the pocket domain (default: {N})")
     add("--seed", type=int, default=0, help="of the pocket problems (default: %(default)s)")
     add("--out", type=Path, help=f"folder of the files (default, pocket domain only: {RESULTS})")

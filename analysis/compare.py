@@ -172,7 +172,8 @@ class LiveLabels:
         self.decode, self.judge = decoder(tokenizer), label.build_judge(settings.judge, settings.device,
                                                                               settings.dtype)
         prompts = rstitch.unpadded(*settings.encode(tokenizer, *self.questions))
-        self.rows = [rstitch.Row(i, 0, list(ids), len(ids), rstitch.SLM) for i, ids in enumerate(prompts)]
+        self.rows = [rstitch.Row(i, 0, list(ids), len(ids), rstitch.SLM, slot=i)
+                     for i, ids in enumerate(prompts)]
         self.lm = rstitch.CachedLM(self.llm, len(prompts), max(map(len, prompts)) + settings.max_new_tokens)
 
     def llm_tokens(self, rows: list[rstitch.Row], vocab: int) -> dict[int, int]:

@@ -478,7 +478,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, Settings)
     add = parser.add_argument
-    add("--problems", type=Path, help="JSONL file of questions (default: the pocket domain)")
+    add("--problems", type=Path, 
+        help="JSONL file of questions, or a data set as REPO:CONFIG:PART (default: the pocket domain)")
     add("--n", type=int,
         help="router-train problems of the pocket domain, and of the other splits a share (default: 2000)")
     add("--out", type=Path, help=f"folder of the stages (default, pocket domain only: {FOLDER})")

@@ -292,7 +292,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--special-tokens-may-differ", action="store_true",
         help="take a pair whose tokenizers differ in special tokens only")
     add("--problems", default="",
-        help="JSONL file of problems for the trajectories, its dev split (default: the pocket domain)")
+        help="JSONL file of problems, or a data set as REPO:CONFIG:PART, for the trajectories: its dev split "
+             "(default: the pocket domain)")
     add("--device", type=usable_device, default="cpu", help="torch device (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of both models (default: %(default)s)")

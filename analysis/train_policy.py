@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 import rstitch
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
 from analysis.instruments.options import add_options, given, option
+from analysis.instruments.problems import content_of
 from analysis.instruments.progress import progress
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import append_row, read_rows
@@ -204,7 +205,7 @@ def settled_price(config: Config, task: Task, folder: Path) -> float:
     pair, models = task.load(), task.latencies()
     world = {"slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]),
              "latency": [{k: list(v) for k, v in m.coefficients.items()} for m in models],
-             "problems": hashlib.sha256(Path(task.problems).read_bytes()).hexdigest()[:16] if task.problems
+             "problems": hashlib.sha256(content_of(task.problems)).hexdigest()[:16] if task.problems
              else "pocket", "dtype": task.dtype, "max_new_tokens": task.max_new_tokens,
              "prompting": task.prompting() or None}
 

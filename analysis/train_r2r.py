@@ -368,7 +368,9 @@ def main() -> None:
     add = parser.add_argument
     add_options(parser, label.Settings, "labels: ")
     add_options(parser, Config, **{"for the pocket pair": POCKET})
-    add("--problems", type=Path, help="labels: JSONL file of questions (default: the pocket domain)")
+    add("--problems", type=Path, 
+        help="labels: JSONL file of questions, or a data set as REPO:CONFIG:PART (default: the pocket "
+             "domain)")
     add("--n", type=int,
         help="labels: router-train problems of the pocket domain, and of the other splits a share (default: "
              "2000)")

@@ -1,10 +1,11 @@
-"""Problems with answers: those of the pocket domain, and those of a user's file."""
+"""Problems with answers: those of the pocket domain, and those that a user brings."""
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.instruments.grading import final_answer, readings, same
+from analysis.instruments.hub import data_set
 from analysis.pocket import domain
 from analysis.pocket.domain import Problem, verify_number
 
@@ -34,13 +35,30 @@ def verify(problem: Problem | Stated, text: str, finished: bool = True) -> bool:
     return verify_number(problem.answer, text)
 
 
-def read_problems(path: Path, *needed: str) -> list[dict]:
+def read_problems(source: Path | str, *needed: str) -> list[dict]:
+    """The rows of --problems: a user's JSONL file, or a data set (see `data_set`). A part of a data set that
+    is called test is the test split; beside one, the other parts are spread over the other splits."""
+    if Path(source).is_file() or Path(source).suffix in (".jsonl", ".json"):
+        return file_rows(Path(source), *needed)
+    parts = data_set(str(source))
+    end = 100 - 10 * ("test" in parts)
+    return [row | {"split": name if name == "test" else spread(row["question"], end)}
+            for name, rows in parts.items() for row in rows]
+
+
+def content_of(source: Path | str) -> bytes:
+    """What --problems holds, for digests."""
+    path = Path(source)
+    return path.read_bytes() if path.is_file() else json.dumps(read_problems(source)).encode()
+
+
+def file_rows(path: Path, *needed: str) -> list[dict]:
     """The rows of a user's JSONL file; ValueError naming the line that lacks a field or is no JSON."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"--problems {path}: there is no such file; expected JSONL, rows such as "
                          f"{{\"question\": ..., \"answer\": ...}}")
     rows = []
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -63,5 +81,10 @@ def read_problems(path: Path, *needed: str) -> list[dict]:
 def split_of(row: dict) -> str:
     """Where a problem of a user's file belongs: its own field "split", else 70 / 10 / 10 / 10 by the hash of
     its question."""
-    percent = int(hashlib.sha256(row["question"].encode()).hexdigest()[:8], 16) % 100
-    return row.get("split", next(split for split, end in FILE_SPLITS.items() if percent < end))
+    return row.get("split") or spread(row["question"])
+
+
+def spread(asked: str, ends: int = 100) -> str:
+    """The split of a question by its hash: of the first `ends` % of FILE_SPLITS."""
+    percent = int(hashlib.sha256(asked.encode()).hexdigest()[:8], 16) % ends
+    return next(split for split, end in FILE_SPLITS.items() if percent < end)

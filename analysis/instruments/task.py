@@ -18,7 +18,7 @@ import torch
 
 import rstitch
 from analysis.instruments.options import option
-from analysis.instruments.problems import Stated, question, read_problems, split_of, verify
+from analysis.instruments.problems import Stated, content_of, question, read_problems, split_of, verify
 from analysis.instruments.progress import progress as progress_bar
 from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import provenance
@@ -127,8 +127,9 @@ class Task(Pair):
     """A pair, problems to try it on, its fitted latency and its trained routers."""
 
     problems: str = option("", 'JSONL file of rows {"question", "answer"}, graded by math-verify; "split" '
-                               'may name router-train, dev, calibration or '
-                               "test, else it follows from the question's hash (default: the pocket domain)")
+                               "may name router-train, dev, calibration or test, else it follows from the "
+                               "question's hash. Or a data set of the hub, REPO:CONFIG:PART, such as "
+                               "openai/gsm8k:main:test (default: the pocket domain)")
     latency: str = option("", "fitted latency of the pair, as analysis.latency writes it (default: the "
                               "pocket pair's)")
     policies: str = option("", "folder of R-Stitch+'s policies (default: the pocket pair's; another pair has "
@@ -158,7 +159,7 @@ class Task(Pair):
         if not self.problems:
             return problems(name, n, seed)
         found = [Stated(row["question"], str(row["answer"]))
-                 for row in read_problems(Path(self.problems), "question", "answer") if split_of(row) == name]
+                 for row in read_problems(self.problems, "question", "answer") if split_of(row) == name]
         if not found:
             raise ValueError(f"--problems {self.problems} has no problem in its {name} split: expected more "
                              "problems, or rows with "
@@ -327,7 +328,7 @@ def digest_of(task: Task, *files: Path, also: str = "") -> str:
     device, and the files of a router."""
     slm, llm, *_ = task.load()
     content = [also.encode(), *(file.read_bytes() for file in files)]
-    content += [Path(task.problems).read_bytes()] if task.problems else []
+    content += [content_of(task.problems)] if task.problems else []
     content += [json.dumps([[model.coefficients for model in task.latencies()], fingerprint(slm),
                             fingerprint(llm), task.device, task.dtype, task.max_new_tokens,
                              *([task.prompting()] if task.prompting() else [])]).encode()]
