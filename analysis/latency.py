@@ -2,25 +2,32 @@
 
     python -m analysis.latency               pocket pair
     python -m analysis.latency --overhead    what a token costs beside the forward pass
-    P="--slm SMALL --llm LARGE --device cuda --dtype bfloat16"
-    python -m analysis.latency $P --max-len 8192 --out pair.json
+    P="--slm SMALL --llm LARGE --problems file.jsonl"
+    python -m analysis.latency $P --out pair.json                 in about 15 minutes
+    python -m analysis.latency $P --out pair.json --minutes 60    goes on with what there is
 
 Rows: latency.json; overhead.jsonl with --overhead.
 Feeds: the results page's section on latency, latency.png, and every fitted time.
 
-Everything runs at batch 1, in one process and on one thread. Every round times the grid once, then points
-that are held out, then the trajectories of a few problems by every method. A step that follows one of the
-other model finds less in the processor's cache than one that is timed again and again, and one in a
-trajectory is decided by its own router: so every other problem's steps are part of what is fitted, the time
-from one result of the loop to the next, and the other problems are for checking. A trajectory's wall-clock is
-the median of three whole `stitch` calls, other methods in between; its fitted latency sums over its forward
-passes. Reference calls (single steps of the LLM) before and after each problem show how much the machine
-drifted; a problem is calm where both are within 5 % of the run's median.
+Everything runs at batch 1, in one process. Every round times the grid once, then points that are held out,
+then the trajectories of a few problems by every method. A step that follows one of the other model finds less
+in the processor's cache than one that is timed again and again, and one in a trajectory is decided by its own
+router: so every other problem's steps are part of what is fitted, the time from one result of the loop to the
+next, and the other problems are for checking. A trajectory's wall-clock is the median of its runs, other
+methods in between; its fitted latency sums over its forward passes. Reference calls (single steps of the LLM)
+before and after each problem show how much the machine drifted; a problem is calm where both are within 5 %
+of the run's median.
+
+The pocket pair takes ten rounds, and each method runs three times. With --minutes, the default for another
+pair, there is one round of a coarser grid; then come as many problems as there is time for, each answered
+once by every method, at a length that lets four of them into most of the time. Every time is written down as
+it is taken, to samples beside the fit, and a run that was killed goes on there.
 """
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +35,10 @@ import torch
 
 import rstitch
 from analysis.instruments.options import add_options, given
-from analysis.instruments.progress import tracked
-from analysis.instruments.provenance import provenance
+from analysis.instruments.progress import progress, tracked
+from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import RESULTS, append_row
+from analysis.instruments.runs import Rows
 from analysis.instruments.task import Prompting, Task, encode_problems
 from analysis.instruments.timing import REFERENCE, now, reference_ms, rotated
 from analysis.pocket.weights import MAX_NEW_TOKENS
@@ -43,18 +51,54 @@ METHODS = {
     **{f"R-Stitch, tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (0.001, 0.005, 0.02)}}
 
 
-def grid_points(max_len: int) -> list[tuple[int, int]]:
-    """(n_inf, n_kv) that span all calls of rows of up to max_len tokens."""
+POCKET_LEN, ANSWER = 384, 512  # tokens of the pocket pair's longest row, of another's longest answer
+MINUTES, BRIEF = 15.0, 40  # for a pair that is not the pocket's, and the problems that are at hand then
+LENGTHS = 16, 128  # of an answer where time is short, in tokens
+PROBLEMS = 4  # that such a length lets into most of the time: two to fit, two to check
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed, in turn: rounds of a grid, of points that are held out, and of problems."""
+
+    max_len: int  # longest row, prompt and answer, in tokens
+    rounds: int
+    problems: int
+    repeats: int = 3  # of each trajectory
+    longest_read: int = 1 << 30  # of the grid, in tokens
+    contexts: int = 5  # of each size of the grid, and three times as many of single tokens
+    held_out: int = 30  # points
+    length: int | None = None  # longest answer of a trajectory, in tokens; None: what --minutes allow
+
+    def jobs(self) -> Iterator[tuple]:
+        """(what, ...) of every time that is taken, in order."""
+        points = {"grid": grid_points(self.max_len, self.longest_read, self.contexts),
+                  "held out": held_out_points(self.max_len, self.held_out, longest_read=self.longest_read)}
+        for i in range(self.rounds):
+            yield from ((what, name, i, *point) for name in ("slm", "llm") for what in points
+                        for point in points[what])
+            if i == 0 and self.length is None:
+                yield ("length",)
+            for j in range(i * self.problems // self.rounds, (i + 1) * self.problems // self.rounds):
+                yield "reference", j, "before"
+                yield from (("trajectory", j, name, run) for run in range(self.repeats)
+                            for name in rotated(list(METHODS), j))
+                yield "reference", j, "after"
+
+
+def grid_points(max_len: int, longest_read: int = 1 << 30, contexts: int = 5) -> list[tuple[int, int]]:
+    """(n_inf, n_kv) that span the calls of rows of up to max_len tokens, reads of at most `longest_read`."""
     sizes = [2**k for k in range(1, max_len.bit_length()) if 2**k <= max_len // 2]
-    sizes += [3 * size // 2 for size in sizes[1:-1]]
-    grid = [(n, int(kv)) for n in sorted(sizes) for kv in np.linspace(0, max_len - n, 5)]
-    return [(1, int(kv)) for kv in np.linspace(0, max_len - 1, 15)] + grid
+    sizes = [size for size in sizes + [3 * size // 2 for size in sizes[1:-1]] if size <= longest_read]
+    grid = [(n, int(kv)) for n in sorted(sizes) for kv in np.linspace(0, max_len - n, contexts)]
+    return [(1, int(kv)) for kv in np.linspace(0, max_len - 1, 3 * contexts)] + grid
 
 
-def held_out_points(max_len: int, n: int = 30, seed: int = 0) -> list[tuple[int, int]]:
+def held_out_points(max_len: int, n: int = 30, seed: int = 0,
+                    longest_read: int = 1 << 30) -> list[tuple[int, int]]:
     """Points between those of the grid, a third of them single tokens."""
-    rng = np.random.default_rng(seed)
-    sizes = [1] * (n // 3) + [int(x) for x in np.exp(rng.uniform(np.log(2), np.log(max_len / 2), n - n // 3))]
+    rng, longest = np.random.default_rng(seed), min(max_len / 2, longest_read)
+    sizes = [1] * (n // 3) + [int(x) for x in np.exp(rng.uniform(np.log(2), np.log(longest), n - n // 3))]
     return [(size, int(rng.integers(0, max_len - size))) for size in sizes]
 
 
@@ -67,103 +111,161 @@ def residuals(model: rstitch.LatencyModel, samples: list[rstitch.Sample]) -> dic
 
 def trajectory_figures(fitted: np.ndarray, measured: np.ndarray) -> dict:
     """R^2 and the median relative error of fitted against measured milliseconds, as they are and after one
-    common factor."""
-    factor = float(np.median(measured / fitted))
+    common factor. NaN where there are too few to say."""
+    factor = float(np.median(measured / fitted)) if len(fitted) else float("nan")
     out: dict = {"n": len(fitted), "factor": factor}
+    spread = ((measured - measured.mean()) ** 2).sum() if len(fitted) > 1 else float("nan")
     for suffix, x in (("", fitted), ("_after_factor", factor * fitted)):
-        spread = ((measured - measured.mean()) ** 2).sum()
         out["r2" + suffix] = float(1 - ((measured - x) ** 2).sum() / spread)
-        out["median_error" + suffix] = float(np.median(abs(x / measured - 1)))
+        out["median_error" + suffix] = float(np.median(abs(x / measured - 1))) if len(x) else float("nan")
     return out
 
 
-def step_samples(calls: list[rstitch.Call], ends: list[list[float]]) -> dict[str, list[rstitch.Sample]]:
+def of_key(done: dict[tuple, dict], *key) -> dict[tuple, dict]:
+    """The rows whose key begins so."""
+    return {k: row for k, row in done.items() if k[:len(key)] == key}
+
+
+def calls_in(row: dict) -> list[rstitch.Call]:
+    """The forward passes of a trajectory: what the latency model asks of them."""
+    return [rstitch.Call(model, 0, n_inf, n_kv, 0, 0.0, True) for model, n_inf, n_kv in row["calls"]]
+
+
+def step_samples(runs: list[dict]) -> dict[str, list[rstitch.Sample]]:
     """{"slm", "llm"}: the steps of a trajectory but the first, which no result comes before; each the median
-    over runs, `ends` being when (s) its results came in each."""
+    over its runs, `steps` being the milliseconds from result to result."""
     out: dict[str, list[rstitch.Sample]] = {"slm": [], "llm": []}
-    for call, ms in zip(calls[1:], 1e3 * np.median(np.diff(ends), 0)):
+    for call, ms in zip(calls_in(runs[0])[1:], np.median([run["steps"] for run in runs], 0)):
         out[("slm", "llm")[call.model]].append(rstitch.Sample(call.n_inf, call.n_kv, float(ms)))
     return out
 
 
-def answered(lms: dict, ids: torch.Tensor, j: int, seed: int, length: int) -> dict[str, tuple]:
-    """(calls, median milliseconds, when the results of each run came in) of a problem by every method, three
-    times each, methods interleaved."""
-    calls, times, ends = {}, {name: [] for name in METHODS}, {name: [] for name in METHODS}
-    for name in 3 * rotated(list(METHODS), j):
-        came: list[float] = []
-        begin = time.perf_counter()
-        result = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[name], seed=[seed],
-                                max_new_tokens=length,
-                                on_token=lambda *_: came.append(time.perf_counter()))
-        times[name].append(1e3 * (time.perf_counter() - begin))
-        ends[name].append(came)
-        calls[name] = result.calls[0]
-    return {name: (calls[name], float(np.median(times[name])), ends[name]) for name in METHODS}
+def affordable_length(done: dict[tuple, dict], minutes: float) -> int:
+    """Tokens of an answer at which PROBLEMS problems, answered by every method, take three quarters of the
+    time that the grid has left: a token costs no more than a step of both models."""
+    step = sum(np.median([row["ms"] for key, row in of_key(done, "grid", name).items() if key[3] == 1])
+               for name in ("slm", "llm"))
+    left = 6e4 * minutes - 1e3 * sum(row["spent"] for key, row in done.items()
+                                     if key[0] in ("grid", "held out"))
+    shortest, longest = LENGTHS
+    return int(np.clip(0.75 * left / (PROBLEMS * len(METHODS) * step), shortest, longest))
 
 
-def measure(pair, chosen: list, max_len: int, rounds: int, seed: int = 0,
-            max_new_tokens: int = MAX_NEW_TOKENS, settings: Prompting = Prompting()) -> dict:
-    """Interleaved samples, the problems spread over the rounds: {"slm", "llm"}: grid, {"slm held out", ...},
-    {"slm steps", ...} of every other problem's trajectories; the other trajectories (method, problem, ms,
-    calls); and the reference calls' ms before and after each of all problems."""
+def answered(lms: dict, ids: torch.Tensor, method: str, seed: int, length: int) -> dict:
+    """One problem by one method: its forward passes, milliseconds in all and from result to result."""
+    came: list[float] = []
+    begin = time.perf_counter()
+    result = rstitch.stitch(lms["slm"], lms["llm"], ids, METHODS[method], seed=[seed], max_new_tokens=length,
+                            on_token=lambda *_: came.append(time.perf_counter()))
+    ms = 1e3 * (time.perf_counter() - begin)
+    return {"ms": ms, "steps": (1e3 * np.diff(came)).round(4).tolist(),
+            "calls": [[call.model, call.n_inf, call.n_kv] for call in result.calls[0]]}
+
+
+def measure(pair, chosen: list, plan: Plan, store: Rows, seed: int = 0, minutes: float = float("inf"),
+            settings: Prompting = Prompting()) -> dict[tuple, dict]:
+    """The times of the plan by their keys, those that are missing taken and appended. When the minutes are
+    over, those of earlier runs included, no problem is begun but the first two."""
     slm, llm, tokenizer = pair
-    lms = {"slm": rstitch.CachedLM(slm, 1, max_len), "llm": rstitch.CachedLM(llm, 1, max_len)}
-    points, held = grid_points(max_len), held_out_points(max_len)
-    samples: dict[str, list[rstitch.Sample]] = {}
-    trajectories, references = [], []
+    lms = {"slm": rstitch.CachedLM(slm, 1, plan.max_len), "llm": rstitch.CachedLM(llm, 1, plan.max_len)}
+    prompts = [encode_problems(tokenizer, [problem], settings)[0] for problem in chosen]
+    done = store.have()
 
-    for i in tracked(range(rounds), "rounds"):
-        for name, lm in lms.items():
-            samples.setdefault(name, []).extend(rstitch.measure_latency(lm, points, repeats=1))
-            samples.setdefault(name + " held out", []).extend(rstitch.measure_latency(lm, held, repeats=1))
-        for j, problem in list(enumerate(chosen))[i * len(chosen) // rounds:(i + 1) * len(chosen) // rounds]:
-            before = reference_ms(lms["llm"])
-            ids, _ = encode_problems(tokenizer, [problem], settings)
-            length = min(max_new_tokens, max_len - ids.shape[1])
-            for name, (calls, ms, ends) in answered(lms, ids, j, 1000 * seed + j, length).items():
-                if j % 2:
-                    trajectories.append({"method": name, "problem": j, "ms": ms, "calls": calls})
-                    continue
-                for model, steps in step_samples(calls, ends).items():
-                    samples.setdefault(model + " steps", []).extend(steps)
-            references.append([before, reference_ms(lms["llm"])])
+    def take(what: str, *of) -> dict:
+        if what == "reference":
+            return {"ms": reference_ms(lms["llm"])}
+        if what == "length":
+            return {"tokens": affordable_length(done, minutes)}
+        if what == "trajectory":
+            j, method, _ = of
+            length = min(plan.length or done[("length",)]["tokens"], plan.max_len - prompts[j].shape[1])
+            return answered(lms, prompts[j], method, 1000 * seed + j, length)
+        name, _, *point = of
+        return {"ms": rstitch.measure_latency(lms[name], [tuple(point)], repeats=1)[0].ms}
+
+    jobs = list(plan.jobs())
+    spent = sum(row["spent"] for row in done.values())
+    with progress(len(jobs), "times", initial=sum(key in done for key in jobs)) as bar:
+        for key in jobs:
+            if spent > 60 * minutes and key[0] in ("reference", "trajectory") and key[1] > 1:
+                break
+            if key in done:
+                continue
+            begin = time.perf_counter()
+            row = take(*key)
+            done[key] = row | {"spent": time.perf_counter() - begin}
+            store.add(key, {"key": list(key), **done[key]})
+            spent += done[key]["spent"]
+            if minutes < float("inf"):
+                bar.set_postfix_str(f"{spent / 60:.1f} of {minutes:g} minutes", refresh=False)
+            bar.update()
     for lm in lms.values():
         lm.close()
-    return {"samples": samples, "trajectories": trajectories, "references": references}
+    return {key: done[key] for key in jobs if key in done}
 
 
-def evaluate(measured: dict) -> dict:
+def trajectories(done: dict[tuple, dict]) -> dict[tuple[int, str], list[dict]]:
+    """The runs of each (problem, method)."""
+    out: dict[tuple[int, str], list[dict]] = {}
+    for (_, j, method, _), row in of_key(done, "trajectory").items():
+        out.setdefault((j, method), []).append(row)
+    return out
+
+
+def samples_of(done: dict[tuple, dict]) -> dict[str, list[rstitch.Sample]]:
+    """{"slm", "llm"}: grid, {"slm held out", ...}, {"slm steps", ...} of every other problem."""
+    out = {name + suffix: [rstitch.Sample(*key[3:], row["ms"])
+                           for key, row in of_key(done, what, name).items()]
+           for name in ("slm", "llm") for what, suffix in (("grid", ""), ("held out", " held out"))}
+    for (j, _), runs in trajectories(done).items():
+        for name, steps in step_samples(runs).items():
+            out.setdefault(name + " steps", []).extend([] if j % 2 else steps)
+    return out
+
+
+def drift_of(done: dict[tuple, dict]) -> tuple[float, dict[int, float]]:
+    """The median of the reference calls, and of each problem how far from it they were."""
+    references: dict[int, list[float]] = {}
+    for (_, j, _), row in of_key(done, "reference").items():
+        references.setdefault(j, []).append(row["ms"])
+    calm = float(np.median([ms for both in references.values() for ms in both]))
+    return calm, {j: float(max(abs(np.array(both) / calm - 1))) for j, both in references.items()}
+
+
+def evaluate(done: dict[tuple, dict]) -> dict:
     """Both fits with their residuals, and how well they predict trajectories, per method, over all and over
     calm problems."""
-    samples, out = measured["samples"], {}
+    samples, out = samples_of(done), {}
     models = {name: rstitch.LatencyModel.fit(samples[name] + samples[name + " steps"])
               for name in ("slm", "llm")}
     for name, model in models.items():
         out[name] = model.coefficients
         out[name + "_residuals"] = {what: residuals(model, samples[name + suffix])
                                     for what, suffix in (("grid", ""), ("steps of trajectories", " steps"),
-                                                         ("held out", " held out"))}
+                                                         ("held out", " held out")) if samples[name + suffix]}
         out[name + "_profile"] = rstitch.medians(samples[name])
         of_size: dict[int, list[float]] = {}
         for s in samples[name + " steps"]:
             of_size.setdefault(s.n_inf, []).append(model.call(s.n_inf, s.n_kv) / s.ms - 1)
         out[name + "_steps"] = [[n_inf, float(np.median(errors)), len(errors)]
                                 for n_inf, errors in sorted(of_size.items())]
-    calm = np.median(measured["references"])
-    drift = [max(abs(np.array(pair) / calm - 1)) for pair in measured["references"]]
-    out |= {"reference_ms": float(calm), "drift": drift, "trajectories": {}}
+    calm, drift = drift_of(done)
+    out |= {"reference_ms": calm, "drift": list(drift.values()), "trajectories": {}}
+    held = {at: runs for at, runs in trajectories(done).items() if at[0] % 2}
     for name in METHODS:
-        chosen = [t for t in measured["trajectories"] if t["method"] == name]
-        fitted = np.array([rstitch.trajectory_latency(t["calls"], models["slm"], models["llm"])
-                           for t in chosen])
-        ms = np.array([t["ms"] for t in chosen])
-        quiet = np.array([drift[t["problem"]] <= 0.05 for t in chosen])
+        chosen = {j: runs for (j, method), runs in held.items() if method == name}
+        fitted = np.array([rstitch.trajectory_latency(calls_in(runs[0]), models["slm"], models["llm"])
+                           for runs in chosen.values()])
+        ms = np.array([np.median([run["ms"] for run in runs]) for runs in chosen.values()])
+        quiet = np.array([drift[j] <= 0.05 for j in chosen], bool)
         out["trajectories"][name] = {"all": trajectory_figures(fitted, ms),
                                      "calm": trajectory_figures(fitted[quiet], ms[quiet]) if quiet.sum() > 2
                                      else None,
                                      "fitted_ms": fitted.round(2).tolist(),
                                      "measured_ms": ms.round(2).tolist()}
+    every = out["trajectories"].values()
+    out["all_trajectories"] = trajectory_figures(*(np.concatenate([one[what] for one in every])
+                                                   for what in ("fitted_ms", "measured_ms")))
     return out
 
 
@@ -246,8 +348,11 @@ def show(row: dict) -> str:
                 lines.append(f"{name + which:38} {r['n']:>4} {r['r2']:>6.3f} "
                              f"{100 * r['median_error']:>13.1f} % {r['factor']:>7.3f} "
                              f"{r['r2_after_factor']:>10.3f} {100 * r['median_error_after_factor']:>12.1f} %")
-    lines.append(f"seed {row['seed']}, {row['device']}, {row['dtype']}, torch {row['torch']}, batch 1, one "
-                 "thread")
+    both = row["all_trajectories"]
+    lines.append(f"{both['n']} held-out trajectories in all: median |error| "
+                 f"{100 * both['median_error']:.1f} %")
+    lines.append(f"seed {row['seed']}, {row['device']}, {row['dtype']}, {row['machine']}, {row['threads']} "
+                 f"threads, torch {row['torch']}, batch 1, answers of at most {row['length']} tokens")
     return "\n".join(lines)
 
 
@@ -297,37 +402,64 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", type=usable_device, default="cpu", help="torch device (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of both models (default: %(default)s)")
-    add("--max-len", type=int, default=384,
-        help="longest row, prompt and answer, in tokens (default: %(default)s)")
-    add("--rounds", type=int, default=10, help="rounds of grid and trajectories (default: %(default)s)")
-    add("--per-round", type=int, default=20,
-        help="problems a round, each answered by every method; every other one for the fit (default: "
-             "%(default)s)")
+    add("--minutes", type=float,
+        help="how long to measure, in all runs together: one coarser round, and as many problems as there is "
+             f"time for (default: no limit for the pocket pair, {MINUTES:g} for another)")
+    add("--max-len", type=int,
+        help=f"longest row, prompt and answer, in tokens (default: {POCKET_LEN} for the pocket pair, else "
+             f"the longest prompt and {ANSWER} more)")
+    add("--rounds", type=int, help="without --minutes: rounds of grid and trajectories (default: 10)")
+    add("--per-round", type=int,
+        help="without --minutes: problems a round, each answered by every method; every other one for the "
+             "fit (default: 20)")
     add("--seed", type=int, default=0, help="of the problems and of random switching (default: %(default)s)")
     add("--overhead", action="store_true", help="measure what a token costs beside the forward pass instead")
-    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS,
-        help="longest answer of a trajectory, in tokens (default: %(default)s)")
+    add("--max-new-tokens", type=int,
+        help=f"longest answer of a trajectory, in tokens (default: {MAX_NEW_TOKENS}; with --minutes what "
+             f"there is time for, {LENGTHS[0]} to {LENGTHS[1]})")
     add("--out", type=Path,
-        help="where the fit goes, with a plot beside it, or the rows of --overhead (default, pocket pair "
-             f"only: {RESULTS / 'latency.json'}, overhead.jsonl)")
+        help="where the fit goes, with a plot and the samples beside it, or the rows of --overhead (default, "
+             f"pocket pair only: {RESULTS / 'latency.json'}, overhead.jsonl)")
     return parser
 
 
-def prepare(args: argparse.Namespace) -> tuple[Task, list]:
-    """The task and its problems. ValueError for options that cannot be."""
+def prepare(args: argparse.Namespace) -> tuple[Task, list, Plan, float]:
+    """The task, its problems, what is timed of them and for how many minutes. ValueError for options that
+    cannot be."""
     task = Task(slm=args.slm, llm=args.llm, device=args.device, dtype=args.dtype, problems=args.problems,
                 special_tokens_may_differ=args.special_tokens_may_differ, **given(args, Prompting))
+    thorough = [name for name in ("rounds", "per_round") if getattr(args, name) is not None]
+    minutes = args.minutes or (float("inf") if task.pocket or thorough else MINUTES)
     for name, least in (("max_len", REFERENCE[1] + 1), ("rounds", 1), ("per_round", 1),
                         ("max_new_tokens", 1)):
-        rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
+        if getattr(args, name) is not None:
+            rstitch.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    if args.minutes is not None and (thorough or not 0 < args.minutes < float("inf")):
+        raise ValueError(f"--minutes {args.minutes:g}: expected more than 0, and neither --rounds nor "
+                         "--per-round beside it")
     if not args.out and not task.pocket:
         raise ValueError("--out is missing: expected a file for a pair or problems that are not the pocket's")
-    chosen = task.split("dev", args.rounds * args.per_round, args.seed)
+    limited = minutes < float("inf")
+    rounds, per_round = (1, BRIEF) if limited else (args.rounds or 10, args.per_round or 20)
+    chosen = task.split("dev", rounds * per_round, args.seed)
     longest = encode_problems(task.load()[2], chosen, task)[0].shape[1]
-    if longest >= args.max_len:
-        raise ValueError(f"--max-len {args.max_len}: expected more than the longest prompt of --problems, "
+    max_len = args.max_len or (POCKET_LEN if task.pocket else longest + ANSWER)
+    if longest >= max_len:
+        raise ValueError(f"--max-len {max_len}: expected more than the longest prompt of --problems, "
                          f"{longest} tokens")
-    return task, chosen
+    plan = Plan(max_len, rounds, len(chosen), repeats=1, longest_read=max(longest, 128), contexts=3,
+                held_out=12, length=args.max_new_tokens) if limited else Plan(
+        max_len, rounds, len(chosen), length=args.max_new_tokens or MAX_NEW_TOKENS)
+    return task, chosen, plan, minutes
+
+
+def samples_file(task: Task, plan: Plan, path: Path, seed: int) -> Rows:
+    """Where times go as they are taken; one of another pair, machine or plan is passed over."""
+    slm, llm, *_ = task.load()
+    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
+             "dtype": task.dtype, "threads": torch.get_num_threads(), "max_len": plan.max_len, "seed": seed,
+             "torch": torch.__version__, **task.prompting()}
+    return Rows(path, lambda row: tuple(row["key"]), lambda key: world)
 
 
 def report_overhead(pair, args: argparse.Namespace, repeats: int = 300) -> None:
@@ -344,16 +476,19 @@ def report_overhead(pair, args: argparse.Namespace, repeats: int = 300) -> None:
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
-    torch.set_num_threads(1)
     try:
-        task, chosen = prepare(args)
+        task, chosen, plan, minutes = prepare(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     pair, out = task.load()[:3], args.out or RESULTS / "latency.json"
     if args.overhead:
         return report_overhead(pair, args)
-    measured = measure(pair, chosen, args.max_len, args.rounds, args.seed, args.max_new_tokens, task)
-    row = evaluate(measured) | provenance(args.seed, len(chosen), args.device, args.dtype)
+    store = samples_file(task, plan, out.with_suffix(".samples.jsonl"), args.seed)
+    done = measure(pair, chosen, plan, store, args.seed, minutes, task)
+    row = evaluate(done) | {"machine": machine(args.device), "threads": torch.get_num_threads(),
+                            "length": plan.length or done[("length",)]["tokens"],
+                            "minutes": round(sum(row["spent"] for row in done.values()) / 60, 1)}
+    row |= provenance(args.seed, 1 + max(j for j, _ in trajectories(done)), args.device, args.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(row) + "\n")
     plot(row, out.with_suffix(".png"))

@@ -154,12 +154,13 @@ class Task(Pair):
         return self.path(name)
 
     def split(self, name: str, n: int, seed: int = SEED) -> list:
-        """The first n problems of a split; of a file, all if it has fewer, in its own order for seed 0.
-        ValueError where it has none."""
+        """The first n problems of a split; of a file, all if it has fewer, in its own order for seed 0; "any"
+        takes them from all of its splits. ValueError where it has none."""
         if not self.problems:
             return problems(name, n, seed)
         found = [Stated(row["question"], str(row["answer"]))
-                 for row in read_problems(self.problems, "question", "answer") if split_of(row) == name]
+                 for row in read_problems(self.problems, "question", "answer")
+                 if name in ("any", split_of(row))]
         if not found:
             raise ValueError(f"--problems {self.problems} has no problem in its {name} split: expected more "
                              "problems, or rows with "
