@@ -79,7 +79,9 @@ from rstitch_hf.serving import (
     bare,
     cache_keyword,
     check_servable,
+    device_of,
     forward_arguments,
+    weight_of,
 )
 
 SLM, LLM = 0, 1
@@ -529,7 +531,8 @@ class StitchLayer(CacheLayerMixin):
         """Write (n, H, S, D) at the read's positions; return what is live of these rows, (n, H, live, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, columns, live = self.place.rows, self.place.columns, self.place.live
+        columns, live = self.place.columns.to(self.keys.device), self.place.live  # where this layer lies
+        rows = self.place.rows if isinstance(self.place.rows, slice) else self.place.rows.to(self.keys.device)
         if isinstance(rows, slice):
             if self.viewed != (rows, live):  # making two views costs as much as writing a token
                 self.viewed, self.views = (
@@ -582,12 +585,13 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def begin(self) -> None:
         self.has_previous_state[0] = self.place.started and bool(self.states)
         for kind, states in self.states.items():
-            self.lent[kind][0] = states[self.place.rows]
+            rows = self.place.rows
+            self.lent[kind][0] = states[rows if isinstance(rows, slice) else rows.to(states.device)]
 
     def end(self) -> None:
         for kind, states in self.states.items():
             if not isinstance(self.place.rows, slice):
-                states.index_copy_(0, self.place.rows, self.lent[kind][0])
+                states.index_copy_(0, self.place.rows.to(states.device), self.lent[kind][0])
             self.lent[kind][0] = None
 
     @torch.inference_mode(False)  # see StitchLayer
@@ -664,10 +668,11 @@ class CachedLM:
         if graphs and config.model_type in CHUNKED | STEPWISE:
             raise ValueError(f"graphs={graphs!r}: expected attention layers only, "
                              f"{config.model_type} has recurrent ones")
-        if graphs and model.device.type != "cuda":
-            raise ValueError(f"graphs={graphs!r}: expected a model on a CUDA device, this one is on "
-                             f"{model.device}")
-        self.graphs = Graphs(model.device) if graphs else None
+        device = device_of(model)
+        if graphs and (device.type != "cuda" or hasattr(model, "hf_device_map")):
+            raise ValueError(f"graphs={graphs!r}: expected a model on one CUDA device, this one is on "
+                             f"{device}" + " and others" * hasattr(model, "hf_device_map"))
+        self.graphs = Graphs(device) if graphs else None
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         columns = -(-max_len // BLOCK) * BLOCK
         self.cursor, self.n_read = [0] * batch_size, 0
@@ -685,11 +690,10 @@ class CachedLM:
         self.sliding = getattr(config, "sliding_window", None)
         # Kept, for model.dtype walks the parameters: as long as a matmul.
         self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype
-        self.free = 0 if self.recurrent else FREE["cpu" if model.device.type == "cpu" else "cuda"]
-        self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long,
-                                  device=model.device)
-        self.columns = torch.arange(columns, device=model.device)
-        self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=model.device)
+        self.free = 0 if self.recurrent else FREE["cpu" if device.type == "cpu" else "cuda"]
+        self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long, device=device)
+        self.columns = torch.arange(columns, device=device)
+        self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=device)
         # What the output embedding reads is the last hidden state, in every family tested. The hook holds a
         # dict, not self, so that a CachedLM which nobody closed is still freed, cache and all.
         caught = self.caught = {}
@@ -783,7 +787,8 @@ class CachedLM:
         for layer in self.recurrent:
             layer.end()
         logits = out.logits[:, -1, :vocab].float()  # (n, V)
-        return Output(logits, self.caught["hidden"], sampling.draw(logits, self.uniform[:n]), entropy(logits))
+        hidden = self.caught["hidden"].to(logits.device)  # of a spread model the last layer may be elsewhere
+        return Output(logits, hidden, sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
     def call_model(self, *args) -> Output:
         """`compute` with the attention that was chosen, and without cuDNN's, which may plan anew for every
@@ -1360,7 +1365,7 @@ def trajectory_latency(calls: Sequence[Call], slm: LatencyModel, llm: LatencyMod
 
 def fingerprint(model) -> str:
     """Tells one model from another, whatever dtype it was loaded in."""
-    head = model.get_output_embeddings().weight[:1000].detach().dequantize().to("cpu", torch.bfloat16)
+    head = weight_of(model.get_output_embeddings())[:1000].detach().dequantize().to("cpu", torch.bfloat16)
     return hashlib.sha256(head.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 

@@ -30,6 +30,7 @@ from rstitch import (
     stitch,
 )
 from rstitch_hf.loading import check_question, encode, load_pair
+from rstitch_hf.serving import device_of
 
 POCKET = Path(__file__).parent.parent / "analysis" / "pocket" / "models"
 PROBLEM = ("Ann has 596 coins. First Ann ends up with 7 times as many. Finally Ann loses 120. "
@@ -91,7 +92,7 @@ class Timed:
 
 def run_question(slm, llm, tokenizer, ids: torch.Tensor, router, **options) -> Stitched:
     """Answer one prompt (1, P), printing the answer as it is written, and a line of figures."""
-    timed = Timed(router, llm.device)
+    timed = Timed(router, device_of(llm))
     start = time.perf_counter()
     result = stitch(slm, llm, ids, timed, on_token=Printer(tokenizer), **options)
     seconds, calls, written = time.perf_counter() - start, result.calls[0], result.source.numel()
@@ -115,7 +116,7 @@ def unknown_words(tokenizer, text: str) -> list[str]:
 
 def usable_device(name: str) -> str:
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device="cpu" if name == "auto" else name)
     except (RuntimeError, AssertionError):  # no such device, or no such device here
         raise argparse.ArgumentTypeError(f"{name!r} is no device that torch can use here") from None
     return name

@@ -105,7 +105,7 @@ class TurnedLinear(torch.nn.Linear):
     """A linear layer that computes a product of few rows as (W x^T)^T.
 
     In float32 on a processor with AVX2, oneMKL takes two to three times as long for x W^T of 2 to 8 rows,
-    what catching up and small batches read, and a third more at 64 (`python -m analysis.bench --products`).
+    what catching up and small batches read, and a third more at 64 (`python -m analysis.floors`).
     """
 
     FEW = range(2, 129)  # rows
@@ -129,11 +129,13 @@ def turn_products(model) -> None:
 
 def load_model(option: str, name: str, device: str = "cpu", dtype: str = "auto"):
     """A causal LM, ready to run: weights from safetensors, or from a GGUF file, whose packed weights are
-    unpacked to dtype. An adapter's folder loads its base and the adapter."""
+    unpacked to dtype. An adapter's folder loads its base and the adapter. On device "auto" accelerate spreads
+    it over the GPUs that are there, then the processor's memory, then the disk."""
     packed = name.endswith(".gguf")
     options = {"quantization_config": GgufConfig(dequantize=True)} if packed else {"use_safetensors": True}
-    model = load(AutoModelForCausalLM, option, name, dtype=dtype, **options)
-    model = (model if str(model.device) == device else model.to(device)).eval()
+    options |= {"device_map": "auto"} if device == "auto" else {}
+    model = load(AutoModelForCausalLM, option, name, dtype=dtype, **options).eval()
+    model = model if device in ("auto", str(model.device)) else model.to(device)
     turn_products(model)
     return model
 

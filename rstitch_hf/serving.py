@@ -78,6 +78,20 @@ def bare(model):
     return model.get_base_model() if wrapped else model
 
 
+def device_of(model) -> torch.device:
+    """Where a model takes its tokens. One that accelerate spreads takes them where its first layer runs,
+    which need not be where that layer's weights wait."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return model.device if place is None else torch.device(place)
+
+
+def weight_of(module) -> torch.Tensor:
+    """A layer's weight; of one that accelerate keeps elsewhere, from there."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook.weights_map["weight"] if module.weight.is_meta and hook is not None else module.weight
+
+
 def check_servable(model, max_len: int, name: str = "model") -> None:
     """ValueError or TypeError for a model whose rows cannot be at different lengths in one batch, before
     anything is computed."""
@@ -94,7 +108,7 @@ def check_servable(model, max_len: int, name: str = "model") -> None:
     needed = ["position_ids", "attention_mask", cache_keyword(model), "logits_to_keep"]
     missing = [a for a in needed[recurrent:] if a not in accepts]  # Mamba takes no positions, nor needs any
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    devices = {p.device for p in model.parameters()}
+    spread = len({p.device for p in model.parameters()}) > 1
     attention = config._attn_implementation
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only model")
@@ -107,9 +121,9 @@ def check_servable(model, max_len: int, name: str = "model") -> None:
                          f"{', '.join(missing) or 'output embeddings'}")
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"{name} uses attn_implementation={attention!r}: expected 'sdpa' or 'eager'")
-    if len(devices) > 1:
-        raise ValueError(f"{name} is spread over {len(devices)} devices: expected all of it on one; SLM and "
-                         "LLM may differ")
+    if spread and not hasattr(model, "hf_device_map"):
+        raise ValueError(f"{name} is spread over several devices by hand: expected all of it on one, or a "
+                         "device_map, with which accelerate moves what goes from one to the next")
     if model.training:
         raise ValueError(f"{name} is in training mode: call .eval() first")
     if config.model_type in MISPLACED or getattr(config, "alibi", False):
