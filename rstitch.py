@@ -72,6 +72,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 
 from rstitch_hf.graphs import Graphs
 from rstitch_hf.loading import encode, load_pair  # noqa: F401  (what a first line needs)
+from rstitch_hf.ranks import is_split, of_rank_zero
 from rstitch_hf.serving import (
     CHUNKED,
     STEPWISE,
@@ -386,7 +387,8 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     leave = (router.leave_slm if model == SLM else router.leave_llm)(step)
     check_decision(router, model, leave, step.token)
     # One host read for all three; float32 holds token ids up to 2^24.
-    tokens, entropies, leaves = torch.stack([out.token.float(), out.entropy, leave.float()]).tolist()
+    decided = torch.stack([out.token.float(), out.entropy, leave.float()])
+    tokens, entropies, leaves = (of_rank_zero(decided) if lm.ranked else decided).tolist()
     check_entropies(model, rows, entropies)
     calls = []
     for row, t, n, start, token, H, left in zip(rows, position, n_inf, n_kv, tokens, entropies, leaves):
@@ -456,7 +458,8 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
     limits, seeds = row_limits(max_new_tokens, len(prompts)), row_seeds(seed, len(prompts))
     slots = min(slots or len(prompts), len(prompts))
     with opened(slm, llm, prompts, limits, slots) as lms:
-        vocab = min(lm.vocab for lm in lms)
+        vocab, ranked = min(lm.vocab for lm in lms), lms[0].ranked
+        seeds = of_rank_zero(torch.tensor(seeds, device=lms[0].inputs.device)).tolist() if ranked else seeds
         eos = end_tokens(eos_token_id, [lm.model for lm in lms])
         pad = padding_token(pad_token_id, lms, eos)
         check_padding(input_ids, attention_mask, prompts, lms, eos, pad_token_id)
@@ -464,8 +467,10 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
         rows = [Row(i, seeds[i], list(ids), len(ids), first, limits[i]) for i, ids in enumerate(prompts)]
 
         def ended(row: Row, call: Call) -> bool:
-            return (call.token in eos or len(row.kept) == row.limit
-                    or stop is not None and bool(stop(row.index, row.ids[row.n_prompt:])))
+            stopped = stop is not None and bool(stop(row.index, row.ids[row.n_prompt:]))
+            if stop is not None and ranked:  # it may go by a clock
+                stopped = bool(of_rank_zero(torch.tensor(stopped, device=lms[0].inputs.device)))
+            return call.token in eos or len(row.kept) == row.limit or stopped
 
         try:
             write(rows, lms, slots, router, vocab, sampling, process, ended, on_token)
@@ -676,6 +681,7 @@ class CachedLM:
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         columns = -(-max_len // BLOCK) * BLOCK
         self.cursor, self.n_read = [0] * batch_size, 0
+        self.ranked = False  # whether several ranks have to decide alike: `stitch` knows of both models
         self.place = Place()
         self.layer_types = getattr(config, "layer_types", None)
         self.layers = [RecurrentLayer(self.place, batch_size) if kind in ("linear_attention", "conv")
@@ -788,6 +794,7 @@ class CachedLM:
             layer.end()
         logits = out.logits[:, -1, :vocab].float()  # (n, V)
         hidden = self.caught["hidden"].to(logits.device)  # of a spread model the last layer may be elsewhere
+        hidden = hidden.full_tensor() if hasattr(hidden, "full_tensor") else hidden
         return Output(logits, hidden, sampling.draw(logits, self.uniform[:n]), entropy(logits))
 
     def call_model(self, *args) -> Output:
@@ -1089,7 +1096,9 @@ def opened(slm, llm, prompts: list[list[int]], limits: list[int], slots: int) ->
                 own.append(lm)
             check_fits(name, lm, prompts, slots, longest)
             lms.append(lm)
+        ranked = any(is_split(lm.model) for lm in lms)
         for lm in lms:
+            lm.ranked = ranked
             lm.reset()
         yield lms
     finally:

@@ -1,4 +1,10 @@
 """Tests of models that lie on more than one device, or in more than one process: `pytest test_devices.py`."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,7 +13,11 @@ import rstitch
 from conftest import answers, assert_same_calls, prompts
 from rstitch import CachedLM, EntropyRouter, RandomRouter, stitch
 from rstitch_hf import command
+from rstitch_hf.loading import check_divides
 from test_hybrid import small
+from test_loading import saved
+
+ROOT = Path(__file__).parent
 
 # ---- models that accelerate spreads ------------------------------------------------------------------------
 
@@ -85,3 +95,128 @@ def test_device_auto_from_the_command_line(capsys):
     command.main(["--device", "auto", "--dtype", "float32", *argv])
     got = capsys.readouterr().out
     assert got.rsplit(", ", 2)[0] == plain.rsplit(", ", 2)[0]  # but for the time
+
+
+# ---- one model over several processes ----------------------------------------------------------------------
+
+RANKS = """
+import json, sys
+import torch
+import rstitch
+from conftest import prompts
+from rstitch_hf.loading import load_model
+from rstitch_hf.ranks import is_split, rank
+
+torch.set_num_threads(1)
+folder, *families = sys.argv[1:]
+slm, found = load_model("--slm", f"{folder}/slm"), {}
+if rank():  # as where processors round unlike each other: what this rank sees is off by far more
+    head = slm.get_output_embeddings().weight
+    head.data += 0.3 * torch.randn(head.shape, generator=torch.Generator().manual_seed(9))
+ids, mask = prompts([3, 9, 5, 4, 7])
+for family in families:
+    llm, runs = load_model("--llm", f"{folder}/{family}", split=True), []
+    assert is_split(llm) and not is_split(slm)
+    for router in (rstitch.LLMOnly(), rstitch.EntropyRouter(0.7), rstitch.RandomRouter(0.4, 0.5)):
+        for temperature in (0.0, 0.9):
+            ticks = iter(range(10**6))  # the clock of rank 1 runs fast
+            result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=12, slots=3,
+                                    eos_token_id=[], temperature=temperature, seed=5 if temperature else None,
+                                    stop=lambda row, ids: next(ticks) > (10**5, 40)[rank()])
+            runs.append([result.calls, result.seed])
+    found[family] = [runs, rstitch.fingerprint(llm)]
+with open(f"{folder}/{rank()}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+def torchrun(n: int, *argv, seconds: int = 100) -> subprocess.CompletedProcess:
+    """N processes, which must end in time."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           f"--nproc-per-node={n}", *map(str, argv)], capture_output=True, text=True,
+                          timeout=seconds, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1",
+                                                                        "PYTHONPATH": str(ROOT)})
+
+
+def gaps(model, prompt: list[int], answer: list[int]) -> list[float]:
+    """How far the two likeliest tokens are from each other before each token of an answer."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+    best = logits.topk(2).values
+    return (best[:, 0] - best[:, 1]).tolist()
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """What each of two ranks found, by family."""
+    folder, families = tmp_path_factory.mktemp("split"), ("Qwen2", "Qwen3", "Llama")
+    small("Qwen2", 1).save_pretrained(folder / "slm")
+    for family in families:
+        small(family, 2).save_pretrained(folder / family)
+    (folder / "ranks.py").write_text(RANKS)
+    done = torchrun(2, folder / "ranks.py", folder, *families)
+    assert not done.returncode, done.stderr
+    return [json.loads((folder / f"{r}.json").read_text()) for r in (0, 1)]
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
+def test_an_llm_over_two_processes_equals_one_process(split, family):
+    slm, llm = small("Qwen2", 1), small(family, 2)
+    first, second = (found[family] for found in split)
+    assert first == second and first[1] == rstitch.fingerprint(llm)
+    ids, mask = prompts([3, 9, 5, 4, 7])
+    settings = [(router, t) for router in (rstitch.LLMOnly(), EntropyRouter(0.7), RandomRouter(0.4, 0.5))
+                for t in (0.0, 0.9)]
+    equal = 0
+    for (router, temperature), (calls, seeds) in zip(settings, first[0], strict=True):
+        assert not temperature or seeds == rstitch.row_seeds(5, 5)
+        alone = stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=12, eos_token_id=[],
+                       temperature=temperature, seed=seeds)
+        for row, (mine, theirs) in enumerate(zip(alone.calls, calls, strict=True)):
+            if [tuple(c[:5]) for c in theirs] == [c[:5] for c in mine]:
+                equal += 1
+                continue
+            kept = [c.token for c in alone.kept[row]]
+            prompt = ids[row, mask[row].bool()].tolist()
+            assert min(min(gaps(model, prompt, kept)) for model in (slm, llm)) < 1e-4, (router, row)
+    assert equal >= 25  # of 30 rows
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["question"], "python rstitch.py without --tp is for one process, 2 were started"),
+    (["--tp", "--llm", "{folder}/odd", "--slm", "{folder}/odd", "question"],
+     "has num_key_value_heads=1: expected a number of ranks that divides it, got 2")])
+def test_a_wrong_launch_ends_in_one_sentence(tmp_path, argv, message):
+    saved(tmp_path, "odd", 1, num_key_value_heads=1)
+    done = torchrun(2, "rstitch.py", *(word.format(folder=tmp_path) for word in argv), seconds=60)
+    assert done.returncode and done.stderr.count(message) == 1, done.stderr
+
+
+@pytest.mark.parametrize("name, message", [
+    ("none", "--llm .*none cannot be split by --tp: transformers has no tensor parallel plan for gpt2"),
+    ("odd", "--llm .*odd has num_key_value_heads=1: expected a number of ranks that divides it, got 2"),
+    ("packed.gguf", "--llm .*packed.gguf: expected a model with safetensors of its own, for --tp splits it")])
+def test_models_that_cannot_be_split_are_refused_before_their_weights_are_read(tmp_path, name, message):
+    saved(tmp_path, "odd", 1, num_key_value_heads=1)
+    saved(tmp_path, "none", 1, family="GPT-2")
+    for weights in tmp_path.glob("*/*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match=message):
+        check_divides("--llm", str(tmp_path / name), 2)
+
+
+def test_one_process_is_not_split(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--tp", "question"])
+    assert "--tp splits the LLM over several processes: expected torchrun" in capsys.readouterr().err
+
+
+def test_the_command_over_two_processes_prints_one_answer(tmp_path):
+    for name, seed in (("slm", 1), ("llm", 2)):
+        saved(tmp_path, name, seed)
+    pair = ["--slm", str(tmp_path / "slm"), "--llm", str(tmp_path / "llm"), "--router", "random", "--p",
+            "0.5", "--max-new-tokens", "9", "--device", "cpu", "What is 2 + 3?"]
+    split = torchrun(2, "rstitch.py", "--tp", *pair)
+    alone = subprocess.run([sys.executable, "rstitch.py", *pair], capture_output=True, text=True, cwd=ROOT)
+    assert split.returncode == alone.returncode == 0, split.stderr
+    assert split.stdout.rsplit(", ", 2)[0] == alone.stdout.rsplit(", ", 2)[0] and "9 tokens" in split.stdout

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rstitch_hf.ranks import start
+
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["-m analysis.presentation.report", "-m analysis.frontier",
             "-m analysis.label --workers 2 --report", "-m analysis.compare",
@@ -35,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

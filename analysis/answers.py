@@ -26,6 +26,7 @@ from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson
 from analysis.instruments.task import SEED, Task, encode_problems, ends_of, graded
 from rstitch import fingerprint
+from rstitch_hf.ranks import start
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
 
@@ -109,6 +110,7 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
     store = Rows(path, lambda row: tuple(row[name] for name in named), lambda key: world)
     keys = {method: [(method, i // samples, i % samples, digest) for i, digest in enumerate(digests)]
             for method in methods}
+    changed = False
     for method in methods:
         lacking = set(store.missing(keys[method]))
         todo = [i for i, key in enumerate(keys[method]) if key in lacking]
@@ -121,7 +123,8 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
         if todo:
             answer(task, router_of(method), [chosen[i] for i in todo], [seeds[i] for i in todo], save,
                    temperature, method)
-    have = store.have()
+        changed = changed or bool(todo)
+    have = store.settle([key for method in methods for key in keys[method]], changed)
     return [have[key] for method in methods for key in keys[method]]
 
 
@@ -165,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, shared=True)

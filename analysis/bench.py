@@ -47,6 +47,7 @@ from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
 from rstitch_hf import serving
 from rstitch_hf.command import usable_device
 from rstitch_hf.loading import left_padded
+from rstitch_hf.ranks import start
 
 FILE = RESULTS / "bench.jsonl"
 
@@ -859,4 +860,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

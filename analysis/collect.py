@@ -30,6 +30,7 @@ from analysis.instruments.task import Pair, branches_together, common_vocab, dec
 from analysis.pocket.domain import problems, verify_number
 from rstitch import fingerprint
 from rstitch_hf.loading import left_padded
+from rstitch_hf.ranks import start
 
 N = 800
 
@@ -216,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, shared=True)

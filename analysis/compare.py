@@ -69,6 +69,7 @@ from analysis.instruments.task import (
 )
 from analysis.instruments.timing import now
 from rstitch import fingerprint
+from rstitch_hf.ranks import start
 from rstitch_hf.serving import cache_keyword
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
@@ -592,4 +593,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, shared=True)

@@ -33,6 +33,7 @@ from analysis.instruments.timing import rotated
 from analysis.pocket.domain import problems
 from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
 from rstitch_hf.command import run_question, usable_device
+from rstitch_hf.ranks import start
 
 TAUS = (0.005, 0.02, 0.1)
 
@@ -184,4 +185,4 @@ def options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(**vars(options()))
+    start(lambda: main(**vars(options())))

@@ -25,6 +25,7 @@ from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import append_row
 from rstitch_hf.command import usable_device
 from rstitch_hf.loading import turn_products
+from rstitch_hf.ranks import start
 
 PRODUCT = (8960, 1536)  # outputs, inputs: the largest layer of the 1.5B shape
 
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

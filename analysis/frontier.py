@@ -45,6 +45,7 @@ from analysis.instruments.task import (
     wall_clock,
 )
 from analysis.train_policy import RUNS, rewards
+from rstitch_hf.ranks import start
 
 FIXED = {
     **{f"tau {tau:g}": rstitch.EntropyRouter(tau) for tau in (*TAUS, 0.0035, 0.007)},
@@ -263,4 +264,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, shared=True)

@@ -47,6 +47,7 @@ from analysis.instruments.task import Pair, branches_together, common_vocab, dec
 from analysis.pocket.domain import problems
 from rstitch import fingerprint
 from rstitch_hf.loading import left_padded, load_model, load_tokenizer
+from rstitch_hf.ranks import rank, start
 from rstitch_hf.serving import cache_keyword
 
 FOLDER = CHECKPOINTS / "labels"
@@ -499,6 +500,8 @@ def main() -> None:
         if args.problems and not args.out:
             raise ValueError("--out is missing: expected a folder for the labels of --problems")
         rows = make_labels(settings, todo, folder, args.workers)
+        if rank():
+            return
         train = [row for row in rows if row["split"] == "router-train"]
         if args.sample:
             print(*map(json.dumps, sample(settings, train, args.sample, args.seed)), sep="\n")
@@ -517,4 +520,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, shared=True)

@@ -44,6 +44,7 @@ from analysis.instruments.timing import REFERENCE, now, reference_ms, rotated
 from analysis.pocket.weights import MAX_NEW_TOKENS
 from rstitch import fingerprint
 from rstitch_hf.command import usable_device
+from rstitch_hf.ranks import start
 
 METHODS = {
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
@@ -496,4 +497,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -29,6 +29,7 @@ from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import machine
 from analysis.instruments.stats import wilson
 from analysis.instruments.task import Task, common_vocab, encode_problems
+from rstitch_hf.ranks import start
 
 TAUS = (0.001, 0.005, 0.02, 0.05, 0.1)
 REPLAYED = 512  # tokens of an answer
@@ -216,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

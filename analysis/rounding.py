@@ -29,6 +29,7 @@ from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson, with_interval
 from analysis.instruments.task import SEED, Task, encode_problems
 from rstitch import fingerprint
+from rstitch_hf.ranks import rank, start
 
 FILE = RESULTS / "rounding.jsonl"
 METHODS = {"SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
@@ -55,7 +56,9 @@ def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:
     store = Rows(path, lambda row: (row["method"], row["batch"], row["problem"]), lambda key: world)
     todo = [(method, len(part), part) for method in methods
             for part in ([*range(len(chosen))], *([i] for i in range(len(chosen))))]
-    todo = [job for job in todo if store.missing((*job[:2], i) for i in job[2])]
+    keys = [(method, batch, i) for method, batch, part in todo for i in part]
+    todo = [job for at, job in enumerate(todo) if at % world() == rank()
+            and any((*job[:2], i) not in store.have() for i in job[2])]
     with progress(len(todo), "answers") as bar:
         for method, batch, part in todo:
             for i, tokens in zip(part, answer(task, method, [chosen[i] for i in part],
@@ -64,7 +67,7 @@ def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:
                                                "problem": i, "tokens": tokens,
                                                **provenance(SEED, n, task.device, task.dtype)})
             bar.update()
-    return [row for row in store.have().values() if row["method"] in methods]
+    return [row for row in store.settle(keys, bool(todo)).values() if row["method"] in methods]
 
 
 def compare(rows: list[dict]) -> list[dict]:
@@ -115,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, shared=True)

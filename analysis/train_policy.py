@@ -33,6 +33,7 @@ from analysis.instruments.rows import append_row, read_rows
 from analysis.instruments.runs import settle
 from analysis.instruments.task import Task, solve
 from rstitch import fingerprint
+from rstitch_hf.ranks import start
 
 FOLDER = CHECKPOINTS / "policies"
 
@@ -330,4 +331,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -36,6 +36,7 @@ from analysis.instruments.stats import auroc, bootstrap, ratio_of_means
 from analysis.instruments.task import common_vocab
 from analysis.pocket.weights import MODELS
 from rstitch import fingerprint
+from rstitch_hf.ranks import start
 
 FOLDER = CHECKPOINTS / "r2r"
 ROUTER = MODELS / "r2r"
@@ -398,4 +399,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -30,6 +30,7 @@ from rstitch import (
     stitch,
 )
 from rstitch_hf.loading import check_question, encode, load_pair
+from rstitch_hf.ranks import check_alone, silence_all_but_first, world
 from rstitch_hf.serving import device_of
 
 POCKET = Path(__file__).parent.parent / "analysis" / "pocket" / "models"
@@ -179,6 +180,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="integer that decides every random draw (default: %(default)s)")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="torch device of both models (default: %(default)s)")
+    add("--tp", action="store_true", help="split the LLM over the processes of torchrun --nproc-per-node N "
+        "rstitch.py --tp ...; each holds the whole SLM")
     add("--graphs", action="store_true", help="replay steps as CUDA graphs; needs a CUDA device")
     add("--special-tokens-may-differ", action="store_true", help="run a pair whose tokenizers differ in "
         "special tokens only")
@@ -209,6 +212,13 @@ def check_options(args: argparse.Namespace) -> None:
                              "above 0")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}: expected a score in [0, 1]")
+    if args.tp and world() == 1:
+        raise ValueError("--tp splits the LLM over several processes: expected torchrun --nproc-per-node N "
+                         "rstitch.py --tp ...")
+    if args.tp and (args.graphs or args.device == "auto"):
+        raise ValueError("--tp goes with neither --graphs nor --device auto")
+    if not args.tp:
+        check_alone("python rstitch.py without --tp")
     check_count("--max-new-tokens", args.max_new_tokens)
     Sampling(args.temperature, args.top_k, args.top_p)
     check_question(args.question)
@@ -246,7 +256,8 @@ def threads_for(model) -> Iterator[None]:
 def answer(args: argparse.Namespace) -> None:
     """Load the pair, answer the question."""
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    *models, tokenizer = load_pair(args.slm, args.llm, args.device, dtype, args.special_tokens_may_differ)
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.tp and args.device == "cuda" else args.device
+    *models, tokenizer = load_pair(args.slm, args.llm, device, dtype, args.special_tokens_may_differ, args.tp)
     router = build_router(args, *models)
     ids, _ = encode(tokenizer, args.question, system=args.system, instruction=args.instruction,
                     **dict(args.template))
@@ -271,6 +282,7 @@ def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    silence_all_but_first()
     parser = build_parser()
     args = parser.parse_args(argv)
     built_in = args.question is None

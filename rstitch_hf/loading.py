@@ -7,8 +7,11 @@ from pathlib import Path
 
 import jinja2
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
+
+from rstitch_hf.ranks import world
 
 
 def check_same_tokenizer(slm_tokenizer, llm_tokenizer, special_may_differ: bool = False) -> None:
@@ -127,15 +130,32 @@ def turn_products(model) -> None:
                 module.__class__ = TurnedLinear
 
 
-def load_model(option: str, name: str, device: str = "cpu", dtype: str = "auto"):
+def check_divides(option: str, name: str, ranks: int) -> None:
+    """ValueError for a model that cannot be split over so many ranks, before its weights are read."""
+    if name.endswith(".gguf") or (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(f"{option} {name}: expected a model with safetensors of its own, for --tp splits it")
+    config = load(AutoConfig, option, name).get_text_config(decoder=True)
+    if not getattr(config, "base_model_tp_plan", None):
+        raise ValueError(f"{option} {name} cannot be split by --tp: transformers has no tensor parallel plan "
+                         f"for {config.model_type}")
+    for what in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, what, None) or config.num_attention_heads
+        if heads % ranks:
+            raise ValueError(f"{option} {name} has {what}={heads}: expected a number of ranks that divides "
+                             f"it, got {ranks}")
+
+
+def load_model(option: str, name: str, device: str = "cpu", dtype: str = "auto", split: bool = False):
     """A causal LM, ready to run: weights from safetensors, or from a GGUF file, whose packed weights are
     unpacked to dtype. An adapter's folder loads its base and the adapter. On device "auto" accelerate spreads
-    it over the GPUs that are there, then the processor's memory, then the disk."""
+    it over the GPUs that are there, then the processor's memory, then the disk. split: over the ranks that
+    torchrun started, by transformers' own plan."""
     packed = name.endswith(".gguf")
     options = {"quantization_config": GgufConfig(dequantize=True)} if packed else {"use_safetensors": True}
     options |= {"device_map": "auto"} if device == "auto" else {}
+    options |= {"distributed_config": DistributedConfig(tp_plan="auto")} if split else {}
     model = load(AutoModelForCausalLM, option, name, dtype=dtype, **options).eval()
-    model = model if device in ("auto", str(model.device)) else model.to(device)
+    model = model if split or device in ("auto", str(model.device)) else model.to(device)
     turn_products(model)
     return model
 
@@ -166,17 +186,21 @@ def complete_ends(model, tokenizer) -> None:
         model.generation_config.eos_token_id = ends + sorted(missing)
 
 
-def load_pair(slm: str, llm: str, device: str = "cpu", dtype: str = "auto", special_may_differ: bool = False):
+def load_pair(slm: str, llm: str, device: str = "cpu", dtype: str = "auto", special_may_differ: bool = False,
+              split_llm: bool = False):
     """(SLM, LLM, the LLM's tokenizer), each model from a name of Hugging Face, a folder (an adapter's too),
     FILE.gguf or REPO:FILE.gguf. dtype "auto" is the checkpoint's. Their generation configs are completed, see
-    `complete_ends`. ValueError where there is no such model, or the tokenizers differ
-    (`check_same_tokenizer`)."""
+    `complete_ends`. split_llm: under torchrun each rank holds a part of the LLM, and all of the SLM.
+    ValueError where there is no such model, or the tokenizers differ (`check_same_tokenizer`)."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     names = {"--slm": slm, "--llm": llm}
     tokenizers = [load_tokenizer(option, name) for option, name in names.items()]
     check_same_tokenizer(*tokenizers, special_may_differ)
-    models = [load_model(option, name, device, dtype) for option, name in names.items()]
+    if split_llm:
+        check_divides("--llm", llm, world())
+    models = [load_model(option, name, device, dtype, split_llm and option == "--llm")
+              for option, name in names.items()]
     check_columns(models, tokenizers)
     for model, tokenizer in zip(models, tokenizers):
         complete_ends(model, tokenizer)

@@ -1,0 +1,66 @@
+"""The processes that torchrun started: which one this is, and how they stay of one mind.
+
+Ranks that hold parts of one model must not decide apart: a rounding difference would let one of them ask the
+LLM where another goes on with the SLM, and both would wait for good. So rank 0 decides.
+"""
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet() -> None:
+    """Wait until every rank is here."""
+    if world() > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=30))  # one rank may have far more to do
+        dist.barrier()
+
+
+def is_split(model) -> bool:
+    """Do the ranks hold parts of this model?"""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def of_rank_zero(values: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values in place of each rank's own."""
+    dist.broadcast(values, 0)
+    return values
+
+
+def silence_all_but_first() -> None:
+    """What every rank would print is printed once; a crash is told all the same."""
+    if rank():
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+
+
+def check_alone(what: str) -> None:
+    """ValueError under torchrun for what one process does."""
+    if world() > 1:
+        raise ValueError(f"{what} is for one process, {world()} were started")
+
+
+def start(main: Callable[[], object], shared: bool = False) -> None:
+    """Run a module's main. Under torchrun only rank 0 prints; what is not shared work is refused there."""
+    silence_all_but_first()
+    spec = sys.modules["__main__"].__spec__
+    if not shared:
+        try:
+            check_alone(f"python -m {spec.name}" if spec else sys.argv[0])
+        except ValueError as error:
+            sys.exit(str(error))
+    main()
