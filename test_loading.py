@@ -465,7 +465,7 @@ def test_trained_routers_of_the_pocket_pair_run_from_the_command_line(router, ca
                                                                   "expected"),
                                            (["--window", "0"], "window=0"),
                                            (["--top-k", "3"], "--top-k 3 needs a --temperature above 0"),
-                                           (["--graphs"], "graphs=True: expected a model on a CUDA device"),
+                                           (["--graphs"], "graphs=True: expected a model on one CUDA device"),
                                            (["--template", "x"], "'x': expected KEY=VALUE"),
                                            (["--template", "nope=1"], "nope=1: the chat template of this "
                                             "tokenizer has no such option"),

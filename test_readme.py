@@ -160,7 +160,7 @@ def test_the_built_in_problem_comes_out_as_the_readme_shows(capsys):
     text, line = after(README, "The second line answers")
     first, last = text.split("[...]")
     assert first in out and last + "\n" in out and line.split(" switches")[0] in out
-    assert "tau 0.005;" in README and "--tau 0.005" in out and "as 4002." in README
+    assert "It takes tau 0.005," in README and "--tau 0.005" in out and "wrong, 4002." in README
     command.main(["--device", "cpu", "--tau", "0.02"])
     assert "The answer is 4002." in capsys.readouterr().out
 
@@ -191,10 +191,10 @@ def test_the_figures_of_the_readme_are_the_committed_ones():
         shown = "not counted" if drafts else f"{100 * run['llm_share']:.1f}"
         assert (right, share, speed) == (f"{100 * run['accuracy']:.1f}", shown, clock[name])
         assert run["n"] == 1000
-    assert wall["n"] == 100 and "1,000 test problems" in README and "first\n100 problems" in README
+    assert wall["n"] == 100 and "1,000 test problems" in README and "on 100 problems" in README
     rules = {r["name"]: f"{100 * r['accuracy']:.1f} %" for r in frontier if r["kind"] == "fixed"}
     random = figures.nearest(runs, "random", 0.15)["accuracy"]
-    assert f"get {100 * random:.1f} % right" in README
+    assert f"get {100 * random:.1f} % right at 15 % LLM tokens" in README
     assert f"({rules['tau 0.02']})" in README and f"At 0.001 it is {rules['tau 0.001']}." in README
 
 

@@ -609,7 +609,7 @@ def test_live_columns_by_hand():
 
 def test_graphs_need_a_gpu():
     with pytest.raises(ValueError,
-                       match="graphs=True: expected a model on a CUDA device, this one is on cpu"):
+                       match="graphs=True: expected a model on one CUDA device, this one is on cpu"):
         CachedLM(tiny(), 1, 8, graphs=True)
 
 

@@ -20,8 +20,9 @@ replayed from a script (share of the LLM, mean length of its visits), and the cl
 have read the prompt. In one run: either model alone, stitched, generate() of either (dynamic and static
 cache), assisted generation (batch 1; a worst case, since random models agree on nothing). The ceiling is an
 event simulation of the same script under the same schedule with steps timed alone. The floor of a step is the
-bytes it must read, weights without an untied input embedding and live cache, over the bandwidth of a
-read-only stream measured in the same run. Shapes of "mini" size run on a CPU.
+larger of two: the bytes it must read, weights without an untied input embedding and live cache, over the
+bandwidth of a read-only stream, and its operations over the best rate of a product; both of the same run.
+Shapes of "mini" size run on a CPU.
 """
 import argparse
 import gc
@@ -33,15 +34,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rstitch
 from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS, append_row, newest
+from analysis.instruments.shapes import SHAPES, build, bytes_of, measure_limits, products
 from analysis.instruments.stats import bootstrap, signed, with_interval
 from analysis.instruments.task import encode_problems, same_width
-from analysis.instruments.timing import now, rotated
+from analysis.instruments.timing import interleaved, now, rotated
 from analysis.pocket.domain import problems
 from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
 from rstitch_hf import serving
@@ -50,18 +51,6 @@ from rstitch_hf.loading import left_padded
 from rstitch_hf.ranks import start
 
 FILE = RESULTS / "bench.jsonl"
-
-
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device="cpu") -> dict[str, list[float]]:
-    """Milliseconds of each in every round but a first one, beginning with another one each time."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name in rotated(list(runs), i):
-            start = now(device)
-            runs[name]()
-            if i:
-                times[name].append(1e3 * (now(device) - start))
-    return times
 
 
 def spread(values: Sequence[float]) -> list[float]:
@@ -539,46 +528,6 @@ def bench_schedule(tokens: int = 400, draws: int = 4) -> None:
 # ---- real shapes ------------------------------------------------------------------------------------------
 
 
-SHAPES = {  # Qwen2.5: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
-    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
-    "14B": (5120, 13_824, 48, 40, 8, 152_064, False),
-    "32B": (5120, 27_648, 64, 40, 8, 152_064, False), "mini-S": (128, 512, 4, 4, 2, 1024, True),
-    "mini-L": (256, 1024, 12, 8, 2, 1024, False)}
-
-
-def config_of(shape: str, longest: int) -> Qwen2Config:
-    hidden, inner, layers, heads, shared, vocab, tied = SHAPES[shape]
-    return Qwen2Config(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=shared, vocab_size=vocab,
-                       tie_word_embeddings=tied, max_position_embeddings=longest, bos_token_id=None,
-                       eos_token_id=None, pad_token_id=0)
-
-
-def bytes_of(shape: str, batch: int, context: int, itemsize: int) -> tuple[int, int, int]:
-    """(weights, weights that a step reads, caches of `context` tokens a row)."""
-    hidden, inner, layers, heads, shared, vocab, tied = SHAPES[shape]
-    width = hidden // heads
-    block = 2 * hidden * hidden + hidden + 2 * shared * width * (hidden + 1) + 3 * hidden * inner + 2 * hidden
-    read = layers * block + hidden + vocab * hidden
-    weights = read + (0 if tied else vocab * hidden)
-    return itemsize * weights, itemsize * read, itemsize * 2 * layers * shared * width * batch * context
-
-
-def build(shape: str, longest: int, device: str, dtype: torch.dtype, seed: int = 0) -> Qwen2ForCausalLM:
-    """Random weights, made on the device."""
-    with torch.device(device):
-        torch.manual_seed(seed)
-        return Qwen2ForCausalLM._from_config(config_of(shape, longest), dtype=dtype).eval()
-
-
-def bandwidth(device: str, dtype: torch.dtype, rounds: int = 10) -> float:
-    """Bytes per second of a stream that is only read."""
-    x = torch.ones((4 << 30 if torch.device(device).type == "cuda" else 1 << 28) // dtype.itemsize,
-                   device=device, dtype=dtype)
-    return 1e3 * x.nbytes / float(np.median(interleaved({"sum": x.sum}, rounds, device)["sum"]))
-
-
 class ScriptRouter:
     """Decides as a script says."""
 
@@ -726,7 +675,8 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
         forget(device)
         if needed > 0.95 * torch.cuda.mem_get_info(device)[0]:
             return key | {"fits": False, "needed_gb": needed / 1e9}
-    stream, leaves = bandwidth(device, kind), script.leaves(batch, tokens)
+    limits = measure_limits(device, kind, products([1024], device, kind, 5))
+    leaves = script.leaves(batch, tokens)
     models = [build(name, longest, device, kind, seed) for seed, name in enumerate(names)]
     ids = torch.randint(10, 1000, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
     lms = [rstitch.CachedLM(model, batch, longest, graphs=cuda) for model in models]
@@ -742,14 +692,12 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
     for lm in lms:
         lm.close()
     del lms, cost  # and so their caches, before the next are made
-    floors = {}
-    for name in names:
-        _, read, live = bytes_of(name, batch, context + tokens // 2, kind.itemsize)
-        floors[name] = 1e3 * (read + live) / stream
+    floors = {name: limits.floor(name, batch, context + tokens // 2, kind.itemsize)[0] for name in names}
     return key | {"fits": True, "tokens_per_s": {name: spread(x) for name, x in speed.items()},
                   "step_ms": steps,
                   "floor_ms": floors, "of_floor": {name: floors[name] / steps[name] for name in names},
-                  "stream_gb_per_s": stream / 1e9, "simulated_tokens_per_s": 1e3 * written / simulated,
+                  "stream_gb_per_s": limits.stream / 1e9, "peak_gflop_per_s": limits.peak / 1e9,
+                  "simulated_tokens_per_s": 1e3 * written / simulated,
                   "longest_wait_calls": wait,
                   "spent_ms_per_token": time_spent(models, names, longest, ids, leaves, cuda),
                   "peak_gb": peak, "weights_and_caches_gb": sum(w + c for w, _, c in sizes) / 1e9}
@@ -765,7 +713,8 @@ def show_shapes(row: dict) -> str:
                  f"{100 * row['tokens_per_s']['stitched'][0] / row['simulated_tokens_per_s']:.0f} %; "
                  f"longest wait of a row {row['longest_wait_calls']} calls")
     lines += [f"  {name} step {row['step_ms'][name]:.2f} ms, floor {row['floor_ms'][name]:.2f} ms at "
-              f"{row['stream_gb_per_s']:.0f} GB/s: {100 * row['of_floor'][name]:.0f} % of it reached"
+              f"{row['stream_gb_per_s']:.0f} GB/s and {row['peak_gflop_per_s']:.0f} GFLOP/s: "
+              f"{100 * row['of_floor'][name]:.0f} % of it reached"
               for name in row["step_ms"]]
     lines.append("  where a stitched token's time goes: "
                  + ", ".join(f"{part} {ms:.2f} ms" for part, ms in row["spent_ms_per_token"].items()))
@@ -784,7 +733,7 @@ def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], scri
                              visit=script.visit, new_tokens=tokens, n=rounds, threads=torch.get_num_threads(),
                              dtype=dtype,
                             device_name=device_name(device))
-                if row is None:
+                if row is None or "peak_gflop_per_s" not in row:  # an older floor was of bytes alone
                     row = shapes_row(pair, batch, context, script, tokens, rounds, device, dtype)
                     append_row(FILE, *[row] * row["fits"])  # what did not fit may fit another time
                 print(show_shapes(row), flush=True)

@@ -13,64 +13,17 @@ x W^T takes is printed beside (`TurnedLinear` of rstitch_hf/loading.py).
 """
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch.nn.functional import linear
 
 import rstitch
-from analysis.bench import FILE, SHAPES, bandwidth, build, bytes_of, interleaved, read_cost
+from analysis.bench import FILE, read_cost
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import append_row
+from analysis.instruments.shapes import PRODUCT, SHAPES, Limits, build, measure_limits, products
 from rstitch_hf.command import usable_device
 from rstitch_hf.loading import turn_products
 from rstitch_hf.ranks import start
-
-PRODUCT = (8960, 1536)  # outputs, inputs: the largest layer of the 1.5B shape
-
-
-def operations(shape: str, batch: int, context: int) -> int:
-    """Multiplications and additions of a step: two per weight and row, four per cached key feature."""
-    hidden, _, layers, *_ = SHAPES[shape]
-    return batch * (2 * bytes_of(shape, batch, context, 1)[1] + 4 * layers * hidden * context)
-
-
-def ways(rows: int, device: str, dtype: torch.dtype) -> dict:
-    """The ways to compute x W^T for so many rows, of the layer PRODUCT."""
-    x = torch.randn(rows, PRODUCT[1], device=device, dtype=dtype)
-    w = torch.randn(*PRODUCT, device=device, dtype=dtype)
-    return {"x W^T": lambda: linear(x, w), "(W x^T)^T": lambda: (w @ x.T).T.contiguous()}
-
-
-@torch.inference_mode()
-def products(batches: list[int], device: str, dtype: torch.dtype, rounds: int) -> dict[int, dict[str, float]]:
-    """Milliseconds by rows and way, medians."""
-    return {rows: {name: float(np.median(ms))
-                   for name, ms in interleaved(ways(rows, device, dtype), rounds, device).items()}
-            for rows in batches}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bytes per second of a stream that is only read, operations per second of a product."""
-
-    stream: float
-    peak: float
-
-    def floor(self, shape: str, batch: int, context: int, itemsize: int) -> tuple[float, str]:
-        """(milliseconds, what binds)."""
-        _, read, live = bytes_of(shape, batch, context, itemsize)
-        bound = {"bytes": (read + live) / self.stream,
-                 "operations": operations(shape, batch, context) / self.peak}
-        name = max(bound, key=bound.get)
-        return 1e3 * bound[name], name
-
-
-def measure_limits(device: str, dtype: torch.dtype, times: dict[int, dict[str, float]]) -> Limits:
-    """The peak is the best rate of any product that was timed, one of 1,024 rows among them."""
-    rates = [2e3 * rows * PRODUCT[0] * PRODUCT[1] / min(ms.values()) for rows, ms in times.items()]
-    return Limits(bandwidth(device, dtype), max(rates))
 
 
 def rows_of(shape: str, batches: list[int], context: int, limits: Limits, device: str, dtype: str,

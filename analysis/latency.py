@@ -186,7 +186,10 @@ def measure(pair, chosen: list, plan: Plan, store: Rows, seed: int = 0, minutes:
 
     jobs = list(plan.jobs())
     spent = sum(row["spent"] for row in done.values())
-    with progress(len(jobs), "times", initial=sum(key in done for key in jobs)) as bar:
+    limited = minutes < float("inf")
+    there = round(spent) if limited else sum(key in done for key in jobs)
+    with progress(round(60 * minutes) if limited else len(jobs), "seconds" if limited else "times",
+                  initial=there) as bar:
         for key in jobs:
             if spent > 60 * minutes and key[0] in ("reference", "trajectory") and key[1] > 1:
                 break
@@ -197,9 +200,7 @@ def measure(pair, chosen: list, plan: Plan, store: Rows, seed: int = 0, minutes:
             done[key] = row | {"spent": time.perf_counter() - begin}
             store.add(key, {"key": list(key), **done[key]})
             spent += done[key]["spent"]
-            if minutes < float("inf"):
-                bar.set_postfix_str(f"{spent / 60:.1f} of {minutes:g} minutes", refresh=False)
-            bar.update()
+            bar.update(round(spent) - bar.n if limited else 1)
     for lm in lms.values():
         lm.close()
     return {key: done[key] for key in jobs if key in done}

@@ -29,7 +29,7 @@ from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson, with_interval
 from analysis.instruments.task import SEED, Task, encode_problems
 from rstitch import fingerprint
-from rstitch_hf.ranks import rank, start
+from rstitch_hf.ranks import rank, start, world
 
 FILE = RESULTS / "rounding.jsonl"
 METHODS = {"SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
@@ -49,11 +49,11 @@ def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:
     """The rows of both ways, what is missing computed and appended."""
     chosen = task.split("test", n)
     slm, llm, *_ = task.load()
-    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
+    made = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
              "dtype": task.dtype,
              "threads": torch.get_num_threads(), "limit": task.max_new_tokens, "of": len(chosen),
              **task.prompting()}
-    store = Rows(path, lambda row: (row["method"], row["batch"], row["problem"]), lambda key: world)
+    store = Rows(path, lambda row: (row["method"], row["batch"], row["problem"]), lambda key: made)
     todo = [(method, len(part), part) for method in methods
             for part in ([*range(len(chosen))], *([i] for i in range(len(chosen))))]
     keys = [(method, batch, i) for method, batch, part in todo for i in part]

@@ -8,6 +8,7 @@ import torch
 
 import rstitch
 from analysis import bench
+from analysis.instruments.shapes import Limits
 from test_rstitch import DEVICES
 
 torch.set_num_threads(1)
@@ -156,7 +157,8 @@ def test_sizes_are_those_of_the_models():
 
 def test_a_cell_is_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "FILE", tmp_path / "bench.jsonl")
-    monkeypatch.setattr(bench, "bandwidth", lambda *args: 1e10)
+    monkeypatch.setattr(bench, "products", lambda *args: {})
+    monkeypatch.setattr(bench, "measure_limits", lambda *args: Limits(1e10, 1e30))
     # as wide as the larger Qwen2.5 models are
     monkeypatch.setitem(bench.SHAPES, "mini-W", (*bench.SHAPES["mini-S"][:5], 1100, True))
     monkeypatch.setattr(sys, "argv",

@@ -1,5 +1,6 @@
 """Clocks, and what keeps comparisons by the clock fair."""
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,3 +25,15 @@ def rotated(items: list, i: int) -> list:
 def reference_ms(lm: rstitch.CachedLM) -> float:
     """Milliseconds of a single step of the LLM: taken again and again, it shows how the machine drifts."""
     return float(np.median([sample.ms for sample in rstitch.measure_latency(lm, [REFERENCE], repeats=9)]))
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device="cpu") -> dict[str, list[float]]:
+    """Milliseconds of each in every round but a first one, beginning with another one each time."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name in rotated(list(runs), i):
+            start = now(device)
+            runs[name]()
+            if i:
+                times[name].append(1e3 * (now(device) - start))
+    return times
