@@ -14,98 +14,17 @@ import torch
 from hypothesis import given, strategies as st
 from nbclient import NotebookClient
 
-import rstitch
 from analysis import collect, compare, frontier, label, latency, train_policy, train_r2r
 from analysis.instruments import task
 from analysis.presentation import figures, paper
 from analysis.presentation import walkthrough
 from analysis.instruments.rows import RESULTS, read_rows
-from analysis.pocket.weights import MODELS, load_pocket
-from analysis.instruments.problems import question, verify
-from analysis.pocket.domain import problems
+from analysis.pocket.weights import MODELS
 from conftest import tiny, words
 
 torch.set_num_threads(1)
 ROOT = RESULTS.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-# ---- Table 1 of the paper ----------------------------------------------------------------------------------
-
-
-CELLS = paper.read_table()
-
-
-def test_the_printed_table_is_whole():
-    assert len(CELLS) == 180 and {c.benchmark for c in CELLS} == set(paper.BENCHMARKS)
-    one = next(c for c in CELLS
-               if (c.budget, c.llm, c.name, c.benchmark) == ("16k", "14B", "R-Stitch 0.02", "AMC"))
-    assert (one.accuracy, one.latency, one.speed_up, one.n) == (66.27, 51.29, 2.86, 83
-                                                                )  # 55 of 83; 146.51 / 51.29 = 2.857
-
-
-def test_sizes_against_the_papers_by_hand():
-    words = {
-        x: figures.sized((x, x, x), 0.06)
-        for x in (0.0, 0.011, 0.0119, 0.0121, 0.047, 0.049, 0.06, 0.074, 0.076, 0.29, 0.31)
-    }
-    assert words == {
-        0.0: "far less", 0.011: "far less", 0.0119: "far less", 0.0121: "less", 0.047: "less",
-        0.049: "same size", 0.06: "same size",  # 0.06 / 1.25 = 0.048
-        0.074: "same size", 0.076: "more", 0.29: "more", 0.31: "far more"
-    }  # 1.25 x 0.06 = 0.075, 5 x 0.06 = 0.3
-
-
-def test_changes_of_the_printed_table_by_hand():
-    # 16k, 14B, tau 0.02 against the LLM:
-    # (43.33 - 50 + 66.27 - 86.75 + 31.99 - 39.34 + 87.80 - 88.60 + 54.22 - 60) / 5 = -8.216
-    change, ratio = paper.mean_change(CELLS, "16k", "14B", "R-Stitch 0.02")
-    assert change == pytest.approx(-8.216)
-    assert ratio == pytest.approx(845.05 / 304.38)  # sums of five latencies
-    assert paper.kappa(CELLS, "8k",
-                       "7B") == pytest.approx(5e-6 * 1e3 * (86.63 + 63.15 + 41.79 + 38.34 + 117.31) / 5)
-
-
-def test_intervals_of_mean_changes_by_hand():
-    # 16k, 14B, tau 0.02: variances in points^2 of ten accuracies, p (100 - p) / n:
-    # AIME 83.3 + 81.8, AMC 13.8 + 26.9, Minerva 8.8 + 8.0, MATH 2.0 + 2.1, Olympiad 3.6 + 3.7
-    change, low, high = paper.change_interval(CELLS, "16k", "14B", "R-Stitch 0.02")
-    assert change == pytest.approx(-8.216)
-    assert high - change == pytest.approx(change - low) == pytest.approx(1.96 * 234.1**0.5 / 5, rel=0.01)
-
-
-def test_misprints_of_the_table_by_hand():
-    off = {(c.budget, c.llm, c.name, c.benchmark): ratio for c, ratio in paper.misprinted_speed_ups(CELLS)}
-    assert off["16k", "14B", "SpecDec", "Olympiad"] == pytest.approx(316.06 / 360.14)  # printed as 1.05
-    assert ("8k", "7B", "R-Stitch 0.02", "AMC") not in off  # 63.15 / 34.89 = 1.81, as printed
-    odd = {(c.benchmark, c.accuracy) for c in paper.no_whole_number(CELLS)}
-    assert odd == {("MATH", 87.53), ("Olympiad", 50.04), ("AMC", 68.75), ("Olympiad", 61.06),
-                   ("Minerva", 44.23)}
-
-
-def test_mixing_by_hand():
-    # a method no better than the SLM needs no LLM at all
-    # 16k: SLM mean accuracy 39.292, latency 5.258; R-Stitch 0.03 on 14B has 54.216
-    share = (54.216 - 39.292) / (64.938 - 39.292)
-    assert paper.mixing_speed_up(CELLS, "16k", "14B", "R-Stitch 0.03") == pytest.approx(
-        169.01 / (share * 169.01 + (1 - share) * 5.258), rel=1e-3)
-    assert paper.mixing_speed_up(
-        CELLS, "8k", "7B",
-        "R-Stitch 0.001") == 1.0  # better than the LLM: mixing cannot reach it, all go to the LLM
-
-
-def test_verdicts_on_the_printed_table_by_hand():
-    assert paper.seen([(1, -3, 9), (-8, -14, -2), (-6, -12, 0.3)], ("7B", "14B", "32B")) == (
-        "a loss for 14B, 32B at the edge")
-    assert paper.seen([(1, -3, 9), (-2, -7, 5)], ("7B", "14B")) == "no loss seen"
-    said = {claim: verdict for claim, _, _, verdict in paper.table_claims(CELLS)}
-    assert said["loss at tau 0.02, 16k: 7B, 14B, 32B, pp"] == "a loss for 14B, 32B at the edge"
-    assert said["faster than mixing, 16k, 14B, tau 0.02"] == "holds"
-    assert said["a right answer beats a wrong one (kappa < 1)"] == "on average not for 32B"
-    one = next(c for c in CELLS if (c.budget, c.llm, c.name, c.benchmark) == ("16k", "14B", "LLM", "AMC"))
-    assert paper.kappa_of(one) == pytest.approx(5e-6 * 146_510)  # 146.51 s in ms
-    odd = paper.oddities(CELLS)
-    assert "16k 14B SpecDec        Olympiad printed 1.05, ratio of the latencies 0.88 (+20 %)" in odd
 
 
 # ---- entropies and harmful tokens --------------------------------------------------------------------------
@@ -308,7 +227,7 @@ def test_tables_of_verdicts_have_eight_rows_at_most():
         figures.entropy_claims(rows, made["vocab"], answers),
         figures.harmful_claims(rows, made["vocab"]),
         figures.label_claims(figures.load_json("labels.json"), figures.load_checked()), verdicts,
-        paper.table_claims(CELLS)
+        paper.table_claims(paper.read_table())
     ]
     assert [len(table) for table in tables] == [8, 8, 6, 8, 7]
     assert [line[0] for line in verdicts if line[2] != "not yet measured"] == [
@@ -448,41 +367,6 @@ def test_the_results_page_shows_the_committed_wall_clock():
 # ---- what they are made from -------------------------------------------------------------------------------
 
 
-FAST = collect.Settings(sampled=2, samples=2, continuations=2, continued=1, block=2, every=7)
-
-
-def test_interventions_equal_generate(tmp_path):
-    slm, llm, tokenizer = load_pocket()
-    todo = problems("test", 4, 3)
-    rows = collect.collect(FAST, collect.pocket_rows(4, 3), tmp_path, seed=3)
-    assert any(r["right"] for r in rows)
-    for r, problem in zip(rows, todo):
-        prompt, _ = rstitch.encode(tokenizer, question(problem))
-        answer = slm.generate(prompt, max_new_tokens=320, do_sample=False)[0, prompt.shape[1]:].tolist()
-        assert r["slm_tokens"] == answer
-        assert r["slm"] == verify(problem, tokenizer.decode(answer, skip_special_tokens=True))
-        assert len(r["H"]) == len(answer)
-        assert bool(r["right"]) == (r["llm"] and not r["slm"]) and len(r["right"]) in (0, len(answer) + 1)
-        for t, letter in enumerate(r["right"]):
-            if letter == "-":
-                assert t % 7 and t != len(answer)
-            else:
-                ids = torch.cat([prompt, torch.tensor([answer[:t]], dtype=torch.long)], 1)
-                done = ids if t == len(answer) else llm.generate(ids, max_new_tokens=320, do_sample=False)
-                assert (letter == "1") == verify(
-                    problem, tokenizer.decode(done[0, prompt.shape[1]:], skip_special_tokens=True))
-    assert sum(bool(r["sampled"]) for r in rows) == 1 and [len(r["samples"]) for r in rows] == [2, 2, 0, 0]
-    before = {name: (tmp_path / name).read_bytes() for name in ("trajectories.jsonl", "interventions.jsonl")}
-    for name in before:  # killed in the middle of a row
-        (tmp_path / name).write_bytes(before[name][:-9])
-    collect.collect(FAST, collect.pocket_rows(4, 3), tmp_path, seed=3)
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    with pytest.raises(ValueError, match="holds files of other settings"):
-        collect.collect(dataclasses.replace(FAST, every=2), collect.pocket_rows(4, 3), tmp_path, seed=3)
-    with pytest.raises(ValueError, match="holds files of 4 problems of seed 3, not of 6 of seed 3"):
-        collect.collect(FAST, collect.pocket_rows(6, 3), tmp_path, seed=3)
-
-
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """The figures' files of a pair that is not the pocket pair: tiny random models, by path, made by the
@@ -594,35 +478,6 @@ def test_without_nets_there_are_the_rules_alone(real, monkeypatch, capsys):
         "R-Stitch", "entropy, one token", "top-2 gap", "varentropy", "random", "SLM alone", "LLM alone", None
     }
     assert "R2R" not in capsys.readouterr().out
-
-
-def test_bad_problems_are_refused(real, monkeypatch, capsys, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"question": "w3"}\n')
-    (tmp_path / "torn.jsonl"
-     ).write_text('{"question": "w3", "answer": "1"}\n\n{"question": \n{"question": "w4", "answer": "1"}\n')
-    (tmp_path / "empty.jsonl").write_text("\n")
-    for argv, message in ((["--problems", tmp_path / "bad.jsonl"],
-                           "line 1 has no answer"), (["--problems",
-                                                      tmp_path / "none.jsonl"], "there is no such file"),
-                          (["--problems", tmp_path / "torn.jsonl"],
-                           "line 3 is no JSON"), (["--problems", tmp_path / "empty.jsonl"], "found none"),
-                          (["--n", "0"], "--n=0"), (["--problems", tmp_path / "bad.jsonl", "--n",
-                                                     "3"], "--n 3 is of the pocket domain"),
-                          (["--temperature", "-1"], "temperature=-1.0"), (["--every", "0"], "--every=0")):
-        with pytest.raises(SystemExit):
-            run(collect, monkeypatch, *argv, "--out", tmp_path)
-        assert message in capsys.readouterr().err
-
-
-def test_grades():
-    file, pocket = {"domain": "file", "question": "?",
-                    "answer": "\\frac{1}{2}"}, {"domain": "pocket", "answer": 5}
-    assert collect.grade("so it is \\boxed{0.5}", file)
-    assert not collect.grade("so it is \\boxed{0.4}", file)
-    assert not collect.grade("", file)
-    assert collect.grade("The answer is 5.", pocket) and not collect.grade("5", pocket)
-    assert collect.grade("1/2", file)
-    assert not collect.grade("1/2", file, finished=False)  # cut off, only a closed box counts
 
 
 # ---- notebooks ---------------------------------------------------------------------------------------------

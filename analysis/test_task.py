@@ -7,7 +7,7 @@ import torch
 import rstitch
 from analysis import frontier
 from analysis.conftest import MODELS_MS
-from analysis.instruments.problems import Stated, question, verify
+from analysis.instruments.problems import question, verify
 from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.task import (
     Task,
@@ -30,28 +30,6 @@ def test_solve_counts_what_it_says(pocket):
         assert s["tokens"] == sum(c.kept
                                   for c in s["calls"]) == len(tokenizer(s["text"]).input_ids) + s["finished"]
         assert s["llm_tokens"] == sum(c.model == rstitch.LLM for c in s["calls"])
-
-
-def test_problems_of_a_file_are_split_and_graded(tmp_path):
-    rows = [{"question": f"what is {i} halves?", "answer": f"\\frac{{{i}}}{{2}}"} for i in range(40)]
-    rows[7]["split"] = "test"
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = Task(problems=str(tmp_path / "p.jsonl"))
-    parts = {name: task.split(name, 99) for name in ("router-train", "dev", "calibration", "test")}
-    assert sorted(p.question for part in parts.values()
-                  for p in part) == sorted(row["question"] for row in rows)
-    assert Stated("what is 7 halves?", "\\frac{7}{2}") in parts["test"]
-    assert len(parts["router-train"]) > 20
-    assert task.split("router-train", 2) == parts["router-train"][:2]
-    assert question(parts["test"][0]) == parts["test"][0].question
-    assert verify(Stated("?", "\\frac{7}{2}"), "it is \\boxed{3.5}")
-    assert not verify(Stated("?", "\\frac{7}{2}"), "it is \\boxed{3}")
-    (tmp_path / "one.jsonl").write_text(json.dumps(rows[7]) + "\n")
-    with pytest.raises(ValueError, match="has no problem in its dev split"):
-        Task(problems=str(tmp_path / "one.jsonl")).split("dev", 1)
-    with pytest.raises(ValueError, match="line 1 has split 'train': expected"):
-        (tmp_path / "one.jsonl").write_text(json.dumps(rows[7] | {"split": "train"}) + "\n")
-        Task(problems=str(tmp_path / "one.jsonl")).split("test", 1)
 
 
 def test_a_task_prompts_as_it_is_told(pocket):
