@@ -597,8 +597,11 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def begin(self) -> None:
         self.has_previous_state[0] = self.place.started and bool(self.states)
         for kind, states in self.states.items():
-            rows = self.place.rows
-            self.lent[kind][0] = states[rows if isinstance(rows, slice) else rows.to(states.device)]
+            self.lend(kind, states)
+
+    def lend(self, kind: str, states: torch.Tensor) -> None:
+        rows = self.place.rows
+        self.lent[kind][0] = states[rows if isinstance(rows, slice) else rows.to(states.device)]
 
     def end(self) -> None:
         for kind, states in self.states.items():
@@ -609,7 +612,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     @torch.inference_mode(False)  # see StitchLayer
     def allocate(self, kind: str, like: torch.Tensor, *shape: int) -> None:
         self.states[kind] = like.new_zeros(self.batch_size, *shape)
-        self.lent[kind][0] = self.states[kind][self.place.rows]
+        self.lend(kind, self.states[kind])
 
     lazy_initialization = allocate
 
@@ -1336,7 +1339,8 @@ class R2RRouter:
         net = R2RNet(hidden_size_of(slm), slm.get_input_embeddings(), config["top_k"], config["width"],
                      config["blocks"], config["dropout"])
         net.load_state_dict(weights)
-        return cls(net.to(slm.device).eval().requires_grad_(False), own if threshold is None else threshold)
+        net = net.to(device_of(slm)).eval().requires_grad_(False)
+        return cls(net, own if threshold is None else threshold)
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         return self.net(step.hidden, step.logits, step.token).float().sigmoid() >= self.threshold
@@ -1533,7 +1537,7 @@ class PolicyRouter:
         config, weights = made_of(folder, slm, llm)["config"], weights_of(folder, "policy.safetensors")
         nets = torch.nn.ModuleDict({
             name: Policy(hidden_size_of(model), config["width"], use_entropy=config["use_entropy"],
-                         use_context=config["use_context"]).to(model.device)
+                         use_context=config["use_context"]).to(device_of(model))
             for name, model in (("call", slm), ("back", llm)) if name == "call" or config["hand_back"]})
         nets.load_state_dict(weights)
         nets.eval().requires_grad_(False)

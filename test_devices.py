@@ -1,4 +1,5 @@
 """Tests of models that lie on more than one device, or in more than one process: `pytest test_devices.py`."""
+import argparse
 import json
 import os
 import subprocess
@@ -135,7 +136,8 @@ def torchrun(n: int, *argv, seconds: int = 100) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            f"--nproc-per-node={n}", *map(str, argv)], capture_output=True, text=True,
                           timeout=seconds, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1",
-                                                                        "PYTHONPATH": str(ROOT)})
+                                                                        "PYTHONPATH": str(ROOT),
+                                                                        "CUDA_VISIBLE_DEVICES": ""})
 
 
 def gaps(model, prompt: list[int], answer: list[int]) -> list[float]:
@@ -220,3 +222,18 @@ def test_the_command_over_two_processes_prints_one_answer(tmp_path):
     alone = subprocess.run([sys.executable, "rstitch.py", *pair], capture_output=True, text=True, cwd=ROOT)
     assert split.returncode == alone.returncode == 0, split.stderr
     assert split.stdout.rsplit(", ", 2)[0] == alone.stdout.rsplit(", ", 2)[0] and "9 tokens" in split.stdout
+
+
+def test_auto_is_for_the_command_alone():
+    """Analyses name the device in every row."""
+    assert command.device_or_auto("auto") == "auto" and command.device_or_auto("cpu") == "cpu"
+    with pytest.raises(argparse.ArgumentTypeError, match="'auto' is no device that torch can use here"):
+        command.usable_device("auto")
+
+
+def test_split_models_take_the_ranks_own_device(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for device in ("meta", "auto"):
+        with pytest.raises(SystemExit):
+            command.main(["--tp", "--device", device, "question"])
+        assert f"--tp with --device {device}: expected --device" in capsys.readouterr().err

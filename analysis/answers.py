@@ -125,6 +125,10 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
                    temperature, method)
         changed = changed or bool(todo)
     have = store.settle([key for method in methods for key in keys[method]], changed)
+    lost = sum(key not in have for method in methods for key in keys[method])
+    if lost:
+        raise ValueError(f"{path}: {lost} answers were made on another kind of machine than this one; "
+                         "expected one kind, since rounding differs")
     return [have[key] for method in methods for key in keys[method]]
 
 

@@ -41,7 +41,7 @@ from analysis.instruments.pool import parallel_map
 from analysis.instruments.problems import question, read_problems, split_of
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS, read_rows
-from analysis.instruments.runs import run_stage, settle
+from analysis.instruments.runs import parts_of, run_stage, settle
 from analysis.instruments.stats import PAPER_LABELS, bootstrap, kind_of, ratio_of_means
 from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
 from analysis.pocket.domain import problems
@@ -361,7 +361,11 @@ def check_folder(folder: Path, settings: Settings, todo: list[dict]) -> None:
         load_tokenizer("--judge", settings.judge)
     made = {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}
     settle(folder, {"settings": made, "slm": fingerprint(slm), "llm": fingerprint(llm)}, "labels")
-    for old, new in zip(read_rows(folder / "answers.jsonl"), todo):
+    path = folder / "answers.jsonl"
+    held = list(enumerate(read_rows(path))) + [(row["at"], row) for part in parts_of(path)
+                                               for row in read_rows(part)]
+    for at, old in held:
+        new = todo[at] if at < len(todo) else old
         if (old["question"], old["split"]) != (new["question"], new["split"]):
             raise ValueError(f"--out {folder} holds labels of other problems: its {old['split']} has "
                              f"{old['question']!r} "

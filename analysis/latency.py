@@ -24,6 +24,7 @@ once by every method, at a length that lets four of them into most of the time. 
 it is taken, to samples beside the fit, and a run that was killed goes on there.
 """
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -166,7 +167,7 @@ def answered(lms: dict, ids: torch.Tensor, method: str, seed: int, length: int) 
 def measure(pair, chosen: list, plan: Plan, store: Rows, seed: int = 0, minutes: float = float("inf"),
             settings: Prompting = Prompting()) -> dict[tuple, dict]:
     """The times of the plan by their keys, those that are missing taken and appended. When the minutes are
-    over, those of earlier runs included, no problem is begun but the first two."""
+    over, those of earlier runs included, only the first two problems are answered by every method."""
     slm, llm, tokenizer = pair
     lms = {"slm": rstitch.CachedLM(slm, 1, plan.max_len), "llm": rstitch.CachedLM(llm, 1, plan.max_len)}
     prompts = [encode_problems(tokenizer, [problem], settings)[0] for problem in chosen]
@@ -439,11 +440,20 @@ def prepare(args: argparse.Namespace) -> tuple[Task, list, Plan, float]:
     if args.minutes is not None and (thorough or not 0 < args.minutes < float("inf")):
         raise ValueError(f"--minutes {args.minutes:g}: expected more than 0, and neither --rounds nor "
                          "--per-round beside it")
+    if args.overhead and (thorough or args.minutes or args.max_len or args.max_new_tokens):
+        raise ValueError("--overhead goes with none of --minutes, --rounds, --per-round, --max-len and "
+                         "--max-new-tokens: it times single parts of a step")
+    if args.out and not args.overhead and args.out.suffix != ".json":
+        raise ValueError(f"--out {args.out}: expected a name that ends in .json; samples and plot go beside "
+                         "it")
     if not args.out and not task.pocket:
         raise ValueError("--out is missing: expected a file for a pair or problems that are not the pocket's")
     limited = minutes < float("inf")
     rounds, per_round = (1, BRIEF) if limited else (args.rounds or 10, args.per_round or 20)
     chosen = task.split("dev", rounds * per_round, args.seed)
+    if len(chosen) < 2:
+        raise ValueError(f"the dev split of --problems {args.problems} has {len(chosen)} problem: expected "
+                         "two or more, one to fit and one to check")
     longest = encode_problems(task.load()[2], chosen, task)[0].shape[1]
     max_len = args.max_len or (POCKET_LEN if task.pocket else longest + ANSWER)
     if longest >= max_len:
@@ -455,13 +465,18 @@ def prepare(args: argparse.Namespace) -> tuple[Task, list, Plan, float]:
     return task, chosen, plan, minutes
 
 
-def samples_file(task: Task, plan: Plan, path: Path, seed: int) -> Rows:
-    """Where times go as they are taken; one of another pair, machine or plan is passed over."""
-    slm, llm, *_ = task.load()
+def samples_file(task: Task, plan: Plan, chosen: list, path: Path, seed: int) -> Rows:
+    """Where times go as they are taken; one of another pair, machine, length, prompt or size of the cache is
+    passed over."""
+    slm, llm, tokenizer, _ = task.load()
     world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
              "dtype": task.dtype, "threads": torch.get_num_threads(), "max_len": plan.max_len, "seed": seed,
-             "torch": torch.__version__, **task.prompting()}
-    return Rows(path, lambda row: tuple(row["key"]), lambda key: world)
+             "torch": torch.__version__}
+    prompts = [encode_problems(tokenizer, [problem], task)[0] for problem in chosen]
+    digests = [hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12] for ids in prompts]
+    of_problem = [{"asked_length": plan.length, "prompt": digest} for digest in digests]
+    return Rows(path, lambda row: tuple(row["key"]), lambda key: world | (
+        of_problem[key[1]] if key[0] == "trajectory" and key[1] < len(of_problem) else {}))
 
 
 def report_overhead(pair, args: argparse.Namespace, repeats: int = 300) -> None:
@@ -485,7 +500,7 @@ def main() -> None:
     pair, out = task.load()[:3], args.out or RESULTS / "latency.json"
     if args.overhead:
         return report_overhead(pair, args)
-    store = samples_file(task, plan, out.with_suffix(".samples.jsonl"), args.seed)
+    store = samples_file(task, plan, chosen, out.with_suffix(".samples.jsonl"), args.seed)
     done = measure(pair, chosen, plan, store, args.seed, minutes, task)
     row = evaluate(done) | {"machine": machine(args.device), "threads": torch.get_num_threads(),
                             "length": plan.length or done[("length",)]["tokens"],

@@ -28,8 +28,9 @@ from analysis.instruments.options import add_options, given
 from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import machine
 from analysis.instruments.stats import wilson
-from analysis.instruments.task import Task, common_vocab, encode_problems
+from analysis.instruments.task import Pair, Task, common_vocab, encode_problems
 from rstitch_hf.ranks import start
+from rstitch_hf.serving import device_of
 
 TAUS = (0.001, 0.005, 0.02, 0.05, 0.1)
 REPLAYED = 512  # tokens of an answer
@@ -41,7 +42,7 @@ WORTH = 1.1  # speed-up below which a pair does not pay
 def read_along(slm, prompt: list[int], answer: Sequence[int], vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """What the SLM says before each token of an answer that it did not write: its entropy in nats, and the
     token that it would write."""
-    ids = torch.tensor([prompt + list(answer[:-1])], device=slm.device)
+    ids = torch.tensor([prompt + list(answer[:-1])], device=device_of(slm))
     logits = slm(input_ids=ids, logits_to_keep=len(answer)).logits[0, :, :vocab]
     parts = [(rstitch.entropy(part), part.argmax(-1)) for part in logits.split(64)]
     return tuple(torch.cat(x).cpu().numpy() for x in zip(*parts))
@@ -121,7 +122,7 @@ def advice(ratio: float, row: dict, right: dict[str, list[bool]], batch: int) ->
     if row["alone"] < WORTH:
         return (f"This pair does not pay at tau {row['tau']:g}: {row['alone']:.2f} x the speed of the LLM "
                 f"alone is expected at batch 1, for its step costs only {ratio:.1f} times the SLM's.")
-    told = f"python -m analysis.answers --methods llm tau={row['tau']:g}"
+    told = f"analysis.answers with --methods llm tau={row['tau']:g}"
     stitched = f"tau={row['tau']:g}"
     if upper.get(stitched, 100.0) < percent["llm"]:
         return (f"At tau {row['tau']:g} answers are worse ({percent[stitched]:.0f} % right, the LLM "
@@ -195,7 +196,11 @@ def show(found: dict, task: Task, batch: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, Task)
+    add_options(parser, Pair)
+    parser.add_argument("--problems", default="",
+                        help="JSONL file, or a data set as REPO:CONFIG:PART, of which the first problems are "
+                             "taken, whatever their split (default: dev problems of the pocket domain)")
+    parser.add_argument("--out", default="pays.jsonl", help="file of the answers (default: %(default)s)")
     parser.add_argument("--n", type=int, default=20, help="problems (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="rows of the simulation (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=10.0,
@@ -204,7 +209,7 @@ def main() -> None:
                         help="of the stitched answers (default: %(default)s, the paper's)")
     args = parser.parse_args()
     try:
-        task = Task(**{"out": "pays.jsonl"} | given(args, Task))
+        task = Task(problems=args.problems, out=args.out, **given(args, Pair))
         rstitch.check_count("--n", args.n)
         rstitch.check_count("--batch", args.batch)
         rstitch.EntropyRouter(args.tau)

@@ -57,8 +57,9 @@ def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:
     todo = [(method, len(part), part) for method in methods
             for part in ([*range(len(chosen))], *([i] for i in range(len(chosen))))]
     keys = [(method, batch, i) for method, batch, part in todo for i in part]
+    have = store.have()
     todo = [job for at, job in enumerate(todo) if at % world() == rank()
-            and any((*job[:2], i) not in store.have() for i in job[2])]
+            and any((*job[:2], i) not in have for i in job[2])]
     with progress(len(todo), "answers") as bar:
         for method, batch, part in todo:
             for i, tokens in zip(part, answer(task, method, [chosen[i] for i in part],

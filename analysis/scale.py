@@ -5,11 +5,12 @@
 Rows: none; it prints a table.
 Feeds: the section "Many GPUs" of analysis/README.md.
 
-A call takes its bytes over a share of the memory's speed, or its operations over a share of the peak, the
-larger of the two, and a fixed time on top; of a model split over GPUs each does its part, and two sums per
-layer are added. The event simulation of analysis.bench then plays a script (25 % LLM tokens in visits of 4)
-under the schedule of `stitch`. Each group of GPUs that holds a pair works for itself, so n groups do n times
-as much. Sizes are those of the published shapes in bfloat16, speeds the data sheet's of one H100 SXM.
+A call takes its bytes over a share of the memory's speed, or its operations, two a weight and token, over a
+share of the peak, the larger of the two, and a fixed time on top. Of a model split over GPUs each does its
+part, and two sums per layer are added. The event simulation of analysis.bench then plays a script (25 % LLM
+tokens in visits of 4) under the schedule of `stitch`. Each group of GPUs that holds a pair works for itself,
+so n groups do n times as much. Sizes are of the published shapes in bfloat16, speeds of the data sheet of
+one H100 SXM.
 """
 import argparse
 from collections.abc import Callable
@@ -45,6 +46,10 @@ class Plan:
         free = 0.9 * MEMORY - sum(self.sizes(model)[0] for model in (0, 1))
         return int(free // (context * sum(self.sizes(model)[2] for model in (0, 1))))
 
+    def sums(self, model: int) -> float:
+        """Milliseconds of a call that go into sums over GPUs, two per layer."""
+        return 2 * SHAPES[(self.slm, self.llm)[model]][2] * SUM * (model == rstitch.LLM and self.gpus > 1)
+
     def cost(self) -> Callable[[int, list[int]], float]:
         """cost(model, unread) for `simulate`, in ms."""
 
@@ -53,8 +58,7 @@ class Plan:
             tokens = len(unread) * max(unread)
             moved = (read + len(unread) * CONTEXT * cached) / (REACHED[0] * STREAM)
             computed = tokens * read / (REACHED[1] * PEAK)  # two operations a weight of two bytes
-            sums = 2 * SHAPES[(self.slm, self.llm)[model]][2] * SUM * (model == rstitch.LLM and self.gpus > 1)
-            return FIXED + sums + 1e3 * max(moved, computed)
+            return FIXED + self.sums(model) + 1e3 * max(moved, computed)
 
         return cost
 
@@ -74,7 +78,8 @@ def bound(plan: Plan, batch: int) -> str:
     _, read, cached = plan.sizes(rstitch.LLM)
     times = {"weights": read / (REACHED[0] * STREAM),
              "caches": batch * CONTEXT * cached / (REACHED[0] * STREAM),
-             "products": batch * read / (REACHED[1] * PEAK), "the fixed time": 1e-3 * FIXED}
+             "products": batch * read / (REACHED[1] * PEAK), "the fixed time": 1e-3 * FIXED,
+             "sums over GPUs": 1e-3 * plan.sums(rstitch.LLM)}
     return max(times, key=times.get)
 
 

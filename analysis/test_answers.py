@@ -69,3 +69,18 @@ def test_an_answer_that_the_limit_cut_off_says_so(tmp_path):
 def test_a_method_that_is_none_is_refused_in_one_sentence(method):
     with pytest.raises(ValueError, match=r"^--methods .*: expected slm, llm, random=P or tau=T"):
         answers.router_of(method)
+
+
+def test_answers_of_unlike_machines_are_not_put_together(tmp_path, monkeypatch):
+    """Two ranks: what the other one's machine answered does not count here, which is told."""
+    path = tmp_path / "answers.jsonl"
+    monkeypatch.setattr("analysis.instruments.runs.meet", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(answers, "machine", lambda device: "another")
+    with pytest.raises(ValueError, match="2 answers were made on another kind of machine"):
+        answers.run(Task(max_new_tokens=3), ["slm"], "dev", 3, path)  # rank 1 has one of three
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(answers, "machine", lambda device: "this one")
+    with pytest.raises(ValueError, match="1 answers were made on another kind of machine than this one"):
+        answers.run(Task(max_new_tokens=3), ["slm"], "dev", 3, path)

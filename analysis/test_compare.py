@@ -11,6 +11,7 @@ from analysis import compare
 from analysis.conftest import FAST
 from analysis.instruments.problems import question
 from analysis.instruments.rows import RESULTS, read_rows
+from analysis.instruments.runs import Rows
 from analysis.instruments.task import Task, solve
 from analysis.pocket.domain import problems
 from analysis.pocket.weights import MODELS
@@ -208,3 +209,16 @@ def test_the_results_page_shows_the_committed_comparison():
                                                         d=digits) in readme
     for name in ("recall", "usage"):
         assert "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * x for x in made["test"][name])) in readme
+
+
+@pytest.mark.parametrize("rank", range(8))
+def test_every_rank_knows_every_job(tmp_path, monkeypatch, rank):
+    """With eight ranks some have no share of the six choices; one that is offset may take theirs."""
+    taus = [{"wanted": what, "value": value, "tau": 0.01} for what, values in compare.WANTED.items()
+            for value in values]
+    monkeypatch.setattr(compare, "choose_taus", lambda task, n: taus)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", str(rank))
+    store = Rows(tmp_path / "c.jsonl", compare.key_of, lambda key: {})
+    jobs = compare.later_jobs(Task(), {}, {"calibration": 1, "test": 1}, {}, store)
+    assert len(jobs) == 6 and all(jobs.values())

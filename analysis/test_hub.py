@@ -88,6 +88,8 @@ def test_parts_become_splits(tmp_path):
 
 @pytest.mark.parametrize("rows, wrong, message", [
     ([{"question": "x", "answer": "1"}, {"question": "y", "answer": None}], "", "row 2 of test has no gold"),
+    ([{"question": "Prove it.", "final_answer": None, "solution": ["Since 2 is even."]}], "",
+     "row 1 of test has no gold"),
     ([{"text": "x", "answer": "1"}], "", "row 1 of test has no question: expected one in a column que"),
     ([{"question": "x", "answer": "1"}], "::dev", "no such file, and no data set that can be loaded"),
     ([{"question": "x", "answer": "1"}], "-none:main", "no such file, and no data set that can be loaded"),

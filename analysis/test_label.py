@@ -15,7 +15,8 @@ import rstitch
 from analysis import label
 from analysis.conftest import FAST, TODO
 from analysis.instruments.problems import question
-from analysis.instruments.rows import RESULTS, read_rows
+from analysis.instruments.rows import RESULTS, append_row, read_rows
+from analysis.instruments.runs import part_of
 from analysis.label import (
     Case,
     LMJudge,
@@ -244,12 +245,16 @@ def test_a_judge_that_crashes_or_talks_nonsense_loses_nothing(tmp_path, labelled
         label.make_labels(FAST, TODO, tmp_path)
 
 
-def test_other_settings_and_problems_are_refused(labelled):
+def test_other_settings_and_problems_are_refused(labelled, tmp_path_factory):
     with pytest.raises(ValueError,
                        match="holds labels of other settings: expected .*'block': 3.*, got .*'block': 4"):
         label.make_labels(dataclasses.replace(FAST, block=4), TODO, labelled[0])
     with pytest.raises(ValueError, match="holds labels of other problems: its router-train has"):
         label.make_labels(FAST, TODO[::-1], labelled[0])
+    cut = tmp_path_factory.mktemp("cut")  # two ranks were killed in the first stage, with other problems
+    append_row(part_of(cut / "answers.jsonl", 0), {"at": 1, **TODO[0], "answer": [5]})
+    with pytest.raises(ValueError, match="holds labels of other problems: its router-train has"):
+        label.make_labels(FAST, TODO, cut)
     # where memory ran out
     assert label.make_labels(dataclasses.replace(FAST, rows=5), TODO, labelled[0]) == labelled[1]
     with pytest.raises(ValueError, match="--rows=0: expected an integer, 1 or more"):

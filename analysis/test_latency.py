@@ -1,4 +1,5 @@
 """The fitted latency model."""
+import dataclasses
 import json
 
 import numpy as np
@@ -14,8 +15,8 @@ from analysis.pocket.weights import MAX_NEW_TOKENS
 PLAN = latency.Plan(330, rounds=2, problems=3, repeats=2, contexts=3, held_out=6, length=20)
 
 
-def store_at(path):
-    return latency.samples_file(Task(), PLAN, path, seed=0)
+def store_at(path, plan=PLAN, chosen=problems("dev", 5, 0)):
+    return latency.samples_file(Task(), plan, chosen, path, seed=0)
 
 
 def test_latency_is_fitted_checked_and_read_back(tmp_path, pocket):
@@ -55,7 +56,7 @@ def test_a_killed_run_goes_on_with_the_first_time_that_is_missing(tmp_path, pock
 
 def test_when_the_minutes_are_over_two_problems_are_answered_and_a_later_run_adds_others(tmp_path, pocket):
     plan = latency.Plan(330, 1, 5, repeats=1, longest_read=64, contexts=3, held_out=12)
-    chosen, store = problems("dev", 5, 0), store_at(tmp_path / "s.jsonl")
+    chosen, store = problems("dev", 5, 0), store_at(tmp_path / "s.jsonl", plan)
     done = latency.measure(pocket, chosen, plan, store, minutes=1e-9)
     assert {j for j, _ in latency.trajectories(done)} == {0, 1}
     assert done[("length",)]["tokens"] == latency.LENGTHS[0]
@@ -65,6 +66,18 @@ def test_when_the_minutes_are_over_two_problems_are_answered_and_a_later_run_add
     assert {key: more[key]["spent"] for key in done} == {key: row["spent"] for key, row in done.items()}
     assert more[("length",)]["tokens"] == latency.LENGTHS[0]  # settled by the first run
     assert latency.evaluate(done)["all_trajectories"]["n"] == 6
+
+
+def test_times_of_another_length_or_prompt_are_passed_over(tmp_path):
+    path = tmp_path / "s.jsonl"
+    for key in (("grid", "slm", 0, 1, 0), ("trajectory", 0, "SLM alone", 0),
+                ("trajectory", 1, "SLM alone", 0)):
+        store_at(path).add(key, {"key": list(key), "ms": 1.0})
+    assert len(store_at(path).have()) == 3
+    longer = store_at(path, dataclasses.replace(PLAN, length=41)).have()
+    others = store_at(path, chosen=[*problems("dev", 1, 0), *problems("dev", 4, 8)]).have()
+    assert [key[:2] for key in longer] == [("grid", "slm")]
+    assert [key[:2] for key in others] == [("grid", "slm"), ("trajectory", 0)]
 
 
 def test_affordable_length_by_hand(monkeypatch):
@@ -92,6 +105,12 @@ def test_another_pairs_plan_is_short_and_minutes_stand_alone(tmp_path):
     task, chosen, plan, minutes = latency.prepare(options(other))
     longest = max(encode_problems(task.load()[2], [one])[0].shape[1] for one in chosen)
     assert minutes == 15 and plan == latency.Plan(longest + 512, 1, 3, 1, 128, 3, 12, None)
+    (tmp_path / "p.jsonl").write_text(rows.splitlines(keepends=True)[0])
+    for argv, message in ((other, "has 1 problem: expected two or more"),
+                          (["--overhead", "--minutes", "3"], "--overhead goes with none of --minutes"),
+                          (["--out", str(tmp_path / "Qwen2.5-1.5B")], "expected a name that ends in .json")):
+        with pytest.raises(ValueError, match=message):
+            latency.prepare(options(argv))
     for wrong in (["--minutes", "3", "--rounds", "2"], ["--minutes", "0"], ["--minutes", "nan"]):
         with pytest.raises(ValueError, match="--minutes .*: expected more than 0, and neither --rounds nor"):
             latency.prepare(options(wrong))

@@ -102,7 +102,8 @@ class RowProcessors:
     def __init__(self, model, config, prompt: list[int], new_tokens: int, ends: list[int], own, allowed):
         """config: that of the batch; ends: the tokens that end an answer; own: the caller's processors;
         allowed(ids): the tokens that may follow, None for all."""
-        n, device = len(prompt), model.device
+        from rstitch_hf.serving import device_of
+        n, device = len(prompt), device_of(model)
         self.known = 0  # of the ids; a token does not copy those before it
         self.ids = torch.empty(1, n + new_tokens, dtype=torch.long, device=device)
         config = copy.copy(config)

@@ -117,10 +117,14 @@ def unknown_words(tokenizer, text: str) -> list[str]:
 
 def usable_device(name: str) -> str:
     try:
-        torch.empty(0, device="cpu" if name == "auto" else name)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError):  # no such device, or no such device here
         raise argparse.ArgumentTypeError(f"{name!r} is no device that torch can use here") from None
     return name
+
+
+def device_or_auto(name: str) -> str:
+    return name if name == "auto" else usable_device(name)
 
 
 def template_option(text: str) -> tuple[str, object]:
@@ -178,8 +182,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="probability mass to sample from, in (0, 1]; needs "
         "--temperature (default: %(default)s)")
     add("--seed", type=int, default=0, help="integer that decides every random draw (default: %(default)s)")
-    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="torch device of both models (default: %(default)s)")
+    add("--device", type=device_or_auto, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="torch device of both models; auto lets accelerate spread each over GPUs, memory and disk "
+             "(default: %(default)s)")
     add("--tp", action="store_true", help="split the LLM over the processes of torchrun --nproc-per-node N "
         "rstitch.py --tp ...; each holds the whole SLM")
     add("--graphs", action="store_true", help="replay steps as CUDA graphs; needs a CUDA device")
@@ -215,8 +220,10 @@ def check_options(args: argparse.Namespace) -> None:
     if args.tp and world() == 1:
         raise ValueError("--tp splits the LLM over several processes: expected torchrun --nproc-per-node N "
                          "rstitch.py --tp ...")
-    if args.tp and (args.graphs or args.device == "auto"):
-        raise ValueError("--tp goes with neither --graphs nor --device auto")
+    own = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.tp and (args.graphs or args.device != own):
+        raise ValueError(f"--tp with --device {args.device}{' --graphs' * args.graphs}: expected --device "
+                         f"{own}, of which each process takes its own, and no graphs")
     if not args.tp:
         check_alone("python rstitch.py without --tp")
     check_count("--max-new-tokens", args.max_new_tokens)

@@ -55,8 +55,11 @@ def check_alone(what: str) -> None:
 
 
 def start(main: Callable[[], object], shared: bool = False) -> None:
-    """Run a module's main. Under torchrun only rank 0 prints; what is not shared work is refused there."""
+    """Run a module's main. Under torchrun only rank 0 prints, "cuda" is a rank's own GPU, and what is not
+    shared work is refused."""
     silence_all_but_first()
+    if world() > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     spec = sys.modules["__main__"].__spec__
     if not shared:
         try:

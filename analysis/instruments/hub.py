@@ -40,8 +40,9 @@ def stated(row: dict, where: str) -> dict:
     if all(name in row for name in ("Question", *CHOICES)):
         return multiple_choice(row)
     asks = next((name for name in QUESTIONS if row.get(name)), None)
-    holds = next((name for name in GOLDS if row.get(name) is not None), None)
-    gold = gold_of(row[holds]) if holds else ""
+    golds = [gold_of(row[name]) for name in GOLDS if row.get(name) is not None and (
+        "olution" not in name or boxed(str(row[name])) or "####" in str(row[name]))]  # no proof is a gold
+    gold = golds[0] if golds else ""
     if not asks or not gold:
         raise ValueError(f"{where} has no {'gold answer' if asks else 'question'}: expected one in a column "
                          f"{' or '.join(GOLDS if asks else QUESTIONS)}, got columns {', '.join(row)}")
@@ -57,13 +58,13 @@ def data_set(source: str) -> dict[str, list[dict]]:
         raise ValueError(f"--problems {source}: expected a file, or a data set as REPO:CONFIG:PART, such as "
                          "openai/gsm8k:main:test")
     try:
-        from datasets import load_dataset
+        from datasets import exceptions, load_dataset
     except ImportError:
         raise ValueError(f"--problems {source} is a data set: expected the package datasets (pip install "
                          "datasets), or a JSONL file") from None
     try:
         loaded = load_dataset(repo, config or None, split=part or None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, exceptions.DatasetsError) as error:
         raise ValueError(f"--problems {source}: no such file, and no data set that can be loaded "
                          f"({str(error).splitlines()[0]})") from None
     return {name: [stated(row, f"--problems {source}: row {i} of {name}") for i, row in enumerate(rows, 1)]

@@ -3,6 +3,7 @@
 Under torchrun the ranks share what is to be computed. Each appends to a file of its own beside the real one,
 and when all have ended the first puts the rows together, in the order that one process leaves them in.
 """
+import glob
 import json
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -41,12 +42,12 @@ def settle(folder: Path, made: dict, what: str, name: str = "config.json",
 
 def part_of(path: Path, number: int) -> Path:
     """Where a rank keeps its rows."""
-    return path.with_suffix(f".rank{number}.jsonl")
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}.rank{number}.jsonl")
 
 
 def parts_of(path: Path) -> list[Path]:
     """What ranks have left, of this run or of one that was killed."""
-    return sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))
+    return sorted(path.parent.glob(f"{glob.escape(path.name.removesuffix('.jsonl'))}.rank*.jsonl"))
 
 
 def put_together(path: Path, rows: Callable[[], list[dict]], changed: bool = False) -> None:

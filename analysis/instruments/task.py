@@ -163,8 +163,7 @@ class Task(Pair):
                  if name in ("any", split_of(row))]
         if not found:
             raise ValueError(f"--problems {self.problems} has no problem in its {name} split: expected more "
-                             "problems, or rows with "
-                             f'"split": "{name}"')
+                             f'problems, rows with "split": "{name}", or all parts of a data set')
         if seed:
             random.Random(seed).shuffle(found)
         return found[:n]
