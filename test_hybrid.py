@@ -9,14 +9,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rstitch
 from conftest import FAMILIES, GEMMA, GROUPED, MOE, VOCAB, prompts, tiny
 from rstitch import CachedLM, EntropyRouter, LLMOnly, Sampling, SLMOnly, row_seeds, stitch
 from rstitch_hf import loading
 from test_rstitch import TooClose, assert_equal_to_reference, beginning_alike, built, reference
-
 
 # ---- tiny models --------------------------------------------------------------------------------------
 

@@ -13,10 +13,20 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TorchAoConfig
 
 import rstitch
-from rstitch import (LLM, SLM, CachedLM, EntropyRouter, LLMOnly, RandomRouter, SLMOnly, encode, load_pair,
-                     stitch)
-from rstitch_hf import command, loading
 from conftest import answers, prompts, tiny, words
+from rstitch import (
+    LLM,
+    SLM,
+    CachedLM,
+    EntropyRouter,
+    LLMOnly,
+    RandomRouter,
+    SLMOnly,
+    encode,
+    load_pair,
+    stitch,
+)
+from rstitch_hf import command, loading
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% "
           "if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not "

@@ -18,13 +18,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 import rstitch
 from conftest import FAMILIES, IDS, VOCAB, answers, assert_same_calls, prompts, tiny, untouchable
-from rstitch import (LLM, SLM, CachedLM, EntropyRouter, LLMOnly, RandomRouter, Sampling, SLMOnly, entropy,
-                     row_seeds, stitch)
+from rstitch import (
+    LLM,
+    SLM,
+    CachedLM,
+    EntropyRouter,
+    LLMOnly,
+    RandomRouter,
+    Sampling,
+    SLMOnly,
+    entropy,
+    row_seeds,
+    stitch,
+)
 from rstitch_hf import loading, serving
 from rstitch_hf.loading import left_padded
 

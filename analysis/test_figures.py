@@ -11,15 +11,15 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from nbclient import NotebookClient
 
 from analysis import collect, compare, frontier, label, latency, train_policy, train_r2r
 from analysis.instruments import task
-from analysis.presentation import figures, paper
-from analysis.presentation import walkthrough
 from analysis.instruments.rows import RESULTS, read_rows
 from analysis.pocket.weights import MODELS
+from analysis.presentation import figures, paper, walkthrough
 from conftest import tiny, words
 
 torch.set_num_threads(1)
@@ -485,7 +485,8 @@ def test_without_nets_there_are_the_rules_alone(real, monkeypatch, capsys):
 
 def test_figures_need_no_torch():
     heavy = "{'torch', 'transformers'}"
-    code = f"import sys; from analysis.presentation import figures, paper; assert not {heavy} & set(sys.modules)"
+    code = ("import sys; from analysis.presentation import figures, paper; "
+            f"assert not {heavy} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -5,19 +5,20 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rstitch
 from analysis import collect, compare, demo, frontier
 from analysis.instruments import grading, task
-from analysis.presentation import report
-from analysis.instruments.rows import RESULTS, read_rows
-from analysis.pocket.weights import load_pocket
-from analysis.label import Case, SameAnswer
 from analysis.instruments.grading import box_end, boxed
 from analysis.instruments.problems import Stated, verify
-from analysis.pocket.domain import Problem, problems
+from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.task import cut_off
+from analysis.label import Case, SameAnswer
+from analysis.pocket.domain import Problem, problems
+from analysis.pocket.weights import load_pocket
+from analysis.presentation import report
 
 
 def right(gold: str, answer: str) -> bool:

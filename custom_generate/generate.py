@@ -14,9 +14,13 @@ from numbers import Real
 
 import torch
 from transformers import GenerationMixin
-from transformers.generation import (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria,
-                                     SynthIDTextWatermarkLogitsProcessor,
-                                     UnbatchedClassifierFreeGuidanceLogitsProcessor)
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StopStringCriteria,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 # Fields of GenerationConfig and keywords of generate(). One that is on none of these lists is refused by name
 # where it asks for something. `stitch`, or generate() before it, does what these say:

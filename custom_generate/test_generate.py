@@ -10,9 +10,14 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from transformers.generation import (EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria,
-                                     MinLengthLogitsProcessor, SynthIDTextWatermarkLogitsProcessor,
-                                     TopKLogitsWarper)
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    TopKLogitsWarper,
+)
 
 import rstitch
 from conftest import IDS, VOCAB, answers, assert_same_calls, characters, prompts, tiny, untouchable

@@ -13,12 +13,21 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from analysis.instruments.rows import RESULTS, read_rows
+from analysis.instruments.stats import (
+    PAPER_LABELS,
+    bootstrap,
+    difference,
+    gap_with_interval,
+    net_time,
+    outcomes_of,
+    ratio_of_means,
+    signed,
+    wilson,
+    with_interval,
+)
 from analysis.presentation import real
 from analysis.presentation.real import MISSING, entropy_auroc, percent, share_above, table, within_problem
-from analysis.instruments.stats import PAPER_LABELS, bootstrap, difference
-from analysis.instruments.stats import gap_with_interval, net_time, outcomes_of
-from analysis.instruments.rows import RESULTS, read_rows
-from analysis.instruments.stats import ratio_of_means, signed, wilson, with_interval
 
 SLM_COLOUR, LLM_COLOUR, THIRD, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"  # for the colour-blind too
 WINDOWS = (1, 4, 8, 12, 16)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.presentation.figures import FAMILY_STYLE, GREY, LLM_COLOUR, SLM_COLOUR, THIRD
 from analysis.instruments.rows import RESULTS
 from analysis.instruments.stats import wilson
+from analysis.presentation.figures import FAMILY_STYLE, GREY, LLM_COLOUR, SLM_COLOUR, THIRD
 
 TABLE = RESULTS / "paper_table1.csv"
 BENCHMARKS = ("AIME", "AMC", "Minerva", "MATH", "Olympiad")

@@ -1,7 +1,9 @@
 """What the answers of a pair say: right answers, paired differences, what the SLM's entropy tells, tokens
 above each tau. No torch.
 
-    python -m analysis.presentation.real analysis/results/real/answers.jsonl  (prints tables; feeds notebooks 1 to 4)
+    python -m analysis.presentation.real analysis/results/real/answers.jsonl
+
+It prints tables, and feeds notebooks 1 to 4.
 
 The rows are those of `analysis.answers`. A file may be unfinished: a difference is over the problems that
 both methods have answered, and what is missing reads "not yet measured". Entropies are in nats; tau is

@@ -17,15 +17,13 @@ import numpy as np
 import torch
 
 import rstitch
-from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import RESULTS, append_row
-from analysis.instruments.stats import auroc, bootstrap
-from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
-from analysis.instruments.rows import read_rows
-from analysis.instruments.stats import ratio_of_means, wilson
-from analysis.pocket.domain import problems
 from analysis.instruments.progress import progress
+from analysis.instruments.provenance import provenance
+from analysis.instruments.rows import RESULTS, append_row, read_rows
+from analysis.instruments.stats import auroc, bootstrap, ratio_of_means, wilson
 from analysis.instruments.task import TAUS, cut_off, describe, encode_problems, solve
+from analysis.pocket.domain import problems
+from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
 
 N_TEST, SEED = 4000, 0
 
