@@ -85,7 +85,7 @@ from rstitch_hf.inputs import (
     unpadded,
 )
 from rstitch_hf.loading import encode, load_pair  # noqa: F401  (what a first line needs)
-from rstitch_hf.ranks import is_split, of_rank_zero
+from rstitch_hf.ranks import decided_by_rank_zero, is_split, of_rank_zero
 from rstitch_hf.serving import (
     CHUNKED,
     STEPWISE,
@@ -160,8 +160,7 @@ class Sampling:
     def __post_init__(self):
         check_count("top_k", self.top_k, least=0)
         if not (isinstance(self.temperature, Real) and 0 <= self.temperature < math.inf):
-            raise ValueError(
-                f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or more")
+            raise ValueError(f"temperature={self.temperature!r}: expected a finite number, 0 (greedy) or up")
         if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p={self.top_p!r}: expected a number in (0, 1]")
 
@@ -397,10 +396,8 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
     decided = torch.stack([out.token.float(), out.entropy, leave.float()])
     tokens, entropies, leaves = (of_rank_zero(decided) if lm.ranked else decided).tolist()
     check_entropies(model, rows, entropies)
-    calls = []
     for row, t, n, start, token, H, left in zip(rows, position, n_inf, n_kv, tokens, entropies, leaves):
         call = Call(model, t, n, start, int(token), H, kept=not (model == SLM and left))
-        calls.append(call)
         row.calls.append(call)
         row.begun.add(model)
         if call.kept:
@@ -408,7 +405,7 @@ def advance(model: int, lm: CachedLM, rows: list[Row], router, vocab: int, sampl
             row.ids.append(call.token)
         if left:
             row.active = 1 - model
-    return calls
+    return [row.calls[-1] for row in rows]
 
 
 def write(rows: list[Row], lms: Sequence[CachedLM], slots: int, router, vocab: int, sampling: Sampling,
@@ -467,6 +464,7 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
     with opened(slm, llm, prompts, limits, slots) as lms:
         vocab, ranked = min(lm.vocab for lm in lms), lms[0].ranked
         seeds = of_rank_zero(torch.tensor(seeds, device=lms[0].inputs.device)).tolist() if ranked else seeds
+        ended_by = decided_by_rank_zero(stop, lms[0].inputs.device) if ranked else stop
         eos = end_tokens(eos_token_id, [lm.model for lm in lms])
         pad = padding_token(pad_token_id, lms, eos)
         check_padding(input_ids, attention_mask, prompts, lms, eos, pad_token_id)
@@ -474,10 +472,8 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
         rows = [Row(i, seeds[i], list(ids), len(ids), first, limits[i]) for i, ids in enumerate(prompts)]
 
         def ended(row: Row, call: Call) -> bool:
-            stopped = stop is not None and bool(stop(row.index, row.ids[row.n_prompt:]))
-            if stop is not None and ranked:  # it may go by a clock
-                stopped = bool(of_rank_zero(torch.tensor(stopped, device=lms[0].inputs.device)))
-            return call.token in eos or len(row.kept) == row.limit or stopped
+            stopped = ended_by(row.index, row.ids[row.n_prompt:]) if stop is not None else False
+            return call.token in eos or len(row.kept) == row.limit or bool(stopped)
 
         try:
             write(rows, lms, slots, router, vocab, sampling, process, ended, on_token)

@@ -41,6 +41,11 @@ def of_rank_zero(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def decided_by_rank_zero(stop: Callable[..., bool], device) -> Callable[..., bool]:
+    """A function whose answer on rank 0 counts on every rank: it may go by a clock."""
+    return lambda *args: bool(of_rank_zero(torch.tensor(bool(stop(*args)), device=device)))
+
+
 def silence_all_but_first() -> None:
     """What every rank would print is printed once; a crash is told all the same."""
     if rank():
