@@ -1,5 +1,9 @@
 """Tiny random models, prompts and a tokenizer, built here: what the tests share. Nothing is downloaded."""
+import os
+import subprocess
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,3 +121,16 @@ def saved_pair(tmp_path):
         model.save_pretrained(tmp_path / name)
         words(32, template).save_pretrained(tmp_path / name)
     return tmp_path
+
+
+def torchrun(n: int, *argv) -> subprocess.Popen:
+    """A script, or "-m" and a module, with its arguments, started in n processes, which see no GPU; one
+    without torchrun."""
+    root = Path(__file__).parent
+    words = list(map(str, argv))
+    # Behind "--", lest Python 3.11's argparse takes our --n for one of torchrun's.
+    words = ["-m", "--", *words[1:]] if n > 1 and words[0] == "-m" else words
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
+    return subprocess.Popen([sys.executable, *launch, *words], cwd=root, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {
+                                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""})

@@ -464,7 +464,7 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
     with opened(slm, llm, prompts, limits, slots) as lms:
         vocab, ranked = min(lm.vocab for lm in lms), lms[0].ranked
         seeds = of_rank_zero(torch.tensor(seeds, device=lms[0].inputs.device)).tolist() if ranked else seeds
-        ended_by = decided_by_rank_zero(stop, lms[0].inputs.device) if ranked else stop
+        stop = decided_by_rank_zero(stop, lms[0].inputs.device) if ranked and stop is not None else stop
         eos = end_tokens(eos_token_id, [lm.model for lm in lms])
         pad = padding_token(pad_token_id, lms, eos)
         check_padding(input_ids, attention_mask, prompts, lms, eos, pad_token_id)
@@ -472,8 +472,8 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
         rows = [Row(i, seeds[i], list(ids), len(ids), first, limits[i]) for i, ids in enumerate(prompts)]
 
         def ended(row: Row, call: Call) -> bool:
-            stopped = ended_by(row.index, row.ids[row.n_prompt:]) if stop is not None else False
-            return call.token in eos or len(row.kept) == row.limit or bool(stopped)
+            return (call.token in eos or len(row.kept) == row.limit
+                    or stop is not None and bool(stop(row.index, row.ids[row.n_prompt:])))
 
         try:
             write(rows, lms, slots, router, vocab, sampling, process, ended, on_token)
@@ -517,6 +517,10 @@ class Place:
     live: int = 0
     started: bool = False
 
+    def rows_on(self, device: torch.device) -> slice | torch.Tensor:
+        """The rows, for a layer that lies there: a spread model has several devices."""
+        return self.rows if isinstance(self.rows, slice) else self.rows.to(device)
+
 
 class StitchLayer(CacheLayerMixin):
     """Keys and values of one layer, (B, H, T, D) each, allocated once, written at per-row positions."""
@@ -539,8 +543,8 @@ class StitchLayer(CacheLayerMixin):
         """Write (n, H, S, D) at the read's positions; return what is live of these rows, (n, H, live, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        columns, live = self.place.columns.to(self.keys.device), self.place.live  # where this layer lies
-        rows = self.place.rows if isinstance(self.place.rows, slice) else self.place.rows.to(self.keys.device)
+        device = self.keys.device
+        rows, columns, live = self.place.rows_on(device), self.place.columns.to(device), self.place.live
         if isinstance(rows, slice):
             if self.viewed != (rows, live):  # making two views costs as much as writing a token
                 self.viewed, self.views = (
@@ -593,22 +597,18 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     def begin(self) -> None:
         self.has_previous_state[0] = self.place.started and bool(self.states)
         for kind, states in self.states.items():
-            self.lend(kind, states)
-
-    def lend(self, kind: str, states: torch.Tensor) -> None:
-        rows = self.place.rows
-        self.lent[kind][0] = states[rows if isinstance(rows, slice) else rows.to(states.device)]
+            self.lent[kind][0] = states[self.place.rows_on(states.device)]
 
     def end(self) -> None:
         for kind, states in self.states.items():
             if not isinstance(self.place.rows, slice):
-                states.index_copy_(0, self.place.rows.to(states.device), self.lent[kind][0])
+                states.index_copy_(0, self.place.rows_on(states.device), self.lent[kind][0])
             self.lent[kind][0] = None
 
     @torch.inference_mode(False)  # see StitchLayer
     def allocate(self, kind: str, like: torch.Tensor, *shape: int) -> None:
         self.states[kind] = like.new_zeros(self.batch_size, *shape)
-        self.lend(kind, self.states[kind])
+        self.lent[kind][0] = self.states[kind][self.place.rows_on(like.device)]
 
     lazy_initialization = allocate
 
@@ -687,7 +687,8 @@ class CachedLM:
         self.model, self.batch_size, self.max_len = model, batch_size, max_len
         columns = -(-max_len // BLOCK) * BLOCK
         self.cursor, self.n_read = [0] * batch_size, 0
-        self.ranked = False  # whether several ranks have to decide alike: `stitch` knows of both models
+        # Do ranks hold parts of this model; of it or of its partner, so that they have to decide alike?
+        self.split = self.ranked = is_split(model)
         self.place = Place()
         self.layer_types = getattr(config, "layer_types", None)
         self.layers = [RecurrentLayer(self.place, batch_size) if kind in ("linear_attention", "conv")
@@ -1063,9 +1064,8 @@ def opened(slm, llm, prompts: list[list[int]], limits: list[int], slots: int) ->
                 own.append(lm)
             check_fits(name, lm, prompts, slots, longest)
             lms.append(lm)
-        ranked = any(is_split(lm.model) for lm in lms)
         for lm in lms:
-            lm.ranked = ranked
+            lm.ranked = any(other.split for other in lms)
             lm.reset()
         yield lms
     finally:

@@ -1,24 +1,19 @@
 """Tests of models that lie on more than one device, or in more than one process: `pytest test_devices.py`."""
 import argparse
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import rstitch
-from conftest import answers, assert_same_calls, prompts
+from conftest import answers, assert_same_calls, prompts, torchrun
 from rstitch import CachedLM, EntropyRouter, RandomRouter, stitch
 from rstitch_hf import command
 from rstitch_hf.loading import check_divides
 from test_hybrid import small
 from test_loading import saved
-
-ROOT = Path(__file__).parent
 
 # ---- models that accelerate spreads ------------------------------------------------------------------------
 
@@ -131,13 +126,10 @@ with open(f"{folder}/{rank()}.json", "w") as file:
 """
 
 
-def torchrun(n: int, *argv, seconds: int = 100) -> subprocess.CompletedProcess:
-    """N processes, which must end in time."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           f"--nproc-per-node={n}", *map(str, argv)], capture_output=True, text=True,
-                          timeout=seconds, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1",
-                                                                        "PYTHONPATH": str(ROOT),
-                                                                        "CUDA_VISIBLE_DEVICES": ""})
+def ended(process: subprocess.Popen, seconds: int) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of what must end in time."""
+    out, errors = process.communicate(timeout=seconds)
+    return process.returncode, out, errors
 
 
 def gaps(model, prompt: list[int], answer: list[int]) -> list[float]:
@@ -156,8 +148,8 @@ def split(tmp_path_factory):
     for family in families:
         small(family, 2).save_pretrained(folder / family)
     (folder / "ranks.py").write_text(RANKS)
-    done = torchrun(2, folder / "ranks.py", folder, *families)
-    assert not done.returncode, done.stderr
+    status, _, errors = ended(torchrun(2, folder / "ranks.py", folder, *families), 100)
+    assert not status, errors
     return [json.loads((folder / f"{r}.json").read_text()) for r in (0, 1)]
 
 
@@ -193,8 +185,8 @@ def test_an_llm_over_two_processes_equals_one_process(split, family):
 def test_a_wrong_launch_ends_in_one_sentence(tmp_path, argv, message):
     saved(tmp_path, "odd", 1, num_key_value_heads=1)
     saved(tmp_path, "none", 1, family="GPT-2")
-    done = torchrun(2, "rstitch.py", *(word.format(folder=tmp_path) for word in argv), seconds=60)
-    assert done.returncode and done.stderr.count(message) == 1, done.stderr
+    status, _, errors = ended(torchrun(2, "rstitch.py", *(word.format(folder=tmp_path) for word in argv)), 60)
+    assert status and errors.count(message) == 1, errors
 
 
 @pytest.mark.parametrize("name, message", [
@@ -221,10 +213,10 @@ def test_the_command_over_two_processes_prints_one_answer(tmp_path):
         saved(tmp_path, name, seed)
     pair = ["--slm", str(tmp_path / "slm"), "--llm", str(tmp_path / "llm"), "--router", "random", "--p",
             "0.5", "--max-new-tokens", "9", "--device", "cpu", "What is 2 + 3?"]
-    split = torchrun(2, "rstitch.py", "--tp", *pair)
-    alone = subprocess.run([sys.executable, "rstitch.py", *pair], capture_output=True, text=True, cwd=ROOT)
-    assert split.returncode == alone.returncode == 0, split.stderr
-    assert split.stdout.rsplit(", ", 2)[0] == alone.stdout.rsplit(", ", 2)[0] and "9 tokens" in split.stdout
+    status, split, errors = ended(torchrun(2, "rstitch.py", "--tp", *pair), 100)
+    other, alone, _ = ended(torchrun(1, "rstitch.py", *pair), 100)
+    assert status == other == 0, errors
+    assert split.rsplit(", ", 2)[0] == alone.rsplit(", ", 2)[0] and "9 tokens" in split
 
 
 def test_auto_is_for_the_command_alone():

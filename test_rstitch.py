@@ -431,6 +431,20 @@ def test_on_token_and_stop():
     assert result.source[1, 5:].tolist() == [-1] * 7
 
 
+def test_stop_is_not_asked_about_a_token_that_ends_the_row_anyhow():
+    asked = []
+    stop = lambda row, answer: asked.append((row, len(answer)))  # noqa: E731
+    result = stitch(tiny("Qwen2", 1), tiny("Llama", 2), *prompts([3, 5])[:1], RandomRouter(0.5),
+                    attention_mask=prompts([3, 5])[1], max_new_tokens=[4, 6], eos_token_id=[], stop=stop)
+    assert sorted(asked) == [(0, n) for n in (1, 2, 3)] + [(1, n) for n in (1, 2, 3, 4, 5)]
+    token = result.kept[0][2].token  # ends the first row at its third token at the latest
+    asked.clear()
+    again = stitch(tiny("Qwen2", 1), tiny("Llama", 2), *prompts([3, 5])[:1], RandomRouter(0.5),
+                   attention_mask=prompts([3, 5])[1], max_new_tokens=[4, 6], eos_token_id=[token], stop=stop)
+    assert sorted(asked) == [(row, n) for row, kept in enumerate(again.kept) for n in range(1, len(kept))]
+
+
+
 def test_kept_are_the_calls_whose_token_was_kept():
     result = stitch(tiny("Qwen2", 1), tiny("Llama", 2), [[5, 6], [7]], RandomRouter(0.4), max_new_tokens=9,
                     seed=0)

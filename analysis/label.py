@@ -40,15 +40,15 @@ from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
 from analysis.instruments.problems import question, read_problems, split_of
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import RESULTS, read_rows
-from analysis.instruments.runs import parts_of, run_stage, settle
+from analysis.instruments.rows import RESULTS
+from analysis.instruments.runs import by_place, run_stage, settle
 from analysis.instruments.stats import PAPER_LABELS, bootstrap, kind_of, ratio_of_means
 from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
 from analysis.pocket.domain import problems
 from rstitch import fingerprint
 from rstitch_hf.loading import left_padded, load_model, load_tokenizer
 from rstitch_hf.ranks import rank, start
-from rstitch_hf.serving import cache_keyword
+from rstitch_hf.serving import cache_keyword, device_of
 
 FOLDER = CHECKPOINTS / "labels"
 # problems of the pocket domain, as shares of --n
@@ -231,7 +231,7 @@ def teacher_forced(model, prompt: list[int], answer: list[int],
                    chunk: int = 512) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What the model predicts at every position of an answer that it reads: (hidden states (n, D), logits (n,
     V)), in order, in pieces."""
-    ids = torch.tensor([prompt + answer[:-1]], device=model.device)
+    ids = torch.tensor([prompt + answer[:-1]], device=device_of(model))
     cache, caught = {cache_keyword(model): DynamicCache(config=model.config)}, {}
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, args: caught.update(hidden=args[0][0]))
@@ -245,14 +245,20 @@ def teacher_forced(model, prompt: list[int], answer: list[int],
         hook.remove()
 
 
+def read_along(model, prompt: list[int], answer: list[int], vocab: int) -> tuple[list[int], list[float]]:
+    """What a model would write at every token of an answer that it reads, and its entropy there in nats."""
+    pieces = [(logits[:, :vocab].argmax(-1), rstitch.entropy(logits[:, :vocab]))
+              for _, logits in teacher_forced(model, prompt, answer)]
+    choice, H = (torch.cat(part).tolist() for part in zip(*pieces))
+    return choice, H
+
+
 def readings(settings: Settings, rows: list[dict]) -> list[dict]:
     """The SLM's choice and its entropy (nats) at every token of the LLM's answers."""
     slm, *_ = pair = settings.load()
     vocab, out = common_vocab(pair), []
     for row in rows:
-        pieces = [(logits[:, :vocab].argmax(-1), rstitch.entropy(logits[:, :vocab]))
-                  for _, logits in teacher_forced(slm, row["prompt"], row["answer"])]
-        choice, H = (torch.cat(part).tolist() for part in zip(*pieces))
+        choice, H = read_along(slm, row["prompt"], row["answer"], vocab)
         out.append({"slm": choice, "entropy": [float(f"{h:.4g}") for h in H]})
     return out
 
@@ -361,10 +367,7 @@ def check_folder(folder: Path, settings: Settings, todo: list[dict]) -> None:
         load_tokenizer("--judge", settings.judge)
     made = {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}
     settle(folder, {"settings": made, "slm": fingerprint(slm), "llm": fingerprint(llm)}, "labels")
-    path = folder / "answers.jsonl"
-    held = list(enumerate(read_rows(path))) + [(row["at"], row) for part in parts_of(path)
-                                               for row in read_rows(part)]
-    for at, old in held:
+    for at, old in by_place(folder / "answers.jsonl").items():
         new = todo[at] if at < len(todo) else old
         if (old["question"], old["split"]) != (new["question"], new["split"]):
             raise ValueError(f"--out {folder} holds labels of other problems: its {old['split']} has "

@@ -164,13 +164,12 @@ def answered(lms: dict, ids: torch.Tensor, method: str, seed: int, length: int) 
             "calls": [[call.model, call.n_inf, call.n_kv] for call in result.calls[0]]}
 
 
-def measure(pair, chosen: list, plan: Plan, store: Rows, seed: int = 0, minutes: float = float("inf"),
-            settings: Prompting = Prompting()) -> dict[tuple, dict]:
+def measure(pair, prompts: list[torch.Tensor], plan: Plan, store: Rows, seed: int = 0,
+            minutes: float = float("inf")) -> dict[tuple, dict]:
     """The times of the plan by their keys, those that are missing taken and appended. When the minutes are
     over, those of earlier runs included, only the first two problems are answered by every method."""
-    slm, llm, tokenizer = pair
+    slm, llm, *_ = pair
     lms = {"slm": rstitch.CachedLM(slm, 1, plan.max_len), "llm": rstitch.CachedLM(llm, 1, plan.max_len)}
-    prompts = [encode_problems(tokenizer, [problem], settings)[0] for problem in chosen]
     done = store.have()
 
     def take(what: str, *of) -> dict:
@@ -426,9 +425,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(args: argparse.Namespace) -> tuple[Task, list, Plan, float]:
-    """The task, its problems, what is timed of them and for how many minutes. ValueError for options that
-    cannot be."""
+def prepare(args: argparse.Namespace) -> tuple[Task, list[torch.Tensor], Plan, float]:
+    """The task, its prompts, (1, P) each, what is timed of them and for how many minutes. ValueError for
+    options that cannot be."""
     task = Task(slm=args.slm, llm=args.llm, device=args.device, dtype=args.dtype, problems=args.problems,
                 special_tokens_may_differ=args.special_tokens_may_differ, **given(args, Prompting))
     thorough = [name for name in ("rounds", "per_round") if getattr(args, name) is not None]
@@ -454,7 +453,8 @@ def prepare(args: argparse.Namespace) -> tuple[Task, list, Plan, float]:
     if len(chosen) < 2:
         raise ValueError(f"the dev split of --problems {args.problems} has {len(chosen)} problem: expected "
                          "two or more, one to fit and one to check")
-    longest = encode_problems(task.load()[2], chosen, task)[0].shape[1]
+    prompts = [encode_problems(task.load()[2], [problem], task)[0] for problem in chosen]
+    longest = max(ids.shape[1] for ids in prompts)
     max_len = args.max_len or (POCKET_LEN if task.pocket else longest + ANSWER)
     if longest >= max_len:
         raise ValueError(f"--max-len {max_len}: expected more than the longest prompt of --problems, "
@@ -462,17 +462,16 @@ def prepare(args: argparse.Namespace) -> tuple[Task, list, Plan, float]:
     plan = Plan(max_len, rounds, len(chosen), repeats=1, longest_read=max(longest, 128), contexts=3,
                 held_out=12, length=args.max_new_tokens) if limited else Plan(
         max_len, rounds, len(chosen), length=args.max_new_tokens or MAX_NEW_TOKENS)
-    return task, chosen, plan, minutes
+    return task, prompts, plan, minutes
 
 
-def samples_file(task: Task, plan: Plan, chosen: list, path: Path, seed: int) -> Rows:
+def samples_file(task: Task, plan: Plan, prompts: list[torch.Tensor], path: Path, seed: int) -> Rows:
     """Where times go as they are taken; one of another pair, machine, length, prompt or size of the cache is
     passed over."""
-    slm, llm, tokenizer, _ = task.load()
+    slm, llm, *_ = task.load()
     world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
              "dtype": task.dtype, "threads": torch.get_num_threads(), "max_len": plan.max_len, "seed": seed,
              "torch": torch.__version__}
-    prompts = [encode_problems(tokenizer, [problem], task)[0] for problem in chosen]
     digests = [hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12] for ids in prompts]
     of_problem = [{"asked_length": plan.length, "prompt": digest} for digest in digests]
     return Rows(path, lambda row: tuple(row["key"]), lambda key: world | (
@@ -494,14 +493,14 @@ def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
     try:
-        task, chosen, plan, minutes = prepare(args)
+        task, prompts, plan, minutes = prepare(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     pair, out = task.load()[:3], args.out or RESULTS / "latency.json"
     if args.overhead:
         return report_overhead(pair, args)
-    store = samples_file(task, plan, chosen, out.with_suffix(".samples.jsonl"), args.seed)
-    done = measure(pair, chosen, plan, store, args.seed, minutes, task)
+    store = samples_file(task, plan, prompts, out.with_suffix(".samples.jsonl"), args.seed)
+    done = measure(pair, prompts, plan, store, args.seed, minutes)
     row = evaluate(done) | {"machine": machine(args.device), "threads": torch.get_num_threads(),
                             "length": plan.length or done[("length",)]["tokens"],
                             "minutes": round(sum(row["spent"] for row in done.values()) / 60, 1)}

@@ -23,29 +23,19 @@ import torch
 
 import rstitch
 from analysis import answers
-from analysis.bench import simulate
+from analysis.bench import read_cost, simulate
 from analysis.instruments.options import add_options, given
 from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import machine
 from analysis.instruments.stats import wilson
 from analysis.instruments.task import Pair, Task, common_vocab, encode_problems
+from analysis.label import read_along
 from rstitch_hf.ranks import start
-from rstitch_hf.serving import device_of
 
 TAUS = (0.001, 0.005, 0.02, 0.05, 0.1)
 REPLAYED = 512  # tokens of an answer
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens in a call, in all rows
 WORTH = 1.1  # speed-up below which a pair does not pay
-
-
-@torch.inference_mode()
-def read_along(slm, prompt: list[int], answer: Sequence[int], vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the SLM says before each token of an answer that it did not write: its entropy in nats, and the
-    token that it would write."""
-    ids = torch.tensor([prompt + list(answer[:-1])], device=device_of(slm))
-    logits = slm(input_ids=ids, logits_to_keep=len(answer)).logits[0, :, :vocab]
-    parts = [(rstitch.entropy(part), part.argmax(-1)) for part in logits.split(64)]
-    return tuple(torch.cat(x).cpu().numpy() for x in zip(*parts))
 
 
 def leaves_at(tau: float, entropies: Sequence[tuple[np.ndarray, np.ndarray]], vocab: int,
@@ -71,23 +61,16 @@ def share_of(leaves: np.ndarray) -> float:
     return large / total
 
 
-def step_costs(models: Sequence, rows: int, context: int, repeats: int = 3) -> list[np.ndarray]:
+def step_costs(models: Sequence, rows: int, context: int) -> list[np.ndarray]:
     """By model, the milliseconds of a call of up to `rows` rows by its tokens, those of SIZES."""
     out = []
-    for model in tracked(models, f"steps of {rows} row{'s' * (rows > 1)}"):
+    for model in models:
         lm = rstitch.CachedLM(model, rows, context + max(SIZES))
-        curve = []
-        for size in SIZES:
-            n = min(rows, size)
-            times = []
-            for _ in range(repeats + 1):
-                lm.cursor = [context] * rows
-                start = time.perf_counter()
-                lm.read(range(n), [[7] * (size // n)] * n).token.tolist()
-                times.append(1e3 * (time.perf_counter() - start))
-            curve.append(np.median(times[1:]))
+        cost = read_cost([lm], context, 3)
+        shapes = [(min(rows, size), size // min(rows, size)) for size in SIZES]
+        out.append(np.array([cost(0, n * [width])
+                             for n, width in tracked(shapes, f"steps of {rows} row{'s' * (rows > 1)}")]))
         lm.close()
-        out.append(np.array(curve))
     return out
 
 
@@ -131,23 +114,20 @@ def advice(ratio: float, row: dict, right: dict[str, list[bool]], batch: int) ->
             f"{row['together']:.2f} x at batch {batch}; how right answers stay, many problems tell ({told}).")
 
 
-def prompts_of(task: Task, chosen: Sequence) -> list[list[int]]:
-    return rstitch.unpadded(*encode_problems(task.load()[2], chosen, task))
-
-
 def look(task: Task, n: int, batch: int, path: Path, minutes: float, tau: float) -> dict:
     """All figures: {"steps", "table", "agreement", "right", ...}."""
     begin = time.perf_counter()
     split = "any" if task.problems else "dev"
     rows = {name: answers.run(task, [name], split, n, path) for name in ("llm", "slm")}
-    slm, llm, *_ = task.load()
-    vocab, prompts = common_vocab(task.load()), prompts_of(task, task.split(split, n))
+    slm, llm, tokenizer, _ = pair = task.load()
+    vocab = common_vocab(pair)
+    prompts = rstitch.unpadded(*encode_problems(tokenizer, task.split(split, n), task))
     seen, same = [], []
     for prompt, row in tracked(list(zip(prompts, rows["llm"])), "the SLM reads along"):
         tokens = row["tokens"][:REPLAYED]
-        H, choice = read_along(slm, prompt, tokens, vocab)
-        seen.append((H, np.array(row["entropy"][:REPLAYED])))
-        same.append(choice == tokens)
+        choice, H = read_along(slm, prompt, tokens, vocab)
+        seen.append((np.array(H), np.array(row["entropy"][:REPLAYED])))
+        same.append(np.equal(choice, tokens))
     context = int(np.mean([len(p) + len(r["tokens"]) / 2 for p, r in zip(prompts, rows["llm"])]))
     single, together = (step_costs((slm, llm), size, context) for size in (1, batch))
     tokens = int(np.median([len(H) for H, _ in seen]))

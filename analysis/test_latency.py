@@ -15,12 +15,16 @@ from analysis.pocket.weights import MAX_NEW_TOKENS
 PLAN = latency.Plan(330, rounds=2, problems=3, repeats=2, contexts=3, held_out=6, length=20)
 
 
-def store_at(path, plan=PLAN, chosen=problems("dev", 5, 0)):
-    return latency.samples_file(Task(), plan, chosen, path, seed=0)
+def prompts(n: int, seed: int = 0) -> list:
+    return [encode_problems(Task().load()[2], [problem])[0] for problem in problems("dev", n, seed)]
+
+
+def store_at(path, plan=PLAN, asked=None):
+    return latency.samples_file(Task(), plan, asked or prompts(5), path, seed=0)
 
 
 def test_latency_is_fitted_checked_and_read_back(tmp_path, pocket):
-    done = latency.measure(pocket, problems("dev", 3, 0), PLAN, store_at(tmp_path / "s.jsonl"))
+    done = latency.measure(pocket, prompts(3), PLAN, store_at(tmp_path / "s.jsonl"))
     assert list(done) == list(PLAN.jobs())
     held = {(j, method) for j, method in latency.trajectories(done) if j % 2}
     assert held == {(1, method) for method in latency.METHODS}  # of three problems the second
@@ -39,14 +43,14 @@ def test_latency_is_fitted_checked_and_read_back(tmp_path, pocket):
 
 def test_a_killed_run_goes_on_with_the_first_time_that_is_missing(tmp_path, pocket, monkeypatch):
     path = tmp_path / "s.jsonl"
-    whole = latency.measure(pocket, problems("dev", 3, 0), PLAN, store_at(path))
+    whole = latency.measure(pocket, prompts(3), PLAN, store_at(path))
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == len(whole)
     path.write_text("".join(lines[:-20]) + lines[-20][:15])  # torn in the middle of a row
     taken = []
     monkeypatch.setattr(latency, "answered", lambda *args: taken.append(args[2]) or whole[
         ("trajectory", 2, args[2], 0)])
-    again = latency.measure(pocket, problems("dev", 3, 0), PLAN, store_at(path))
+    again = latency.measure(pocket, prompts(3), PLAN, store_at(path))
     lost = list(whole)[-20:]
     assert list(again) == list(whole) and taken == [key[2] for key in lost if key[0] == "trajectory"]
     kept = list(whole)[:-20]
@@ -56,7 +60,7 @@ def test_a_killed_run_goes_on_with_the_first_time_that_is_missing(tmp_path, pock
 
 def test_when_the_minutes_are_over_two_problems_are_answered_and_a_later_run_adds_others(tmp_path, pocket):
     plan = latency.Plan(330, 1, 5, repeats=1, longest_read=64, contexts=3, held_out=12)
-    chosen, store = problems("dev", 5, 0), store_at(tmp_path / "s.jsonl", plan)
+    chosen, store = prompts(5), store_at(tmp_path / "s.jsonl", plan)
     done = latency.measure(pocket, chosen, plan, store, minutes=1e-9)
     assert {j for j, _ in latency.trajectories(done)} == {0, 1}
     assert done[("length",)]["tokens"] == latency.LENGTHS[0]
@@ -75,7 +79,7 @@ def test_times_of_another_length_or_prompt_are_passed_over(tmp_path):
         store_at(path).add(key, {"key": list(key), "ms": 1.0})
     assert len(store_at(path).have()) == 3
     longer = store_at(path, dataclasses.replace(PLAN, length=41)).have()
-    others = store_at(path, chosen=[*problems("dev", 1, 0), *problems("dev", 4, 8)]).have()
+    others = store_at(path, asked=prompts(1) + prompts(4, 8)).have()
     assert [key[:2] for key in longer] == [("grid", "slm")]
     assert [key[:2] for key in others] == [("grid", "slm"), ("trajectory", 0)]
 
@@ -102,8 +106,8 @@ def test_another_pairs_plan_is_short_and_minutes_stand_alone(tmp_path):
                    for p in problems("dev", 3, 0))
     (tmp_path / "p.jsonl").write_text(rows)
     other = ["--problems", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "x.json")]
-    task, chosen, plan, minutes = latency.prepare(options(other))
-    longest = max(encode_problems(task.load()[2], [one])[0].shape[1] for one in chosen)
+    _, asked, plan, minutes = latency.prepare(options(other))
+    longest = max(ids.shape[1] for ids in asked)
     assert minutes == 15 and plan == latency.Plan(longest + 512, 1, 3, 1, 128, 3, 12, None)
     (tmp_path / "p.jsonl").write_text(rows.splitlines(keepends=True)[0])
     for argv, message in ((other, "has 1 problem: expected two or more"),

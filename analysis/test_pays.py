@@ -19,8 +19,8 @@ def test_reading_along_says_what_the_slm_would(pocket):
     prompt = rstitch.unpadded(*rstitch.encode(tokenizer, question(problems("dev", 1, 3)[0])))[0]
     own = rstitch.stitch(slm, slm, [prompt], rstitch.SLMOnly(), max_new_tokens=20, eos_token_id=[])
     tokens = [call.token for call in own.kept[0]]
-    H, choice = pays.read_along(slm, prompt, tokens, common_vocab((slm, slm)))
-    assert choice.tolist() == tokens
+    choice, H = pays.read_along(slm, prompt, tokens, common_vocab((slm, slm)))
+    assert choice == tokens
     np.testing.assert_allclose(H, [call.entropy for call in own.kept[0]], atol=1e-4)
 
 
@@ -44,7 +44,8 @@ def test_the_share_is_that_of_stitch_on_the_same_entropies(pocket):
         kept = rstitch.stitch(slm, llm, [prompt], rstitch.EntropyRouter(0.02), max_new_tokens=60,
                               eos_token_id=[]).kept[0]
         tokens = [call.token for call in kept]
-        both = [pays.read_along(model, prompt, tokens, common_vocab(pocket))[0] for model in (slm, llm)]
+        both = [np.array(pays.read_along(model, prompt, tokens, common_vocab(pocket))[1])
+                for model in (slm, llm)]
         leaves = pays.leaves_at(0.02, [both], common_vocab(pocket), 60)
         start = next(t for t in range(60) if kept[t].model == rstitch.LLM and leaves[1, 0, t])  # as replayed
         writers = [call.model for call in kept[start + 1:]]

@@ -11,21 +11,12 @@ import pytest
 
 from analysis.instruments.rows import append_row, read_rows
 from analysis.instruments.runs import Rows, part_of, parts_of, run_stage
+from conftest import torchrun
 from rstitch_hf import ranks
 
-ROOT = Path(__file__).parent.parent
-ANSWERS = ["analysis.answers", "--split", "dev", "--n", "9", "--methods", "tau=0.02", "slm", "--rows", "1",
-           "--max-new-tokens", "60", "--out"]
-COLLECT = ["analysis.collect", "--n", "12", "--block", "4", "--max-new-tokens", "40", "--out"]
-
-
-def started(n: int, *argv) -> subprocess.Popen:
-    # Behind "--", lest Python 3.11's argparse takes our --n for one of torchrun's.
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "--"]
-    command = [sys.executable, *(launch if n > 1 else ["-m"]), *map(str, argv)]
-    return subprocess.Popen(command, cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+ANSWERS = ["-m", "analysis.answers", "--split", "dev", "--n", "9", "--methods", "tau=0.02", "slm", "--rows",
+           "1", "--max-new-tokens", "60", "--out"]
+COLLECT = ["-m", "analysis.collect", "--n", "12", "--block", "4", "--max-new-tokens", "40", "--out"]
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -51,13 +42,14 @@ def process_of_rank(launcher: int, rank: int) -> int:
 def alone(tmp_path_factory):
     """The files of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    return folder, finished(started(1, *ANSWERS, folder / "a.jsonl")), finished(started(1, *COLLECT, folder))
+    answered = finished(torchrun(1, *ANSWERS, folder / "a.jsonl"))
+    return folder, answered, finished(torchrun(1, *COLLECT, folder))
 
 
 def test_two_ranks_leave_the_rows_of_one_process_and_print_them_once(alone, tmp_path):
     folder, answered, collected = alone
-    assert finished(started(2, *ANSWERS, tmp_path / "a.jsonl")) == answered
-    assert finished(started(2, *COLLECT, tmp_path)) == collected
+    assert finished(torchrun(2, *ANSWERS, tmp_path / "a.jsonl")) == answered
+    assert finished(torchrun(2, *COLLECT, tmp_path)) == collected
     for name in ("a.jsonl", "trajectories.jsonl", "interventions.jsonl"):
         assert bare(tmp_path / name) == bare(folder / name) and not parts_of(tmp_path / name)
         assert len(read_rows(tmp_path / name)) == (18 if name == "a.jsonl" else 12)
@@ -66,7 +58,7 @@ def test_two_ranks_leave_the_rows_of_one_process_and_print_them_once(alone, tmp_
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process in /proc")
 def test_what_a_killed_rank_leaves_the_next_run_completes(alone, tmp_path):
     path = tmp_path / "a.jsonl"
-    process = started(2, *ANSWERS, path)
+    process = torchrun(2, *ANSWERS, path)
     begun = time.monotonic()
     while len(read_rows(part_of(path, 1))) < 2:
         assert process.poll() is None and time.monotonic() - begun < 90
@@ -77,7 +69,7 @@ def test_what_a_killed_rank_leaves_the_next_run_completes(alone, tmp_path):
     left = {row["problem"] for part in parts_of(path) for row in read_rows(part)}
     with open(part_of(path, 1), "a") as file:
         file.write('{"torn')
-    finished(started(2, *ANSWERS, path))
+    finished(torchrun(2, *ANSWERS, path))
     assert bare(path) == bare(alone[0] / "a.jsonl") and not parts_of(path) and left
 
 
@@ -146,7 +138,7 @@ def test_the_others_are_silent_but_for_a_crash(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     for name in ("stdout", "stderr", "excepthook"):
         monkeypatch.setattr(sys, name, getattr(sys, name))
-    ranks.silence_all_but_first()
+    ranks.begin()
     print("nothing")
     assert sys.excepthook is not sys.__excepthook__
     monkeypatch.undo()

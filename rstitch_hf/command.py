@@ -30,7 +30,7 @@ from rstitch import (
     stitch,
 )
 from rstitch_hf.loading import check_question, encode, load_pair
-from rstitch_hf.ranks import check_alone, silence_all_but_first, world
+from rstitch_hf.ranks import begin, check_alone, world
 from rstitch_hf.serving import device_of
 
 POCKET = Path(__file__).parent.parent / "analysis" / "pocket" / "models"
@@ -263,8 +263,8 @@ def threads_for(model) -> Iterator[None]:
 def answer(args: argparse.Namespace) -> None:
     """Load the pair, answer the question."""
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.tp and args.device == "cuda" else args.device
-    *models, tokenizer = load_pair(args.slm, args.llm, device, dtype, args.special_tokens_may_differ, args.tp)
+    *models, tokenizer = load_pair(args.slm, args.llm, args.device, dtype, args.special_tokens_may_differ,
+                                   args.tp)
     router = build_router(args, *models)
     ids, _ = encode(tokenizer, args.question, system=args.system, instruction=args.instruction,
                     **dict(args.template))
@@ -289,7 +289,7 @@ def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    silence_all_but_first()
+    begin()
     parser = build_parser()
     args = parser.parse_args(argv)
     built_in = args.question is None

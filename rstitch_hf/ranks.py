@@ -46,8 +46,11 @@ def decided_by_rank_zero(stop: Callable[..., bool], device) -> Callable[..., boo
     return lambda *args: bool(of_rank_zero(torch.tensor(bool(stop(*args)), device=device)))
 
 
-def silence_all_but_first() -> None:
-    """What every rank would print is printed once; a crash is told all the same."""
+def begin() -> None:
+    """Of every rank: "cuda" is its own GPU, and what all would print is printed once, by the first; a crash
+    is told all the same."""
+    if world() > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if rank():
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
@@ -60,11 +63,8 @@ def check_alone(what: str) -> None:
 
 
 def start(main: Callable[[], object], shared: bool = False) -> None:
-    """Run a module's main. Under torchrun only rank 0 prints, "cuda" is a rank's own GPU, and what is not
-    shared work is refused."""
-    silence_all_but_first()
-    if world() > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    """Run a module's main; under torchrun what is not shared work is refused."""
+    begin()
     spec = sys.modules["__main__"].__spec__
     if not shared:
         try:

@@ -88,9 +88,9 @@ def device_of(model) -> torch.device:
 
 def weight_of(module) -> torch.Tensor:
     """A layer's weight, from where accelerate keeps it, and whole where ranks hold parts."""
-    hook = getattr(module, "_hf_hook", None)
     if hasattr(module.weight, "full_tensor"):
         return module.weight.full_tensor()
+    hook = getattr(module, "_hf_hook", None)
     return hook.weights_map["weight"] if module.weight.is_meta and hook is not None else module.weight
 
 

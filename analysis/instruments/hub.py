@@ -6,7 +6,8 @@ from functools import lru_cache
 from analysis.instruments.grading import boxed
 
 QUESTIONS = ("question", "problem", "Question", "Problem")
-GOLDS = ("answer", "Answer", "final_answer", "solution", "Solution")  # the first that a row has
+GOLDS = ("answer", "Answer", "final_answer")  # the first that a row has
+WORKED = ("solution", "Solution")  # hold a gold where they mark it: no proof is one
 CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")  # GPQA
 LETTERS = "ABCD"
 
@@ -40,12 +41,13 @@ def stated(row: dict, where: str) -> dict:
     if all(name in row for name in ("Question", *CHOICES)):
         return multiple_choice(row)
     asks = next((name for name in QUESTIONS if row.get(name)), None)
-    golds = [gold_of(row[name]) for name in GOLDS if row.get(name) is not None and (
-        "olution" not in name or boxed(str(row[name])) or "####" in str(row[name]))]  # no proof is a gold
-    gold = golds[0] if golds else ""
+    golds = [row[name] for name in GOLDS if row.get(name) is not None]
+    golds += [row[name] for name in WORKED if boxed(str(row.get(name))) or "####" in str(row.get(name))]
+    gold = gold_of(golds[0]) if golds else ""
     if not asks or not gold:
-        raise ValueError(f"{where} has no {'gold answer' if asks else 'question'}: expected one in a column "
-                         f"{' or '.join(GOLDS if asks else QUESTIONS)}, got columns {', '.join(row)}")
+        what, names = ("gold answer", GOLDS + WORKED) if asks else ("question", QUESTIONS)
+        raise ValueError(f"{where} has no {what}: expected one in a column {' or '.join(names)}, got columns "
+                         f"{', '.join(row)}")
     return {"question": row[asks].strip(), "answer": gold}
 
 

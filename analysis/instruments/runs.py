@@ -50,6 +50,12 @@ def parts_of(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{glob.escape(path.name.removesuffix('.jsonl'))}.rank*.jsonl"))
 
 
+def by_place(path: Path) -> dict[int, dict]:
+    """The rows of a stage by their place in its file, which the parts of ranks note."""
+    parts = {row.pop("at"): row for part in parts_of(path) for row in read_rows(part)}
+    return dict(enumerate(read_rows(path))) | parts
+
+
 def put_together(path: Path, rows: Callable[[], list[dict]], changed: bool = False) -> None:
     """When all ranks are here, the first writes the file, if it or a part of it has changed, and removes the
     parts."""
@@ -125,9 +131,7 @@ def run_stage(path: Path, stage: Callable, settings, rows: list[dict], run: Call
     with the same bytes: a block that it cut short is worked on again, whole, since rounding depends on who
     shares a batch. Ranks take blocks in turn."""
     starts = range(0, len(rows), settings.block)
-    done = dict(enumerate(read_rows(path)))
-    for part in parts_of(path):
-        done |= {row.pop("at"): row for row in read_rows(part)}
+    done = by_place(path)
     sizes = {start: len(rows[start:start + settings.block]) for start in starts}
     whole = {start for start in starts if all(start + i in done for i in range(sizes[start]))}
     todo = [start for i, start in enumerate(starts) if i % world() == rank() and start not in whole]
@@ -141,13 +145,6 @@ def run_stage(path: Path, stage: Callable, settings, rows: list[dict], run: Call
         for start, block in zip(todo, run(partial(stage, settings), blocks)):
             append_row(*([part_of(path, rank()), *({"at": start + i} | row for i, row in enumerate(block))]
                          if apart else [path, *block]))
-            done |= {start + i: row for i, row in enumerate(block)}
             bar.update(len(block))
-
-    def all_rows() -> list[dict]:
-        for part in parts_of(path):
-            done.update({row.pop("at"): row for row in read_rows(part)})
-        return [done[i] for i in range(len(rows))]
-
-    put_together(path, all_rows)
+    put_together(path, lambda: [row for _, row in sorted(by_place(path).items())])
     return [row | more for row, more in zip(rows, read_rows(path))]
