@@ -23,8 +23,8 @@ the proposing model):
 
 Sections: 1 Algorithm 1; 2 uncertainty and sampling; 3 routers; 4 stitching; 5 cached models; 6 which rows a
 call serves; 7 what goes in and what comes out; 8 latency model; 9 R2R; 10 R-Stitch+. The method is read in 1
-to 4; 6 changes no result, 7 is checks. To change the router, touch one class of 3; the sampling rule,
-`Sampling`; the cache, `StitchLayer`. What ties this to transformers' models stands in rstitch_hf/.
+to 4; 6 changes no result. To change the router, touch one class of 3; the sampling rule, `Sampling`; the
+cache, `StitchLayer`. What ties this to transformers, and what bad input is told, stands in rstitch_hf/.
 
 Glossary (code name, paper symbol, unit, default):
 
