@@ -88,10 +88,14 @@ from rstitch_hf.loading import encode, load_pair  # noqa: F401  (what a first li
 from rstitch_hf.ranks import decided_by_rank_zero, is_split, of_rank_zero
 from rstitch_hf.serving import (
     CHUNKED,
+    GROUPED,
+    PACKED,
     STEPWISE,
+    Part,
     attention_of,
     bare,
     cache_keyword,
+    can_pack,
     check_servable,
     device_of,
     forward_arguments,
@@ -510,12 +514,13 @@ def live_columns(end: int, coarse: bool) -> int:
 class Place:
     """What the layers of a cache need to know of the current read: its rows (a slice where they are
     neighbours: an index (n,) copies what it selects), its columns (n, 1, S, 1), how many are live, and
-    whether any row had read before."""
+    whether any row had read before. Of a packed read, of so many rows: row and column of each token."""
 
     rows: slice | torch.Tensor = None
     columns: torch.Tensor = None
     live: int = 0
     started: bool = False
+    packed: int = 0
 
     def rows_on(self, device: torch.device) -> slice | torch.Tensor:
         """The rows, for a layer that lies there: a spread model has several devices."""
@@ -540,11 +545,16 @@ class StitchLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write (n, H, S, D) at the read's positions; return what is live of these rows, (n, H, live, D)."""
+        """Write (n, H, S, D) at the read's positions; return what is live of these rows, (n, H, live, D), or
+        for a packed read of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         device = self.keys.device
         rows, columns, live = self.place.rows_on(device), self.place.columns.to(device), self.place.live
+        if self.place.packed:  # every token has a row of its own, and attention finds its keys (`Part`)
+            self.keys[rows, :, columns] = key_states[0].transpose(0, 1)  # (tokens, H, D)
+            self.values[rows, :, columns] = value_states[0].transpose(0, 1)
+            return self.keys[:, :, :live], self.values[:, :, :live]
         if isinstance(rows, slice):
             if self.viewed != (rows, live):  # making two views costs as much as writing a token
                 self.viewed, self.views = (
@@ -699,6 +709,7 @@ class CachedLM:
         self.stepwise = config.model_type in STEPWISE
         self.cache = {cache_keyword(model): Cache(layers=self.layers)}
         self.config, self.attention = config, attention_of(config)
+        self.packs = not graphs and can_pack(model)
         self.compiled = model._compiled_call_impl is not None  # by model.compile()
         self.sliding = getattr(config, "sliding_window", None)
         # Kept, for model.dtype walks the parameters: as long as a matmul.
@@ -711,7 +722,7 @@ class CachedLM:
         # dict, not self, so that a CachedLM which nobody closed is still freed, cache and all.
         caught = self.caught = {}
         self.hook = model.get_output_embeddings().register_forward_pre_hook(
-            lambda module, args: caught.update(hidden=args[0][:, -1]))  # (n, D)
+            lambda module, args: caught.update(hidden=args[0]))  # (n, 1, D), of a packed read (1, n, D)
 
     def close(self) -> None:
         """Detach from the model; it cannot be read with any more."""
@@ -792,27 +803,30 @@ class CachedLM:
                 sampling: Sampling) -> Output:
         """One forward call on what lies in the static buffers; no host sync, no shape from data."""
         ids, positions = self.inputs[:2 * n * S].view(2, n, S)
-        self.place.rows, self.place.columns, self.place.live = rows, positions[:, None, :, None], live
+        packed, self.place.rows, self.place.live = self.place.packed, rows, live
+        self.place.columns = positions[0] if packed else positions[:, None, :, None]
         for layer in self.recurrent:
             layer.begin()
         out = self.model(input_ids=ids, position_ids=positions, attention_mask=self.mask(positions, live),
-                         use_cache=True, logits_to_keep=1, **self.cache)
+                         use_cache=True, logits_to_keep=packed or 1, **self.cache)
         for layer in self.recurrent:
             layer.end()
-        logits = out.logits[:, -1, :vocab].float()  # (n, V)
-        hidden = self.caught["hidden"].to(logits.device)  # of a spread model the last layer may be elsewhere
+        logits, hidden = (x[0, -packed:] if packed else x[:, -1] for x in (out.logits, self.caught["hidden"]))
+        logits = logits[:, :vocab].float()  # (n, V)
+        hidden = hidden.to(logits.device)  # of a spread model the last layer may be elsewhere
         hidden = hidden.full_tensor() if hasattr(hidden, "full_tensor") else hidden
-        return Output(logits, hidden, sampling.draw(logits, self.uniform[:n]), entropy(logits))
+        return Output(logits, hidden, sampling.draw(logits, self.uniform[:len(logits)]), entropy(logits))
 
     def call_model(self, *args) -> Output:
         """`compute` with the attention that was chosen, and without cuDNN's, which may plan anew for every
         new shape (not measured here); model and torch are as they were afterwards."""
         own, cudnn = self.config._attn_implementation, torch.backends.cuda.cudnn_sdp_enabled()
-        changed = own != self.attention  # to ask costs nothing, to set it as much as a small layer
+        attention = GROUPED if self.place.packed else self.attention
+        changed = own != attention  # to ask costs nothing, to set it as much as a small layer
         try:
             torch.backends.cuda.enable_cudnn_sdp(False)
             if changed:
-                self.config._attn_implementation = self.attention
+                self.config._attn_implementation = attention
             with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
                 return self.compute(*args)
         finally:
@@ -826,15 +840,17 @@ class CachedLM:
         """Each row reads its tokens, one or more, and proposes the next one from the first `vocab` logits. So
         a model proposes once per position: who has nothing left to read cannot be asked again.
 
-        Ragged reads are aligned on the right, so the last column is the last token of every row. A pad
-        repeats the row's first token at that token's position: it computes and writes what the token itself
-        does, so it needs no column of its own. With recurrent layers, to which it would be one more token,
-        rows that differ in length read one after the other. More than CHUNK tokens, pads included, take
-        several calls, of fewer rows, or of fewer tokens of one row."""
+        Ragged reads are packed, where the model can (`can_pack`), else aligned on the right, so the last
+        column is the last token of every row. A pad repeats the row's first token at that token's position:
+        it computes and writes what the token itself does, so it needs no column of its own. With recurrent
+        layers, to which it would be one more token, rows that differ in length read one after the other. More
+        than CHUNK tokens, pads included, take several calls, of fewer rows, or of fewer tokens of one row."""
         assert self.layers and len(set(rows)) == len(rows) == len(tokens) and all(tokens), (rows, tokens)
         ends = [self.cursor[row] + len(line) for row, line in zip(rows, tokens)]
         assert max(ends) <= self.max_len, f"a row would hold {max(ends)} of {self.max_len} tokens"
-        if len(rows) > 1 and len(rows) * self.width(max(map(len, tokens))) > max(CHUNK, len(rows)):
+        lengths = list(map(len, tokens))
+        size = sum(lengths) if self.packs else len(rows) * self.width(max(lengths))
+        if len(rows) > 1 and size > max(CHUNK, len(rows)):
             some, half = slice(len(rows) // 2), slice(len(rows) // 2, None)
             parts = [[x.clone() for x in self.read(rows[part], tokens[part], vocab, sampling,
                                                    uniform and uniform[part])]
@@ -844,8 +860,48 @@ class CachedLM:
         while len(rows) == 1 and len(tokens[0]) > CHUNK and not (self.stepwise and self.cursor[rows[0]]):
             self.read_together(rows, [tokens[0][:CHUNK]], self.vocab, GREEDY, None)
             tokens = [tokens[0][CHUNK:]]
-        read = self.read_by_length if self.recurrent else self.read_together
+        read = (self.read_by_length if self.recurrent else
+                self.read_packed if self.packs and len(set(lengths)) > 1 else self.read_together)
         return read(rows, tokens, vocab or self.vocab, sampling, uniform)
+
+    def read_packed(self, rows, tokens, vocab: int, sampling: Sampling,
+                    uniform: Sequence[float] | None) -> Output:
+        """`read` in one forward call (1, tokens) without pads, each row's last token behind those of all.
+
+        What a model does to one token does not ask where it stands but for attention, in which rows of
+        similar lengths take part together. Rows [a b c] and [d] are read as a b c d at positions 0 1 2 0; c
+        and d propose."""
+        lengths, ends = list(map(len, tokens)), [self.cursor[r] + len(line) for r, line in zip(rows, tokens)]
+        at = [(i, k) for i, n in enumerate(lengths) for k in range(n - 1)]
+        at += [(i, n - 1) for i, n in enumerate(lengths)]
+        place, device = {where: lane for lane, where in enumerate(at)}, self.inputs.device
+        parts = []
+        for group in by_length(lengths, self.width, self.free):
+            group.sort(key=rows.__getitem__)
+            S, slots = max(lengths[i] for i in group), [rows[i] for i in group]
+            lanes = [[place[i, max(0, k)] for k in range(lengths[i] - S, lengths[i])] for i in group]
+            neighbours = slots[-1] - slots[0] == len(slots) - 1
+            parts.append(Part(slice(slots[0], slots[-1] + 1) if neighbours
+                              else torch.tensor(slots, device=device),
+                              torch.tensor(lanes, device=device), max(ends[i] for i in group)))
+        self.inputs[:2 * len(at)] = torch.tensor([tokens[i][k] for i, k in at]
+                                                 + [ends[i] - lengths[i] + k for i, k in at])
+        if uniform is not None:
+            self.uniform[:len(rows)] = torch.tensor(uniform)
+        self.place.packed, token = len(rows), PACKED.set(parts)
+        try:
+            out = self.call_model(torch.tensor([rows[i] for i, _ in at], device=device), 1, len(at),
+                                  min(live_columns(max(ends), False), len(self.columns)), vocab, sampling)
+        finally:
+            self.place.packed = 0
+            PACKED.reset(token)
+        self.advance_cursors(rows, tokens)
+        return out
+
+    def advance_cursors(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        for row, line in zip(rows, tokens):
+            self.cursor[row] += len(line)
+            self.n_read += len(line)
 
     def read_by_length(self, rows, tokens, vocab: int, sampling: Sampling, uniform) -> Output:
         """`read_together` for a model with recurrent layers: a call for each length; but first, where the
@@ -896,9 +952,7 @@ class CachedLM:
         picked = (None if taking_part == list(rows)
                   else torch.tensor([row - span.start for row in rows], device=self.inputs.device))
         out = self.graphs(self.call_model, where, *key) if graphed else self.call_model(where, *key)
-        for row, line in unread.items():
-            self.cursor[row] += len(line)
-            self.n_read += len(line)
+        self.advance_cursors(rows, tokens)
         return out if picked is None else Output(*(x[picked] for x in out))
 
 
@@ -907,25 +961,31 @@ class CachedLM:
 # goes to the next prompt; what two rows begin with alike is read once and copied.
 
 
-def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
-    """Groups of rows that share a forward call: of similar lengths, or with few enough pads.
-
-    So one row's long read pads nobody else's, and a row that catches up widens no batch of single tokens."""
-    def unread(row: Row) -> int:
-        return len(row.ids) - lm.cursor[row.slot]
-
-    groups: list[list[Row]] = []
+def by_length(lengths: Sequence[int], width: Callable[[int], int], free: int) -> list[list[int]]:
+    """Indices of reads in groups of similar lengths, or with `free` pads at most, shortest first."""
+    groups: list[list[int]] = []
     tokens = 0  # in the last group, pads excluded
-    for row in sorted(rows, key=unread):
-        n = unread(row)
-        total = lm.width(n) * (len(groups[-1]) + 1) if groups else math.inf
-        if total <= CHUNK and (total - tokens - n <= lm.free or n <= 1.25 * unread(groups[-1][0])):
-            groups[-1].append(row)
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        n = lengths[i]
+        total = width(n) * (len(groups[-1]) + 1) if groups else math.inf
+        if total <= CHUNK and (total - tokens - n <= free or n <= 1.25 * lengths[groups[-1][0]]):
+            groups[-1].append(i)
             tokens += n
         else:
-            groups.append([row])
+            groups.append([i])
             tokens = n
-    return [sorted(group, key=lambda row: row.slot) for group in groups]
+    return groups
+
+
+def similar_lengths(rows: list[Row], lm: CachedLM) -> list[list[Row]]:
+    """Groups of rows that share a forward call: all that can be packed, else those of similar lengths.
+
+    So one row's long read pads nobody else's, and a row that catches up widens no batch of single tokens."""
+    rows = sorted(rows, key=lambda row: row.slot)
+    if lm.packs:
+        return [rows] if rows else []
+    groups = by_length([len(row.ids) - lm.cursor[row.slot] for row in rows], lm.width, lm.free)
+    return [[rows[i] for i in sorted(group)] for group in groups]
 
 
 PATIENCE = 8  # turns that one model takes in a row at most, while a row waits for the other

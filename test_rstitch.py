@@ -455,12 +455,14 @@ def test_kept_are_the_calls_whose_token_was_kept():
 # ---- 5. Cached models --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_ragged_reads_equal_a_full_recompute(family):
+def test_ragged_reads_equal_a_full_recompute(family, packs):
     model, generator = tiny(family), torch.Generator().manual_seed(1)
     ids = torch.randint(2, VOCAB, (3, 40), generator=generator)
     lm = CachedLM(model, 3, 40)
+    lm.packs = lm.packs and packs  # as on a GPU
     for lengths in ([7, 1, 3], [1, 1, 1], [6, 2, 13], [1, 4, 1], [20, 1, 2]):
         starts = list(lm.cursor)
         out = lm.read([0, 1, 2], [ids[b, s:s + k].tolist() for b, (s, k) in enumerate(zip(starts, lengths))])
@@ -470,6 +472,47 @@ def test_ragged_reads_equal_a_full_recompute(family):
             torch.testing.assert_close(out.logits[b], full.logits[0, -1], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(out.hidden[b], full.hidden_states[-1][0, -1], atol=1e-5, rtol=1e-4)
     lm.close()
+
+
+def test_which_families_are_read_without_pads():
+    """All but those whose attention has soft caps or sinks, which sdpa has not."""
+    padded = {family for family in FAMILIES if not CachedLM(tiny(family), 1, 8).packs}
+    assert padded == {"Gemma 2", "GPT-OSS"}
+
+
+@pytest.mark.parametrize("free", [128, 0])  # rows attend together, or those of one length
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"Gemma 2", "GPT-OSS"}))
+@torch.no_grad()
+def test_packed_reads_are_one_call_of_as_many_tokens(family, free, monkeypatch):
+    """Rows of 1 to 9 tokens in slots out of order: no pad is computed, no column but their own is written,
+    and what other slots hold, NaN here, reaches nobody."""
+    monkeypatch.setattr(rstitch, "FREE", {"cpu": free})
+    model, lengths = tiny(family), {4: 9, 1: 1, 2: 4, 6: 1, 5: 4}
+    ids = torch.randint(2, VOCAB, (7, 40), generator=torch.Generator().manual_seed(5)).tolist()
+    lm, alone = CachedLM(model, 7, 40), CachedLM(model, 1, 40)
+    lm.read([4, 2, 5], [ids[row][:3 + row] for row in (4, 2, 5)])
+    for layer in lm.layers:
+        for slot in (0, 3):
+            layer.keys[slot], layer.values[slot] = math.nan, math.nan
+    before = [layer.keys.clone() for layer in lm.layers]
+    starts, shapes = dict(enumerate(lm.cursor)), []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    lines = [ids[row][starts[row]:starts[row] + n] for row, n in lengths.items()]
+    draws = Sampling(1.0), [0.1, 0.3, 0.5, 0.7, 0.9]
+    out = lm.read(list(lengths), lines, None, *draws)
+    hook.remove()
+    assert shapes == [(1, sum(lengths.values()))] and lm.n_read == sum(lm.cursor)
+    for k, (row, n) in enumerate(lengths.items()):
+        assert lm.cursor[row] == starts[row] + n
+        alone.reset()
+        own = alone.read([0], [ids[row][:lm.cursor[row]]], None, draws[0], [draws[1][k]])
+        for mine, other in zip((x[k] for x in out), (x[0] for x in own)):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+    for layer, old in zip(lm.layers, before):
+        changed = ((layer.keys != old) & ~(layer.keys.isnan() & old.isnan())).any(3).any(1)  # (B, T)
+        assert {tuple(at) for at in changed.nonzero().tolist()} == {
+            (row, column) for row, n in lengths.items() for column in range(starts[row], starts[row] + n)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -483,7 +526,7 @@ def test_the_attention_kept_equals_the_models_own(shared, window, device):
     ours, own = CachedLM(model, 3, 80), CachedLM(model, 3, 80)
     assert (ours.attention,
             model.config._attn_implementation) == ("sdpa" if shared == 4 else serving.GROUPED, "sdpa")
-    own.attention = "sdpa"
+    own.attention, ours.packs, own.packs = "sdpa", False, False
     sdpa, grouped = transformers.AttentionInterface()["sdpa"], serving.grouped_attention
 
     def both(*args, **kwargs):
@@ -534,11 +577,12 @@ def test_rows_may_read_in_any_subset(free, monkeypatch):
     lm.close()
 
 
-def test_a_read_writes_only_its_own_slots_and_sees_no_other_row():
+def test_a_padded_read_writes_only_its_own_slots_and_sees_no_other_row():
     """A pad repeats its row's first token, so no slot is spare: poison every slot that a read does not own
     with NaN."""
     ids = torch.randint(2, VOCAB, (3, 20), generator=torch.Generator().manual_seed(3)).tolist()
     clean, lm = CachedLM(tiny(), 3, 20), CachedLM(tiny(), 3, 20)
+    clean.packs = lm.packs = False
     for which in (clean, lm):
         which.read([0, 2], [ids[0][:3], ids[2][:9]])
     for layer in lm.layers:
@@ -771,7 +815,7 @@ def test_the_majority_runs_and_nobody_waits_long():
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_reads_share_a_call_only_where_pads_are_few(unread, graphs):
     lm = type("Unread", (), {"cursor": [0] * len(unread), "graphs": graphs, "width": rstitch.CachedLM.width,
-                             "free": 32})()
+                             "free": 32, "packs": False})()
     groups = rstitch.similar_lengths(rows_of([SLM] * len(unread), unread), lm)
     assert sorted(row.index for group in groups for row in group) == list(range(len(unread)))
     for group in groups:

@@ -455,19 +455,20 @@ class Cursors:
 
     width = rstitch.CachedLM.width
 
-    def __init__(self, batch: int, graphs: bool):
+    def __init__(self, batch: int, graphs: bool, packs: bool):
         self.cursor, self.graphs, self.free = [0] * batch, graphs, rstitch.FREE["cuda" if graphs else "cpu"]
+        self.packs = packs
 
 
 def simulate(leaves: np.ndarray, cost: Callable[[int, list[int]], float], rule=rstitch.next_model,
-             graphs: bool = False) -> tuple[float, int, int]:
+             graphs: bool = False, packs: Sequence[bool] = (False, False)) -> tuple[float, int, int]:
     """(time, tokens written in it, longest wait in calls) of a script under a schedule: what the loop of
     `stitch` would take if its reads were all. cost(model, unread) is the time of one read, unread being the
-    tokens of each row that takes part. Both models have read the prompt but for its last token; the clock
-    starts when every row has its second token."""
+    tokens of each row that takes part. packs: whether the reads of SLM and LLM need no pads. Both models have
+    read the prompt but for its last token; the clock starts when every row has its second token."""
     _, B, N = leaves.shape
     rows = [rstitch.Row(i, 0, [0], 1, rstitch.LLM, slot=i) for i in range(B)]
-    lms, waited = (Cursors(B, graphs), Cursors(B, graphs)), [0] * B
+    lms, waited = [Cursors(B, graphs, one) for one in packs], [0] * B
     clock, start, longest, model, in_a_row = 0.0, (0.0, 0), 0, rstitch.LLM, 0
     while live := [row for row in rows if len(row.ids) <= N]:
         chosen = rule(live, model, in_a_row)
@@ -581,20 +582,29 @@ def timed_stitch(lms, ids: torch.Tensor, router, tokens: int, first: int) -> tup
 
 
 def read_cost(lms, context: int, rounds: int) -> Callable[[int, list[int]], float]:
-    """cost(model, unread) for `simulate`: medians of reads timed alone, when first asked for."""
+    """cost(model, unread) for `simulate`: medians of reads of rows alike in length, timed alone, when first
+    asked for. Rows that are packed cost what as many of their mean length do, on the line between two."""
     table: dict[tuple[int, int, int], float] = {}
 
-    def cost(model: int, unread: list[int]) -> float:
-        key = model, len(unread), lms[model].width(max(unread))
+    def timed(*key: int) -> float:
+        model, rows, width = key
         if key not in table:
             lm = lms[model]
 
             def once() -> None:
-                lm.cursor = [min(context, lm.max_len - key[2])] * lm.batch_size
-                lm.read(range(key[1]), [[7] * key[2]] * key[1]).token.tolist()
+                lm.cursor = [min(context, lm.max_len - width)] * lm.batch_size
+                lm.read(range(rows), [[7] * width] * rows).token.tolist()
 
             table[key] = float(np.median(interleaved({"read": once}, rounds, lm.model.device)["read"]))
         return table[key]
+
+    def cost(model: int, unread: list[int]) -> float:
+        rows, lm = len(unread), lms[model]
+        if not lm.packs:
+            return timed(model, rows, lm.width(max(unread)))
+        width, over = divmod(sum(unread), rows)
+        more = over and (timed(model, rows, width + 1) - timed(model, rows, width)) * over / rows
+        return timed(model, rows, width) + more
 
     return cost
 
@@ -687,7 +697,7 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
     speed = race(models, lms, names, ids, leaves, rounds, f"{pair}, batch {batch}, context {context}")
     cost = read_cost(lms, context + tokens // 2, 5)
-    simulated, written, wait = simulate(leaves, cost, graphs=cuda)
+    simulated, written, wait = simulate(leaves, cost, graphs=cuda, packs=[lm.packs for lm in lms])
     steps = {name: cost(m, [1] * batch) for m, name in enumerate(names)}
     for lm in lms:
         lm.close()

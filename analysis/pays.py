@@ -31,6 +31,7 @@ from analysis.instruments.stats import wilson
 from analysis.instruments.task import Pair, Task, common_vocab, encode_problems
 from analysis.label import read_along
 from rstitch_hf.ranks import start
+from rstitch_hf.serving import can_pack
 
 TAUS = (0.001, 0.005, 0.02, 0.05, 0.1)
 REPLAYED = 512  # tokens of an answer
@@ -74,23 +75,25 @@ def step_costs(models: Sequence, rows: int, context: int) -> list[np.ndarray]:
     return out
 
 
-def cost_of(curves: Sequence[np.ndarray]) -> Callable[[int, list[int]], float]:
-    """cost(model, unread) for `simulate`: by the tokens of the call, on the line between those that were
-    timed; beyond the last, in proportion."""
+def cost_of(curves: Sequence[np.ndarray],
+            packs: Sequence[bool] = (False, False)) -> Callable[[int, list[int]], float]:
+    """cost(model, unread) for `simulate`: by the tokens of the call, with its pads unless its model packs, on
+    the line between those that were timed; beyond the last, in proportion."""
     def cost(model: int, unread: list[int]) -> float:
-        tokens, curve = len(unread) * max(unread), curves[model]
+        tokens, curve = sum(unread) if packs[model] else len(unread) * max(unread), curves[model]
         return float(np.interp(tokens, SIZES, curve) * max(1.0, tokens / SIZES[-1]))
 
     return cost
 
 
-def expected(leaves: np.ndarray, curves: Sequence[np.ndarray], batch: int) -> float:
+def expected(leaves: np.ndarray, curves: Sequence[np.ndarray], batch: int,
+             packs: Sequence[bool] = (False, False)) -> float:
     """Speed-up over the LLM alone: `batch` rows at a time, those of the script in turn."""
     rows, tokens = leaves.shape[1:]
-    cost, taken, alone = cost_of(curves), 0.0, 0.0
+    cost, taken, alone = cost_of(curves, packs), 0.0, 0.0
     for at in range(0, rows, batch) if batch < rows else [0]:
         part = np.take(leaves, range(at, at + batch), 1, mode="wrap")
-        clock, written, _ = simulate(part, cost)
+        clock, written, _ = simulate(part, cost, packs=packs)
         taken, alone = taken + clock, alone + written / batch * cost(rstitch.LLM, [1] * batch)
     return alone / taken
 
@@ -131,13 +134,14 @@ def look(task: Task, n: int, batch: int, path: Path, minutes: float, tau: float)
     context = int(np.mean([len(p) + len(r["tokens"]) / 2 for p, r in zip(prompts, rows["llm"])]))
     single, together = (step_costs((slm, llm), size, context) for size in (1, batch))
     tokens = int(np.median([len(H) for H, _ in seen]))
+    packs = [can_pack(model) for model in (slm, llm)]
     table = []
     for one in sorted({*TAUS, tau}):
         leaves = leaves_at(one, seen, vocab, max(tokens, 4))
         table.append({"tau": one, "above": float(np.mean(np.concatenate([H for H, _ in seen])
                                                          > one * np.log(vocab))),
                       "share": share_of(leaves), "alone": expected(leaves, single, 1),
-                      "together": expected(leaves, together, batch)})
+                      "together": expected(leaves, together, batch, packs)})
     name = f"tau={tau:g}"
     if time.perf_counter() - begin < 30 * minutes:
         rows[name] = answers.run(task, [name], split, n, path)

@@ -1,29 +1,57 @@
 """Which models of transformers can be served, and by which attention."""
 import inspect
 import math
+from contextvars import ContextVar
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from rstitch_hf.ranks import is_split
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Grouped-query attention by `sdpa` that reads every cached key once: queries (n, H, S, D), keys and
-    values (n, K, T, D) of K <= H heads, additive mask (n, 1, S, T) -> (n, S, H, D).
 
-    The query heads that share a key become rows of one query. transformers' own `sdpa`, given a mask, first
-    copies keys and values H / K times (since 5.23 only for reads of two tokens or more), which takes several
-    times as long as the attention itself. ValueError for soft caps and sinks: sdpa has neither, such models
-    use eager."""
-    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
-        raise ValueError(f"{type(module).__name__} has a soft cap or sinks: expected "
-                         "attn_implementation='eager', not 'sdpa'")
+class Part(NamedTuple):
+    """Rows of a packed read that attend together."""
+
+    rows: slice | torch.Tensor  # (n,), where they lie in the cache
+    lanes: torch.Tensor  # (n, S) long, which of the read's tokens are theirs; a pad repeats the row's first
+    live: int  # columns that they attend to
+
+
+PACKED: ContextVar[list[Part] | None] = ContextVar("packed", default=None)  # of the read that is under way
+
+
+def attend(query, key, value, mask, scaling) -> torch.Tensor:
+    """Queries (n, H, S, D), keys and values (n, K, T, D) of K <= H heads, additive mask (n, 1, S, T) -> (n,
+    S, H, D). The query heads that share a key become rows of one query."""
     n, H, S, D = query.shape
     shared = H // key.shape[1]
     query = query.reshape(n, -1, shared * S, D)  # (n, K, shared S, D)
-    mask = attention_mask if S == 1 else attention_mask.repeat(1, 1, shared, 1)  # (n, 1, shared S, T)
+    mask = mask if S == 1 else mask.repeat(1, 1, shared, 1)  # (n, 1, shared S, T)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(n, H, S, -1).transpose(1, 2).contiguous(), None  # (n, S, H, D)
+    return out.reshape(n, H, S, -1).transpose(1, 2)
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Grouped-query attention by `sdpa` that reads every cached key once, see `attend`; of a packed read with
+    queries (1, H, tokens, D), keys and values of the whole cache, and a mask (1, 1, tokens, T).
+
+    transformers' own `sdpa`, given a mask, first copies keys and values H / K times (since 5.23 only for
+    reads of two tokens or more), which takes several times as long as the attention itself. ValueError for
+    soft caps and sinks: sdpa has neither, such models use eager."""
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+        raise ValueError(f"{type(module).__name__} has a soft cap or sinks: expected "
+                         "attn_implementation='eager', not 'sdpa'")
+    if (parts := PACKED.get()) is None:
+        return attend(query, key, value, attention_mask, scaling).contiguous(), None
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    for rows, lanes, live in parts:
+        keys, values = (x[rows, :, :live] if isinstance(rows, slice)
+                        else x[:, :, :live].index_select(0, rows) for x in (key, value))
+        mask = attention_mask[0, 0, :, :live][lanes][:, None]  # (n, 1, S, live)
+        out[0, lanes] = attend(query[0][:, lanes].transpose(0, 1), keys, values, mask, scaling)
+    return out, None
 
 
 GROUPED = "rstitch_grouped"
@@ -92,6 +120,18 @@ def weight_of(module) -> torch.Tensor:
         return module.weight.full_tensor()
     hook = getattr(module, "_hf_hook", None)
     return hook.weights_map["weight"] if module.weight.is_meta and hook is not None else module.weight
+
+
+def can_pack(model) -> bool:
+    """Can rows of different lengths share a call without pads? Only on one CPU, where a call takes the longer
+    the more tokens it has; with attention that is called by name, no recurrent layers, and no last layers
+    that skip all but the last token (Gemma 4's)."""
+    config = model.config.get_text_config(decoder=True)
+    plain = (config._attn_implementation == "sdpa" and not getattr(config, "attn_logit_softcapping", None)
+             and not getattr(config, "num_kv_shared_layers", 0))
+    whole = not hasattr(model, "hf_device_map") and not is_split(model) and device_of(model).type == "cpu"
+    return (plain and whole and config.model_type not in CHUNKED | STEPWISE
+            and getattr(model, "_supports_attention_backend", False))
 
 
 def check_servable(model, max_len: int, name: str = "model") -> None:
