@@ -95,20 +95,29 @@ def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Calla
                        temperature=temperature, seed=list(seeds), slots=task.rows, on_token=count)
 
 
+def made_by(task: Task, split: str) -> dict:
+    """What an answer follows from, its problem and its method apart."""
+    slm, llm, *_ = task.load()
+    return {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
+            "dtype": task.dtype, "limit": task.max_new_tokens, "split": split, **task.prompting()}
+
+
+def digest(problem) -> str:
+    """Stands for a problem whose text is not kept."""
+    return hashlib.sha256(question(problem).encode()).hexdigest()[:12]
+
+
 def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temperature: float = 0.0,
         samples: int = 1) -> list[dict]:
     """The rows of every method, those that are missing computed and appended."""
     chosen = [problem for problem in task.split(split, n) for _ in range(samples)]
-    slm, llm, *_ = task.load()
-    world = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
-             "dtype": task.dtype, "limit": task.max_new_tokens, "split": split, "temperature": temperature,
-             **task.prompting()}
-    digests = [hashlib.sha256(question(problem).encode()).hexdigest()[:12] for problem in chosen]
+    world = made_by(task, split) | {"temperature": temperature}
+    digests = list(map(digest, chosen))
     seeds = rstitch.row_seeds(SEED, len(chosen))
 
     named = ("method", "problem", "sample", "question")
     store = Rows(path, lambda row: tuple(row[name] for name in named), lambda key: world)
-    keys = {method: [(method, i // samples, i % samples, digest) for i, digest in enumerate(digests)]
+    keys = {method: [(method, i // samples, i % samples, one) for i, one in enumerate(digests)]
             for method in methods}
     changed = False
     for method in methods:
