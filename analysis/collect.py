@@ -1,16 +1,21 @@
 """What the figures need models for: trajectories and interventions, a few MB in all.
 
     python -m analysis.collect               pocket pair
-    python -m analysis.collect --slm SMALL --llm LARGE --problems file.jsonl --out results
+    P="--slm SMALL --llm LARGE --problems file.jsonl"
+    python -m analysis.collect $P --out results
+    python -m analysis.collect $P --answers answers.jsonl --wrong 60 --sampled 0 --continued 0 --out results
 
 Rows: trajectories.jsonl, interventions.jsonl; collect.json says how they were made.
 Feeds: notebooks 1 and 2.
 
 A trajectory is the SLM's and the LLM's greedy answer to a problem, right or wrong, with entropies; the SLM's
-is also sampled. An intervention is where the SLM is wrong and the LLM right: from every token of the SLM's
-answer on the LLM goes on, greedily, to see whether it is right in the end, and for the first problems by
-several sampled continuations. A file of problems holds rows {"question": ..., "answer": ...}, graded by
-math-verify. Both stages append a block of problems at a time and go on after a kill with the same bytes.
+is also sampled; with --answers the greedy ones are those of `analysis.answers`. An intervention is where the
+SLM is wrong and the LLM right: from every token of the SLM's answer on the LLM goes on, greedily, to see
+whether it is right in the end, and for the first problems by several sampled continuations. Where the SLM's
+token is the one that the LLM would write, both places have the same continuation, and it is written once.
+
+A file of problems holds rows {"question": ..., "answer": ...}, graded by math-verify. Both stages append a
+block of problems at a time and go on after a kill with the same bytes.
 """
 import argparse
 from dataclasses import dataclass
@@ -20,13 +25,15 @@ from pathlib import Path
 import numpy as np
 
 import rstitch
+from analysis.answers import digest
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
 from analysis.instruments.problems import Stated, question, read_problems, verify
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import RESULTS
+from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.runs import run_stage, settle
 from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
+from analysis.label import read_along
 from analysis.pocket.domain import problems, verify_number
 from rstitch import fingerprint
 from rstitch_hf.loading import left_padded
@@ -95,7 +102,7 @@ def encoded(settings: Settings, rows: list[dict]) -> list[list[int]]:
 
 
 def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
-    """Both models alone, greedy; the SLM's answers sampled several times."""
+    """Both models alone, greedy, unless they have answered; the SLM's answers sampled several times."""
     *_, tokenizer, eos = settings.load()
     decode, prompts = decoder(tokenizer), encoded(settings, rows)
 
@@ -103,17 +110,30 @@ def trajectories(settings: Settings, rows: list[dict]) -> list[dict]:
         return int(grade(decode([call.token for call in calls]), row, calls[-1].token in eos))
 
     mean = lambda calls: significant([float(np.mean([call.entropy for call in calls]))])[0]  # noqa: E731
-    small, large = (write_on(settings, router, prompts) for router in (rstitch.SLMOnly(), rstitch.LLMOnly()))
+    known = [row.get("answered") for row in rows]
+    if not all(known):
+        small, large = (write_on(settings, router, prompts)
+                        for router in (rstitch.SLMOnly(), rstitch.LLMOnly()))
+        known = [{"slm": right(s, row), "llm": right(b, row), "slm_tokens": [c.token for c in s],
+                  "H": significant([c.entropy for c in s]), "llm_n": len(b), "llm_H": mean(b)}
+                 for row, s, b in zip(rows, small, large)]
     drawn = [i for i, row in enumerate(rows) if row["id"] < settings.sampled for _ in range(settings.samples)]
     seeds = rstitch.row_seeds(rows[0]["id"], len(drawn)) if drawn else []
     sampled: list[list] = [[] for _ in rows]
     for i, calls in zip(drawn, write_on(settings, rstitch.SLMOnly(), [prompts[i] for i in drawn],
                                         settings.temperature, seeds) if drawn else []):
         sampled[i].append([right(calls, rows[i]), mean(calls), len(calls)])
-    return [{"id": row["id"], "steps": row.get("steps"), "slm": right(s, row), "llm": right(b, row),
-             "slm_tokens": [c.token for c in s], "H": significant([c.entropy for c in s]),
-             "llm_n": len(b), "llm_H": mean(b), "samples": samples}
-            for row, s, b, samples in zip(rows, small, large, sampled)]
+    return [{"id": row["id"], "steps": row.get("steps"), **one, "samples": samples}
+            for row, one, samples in zip(rows, known, sampled)]
+
+
+def turns(settings: Settings, prompt: list[int], answer: list[int], places: list[int]) -> list[int]:
+    """Those of the places in an answer of the SLM, the first aside, at which the LLM's greedy continuation is
+    another one than at the place before: a token in between is not the one that it would have written."""
+    pair = settings.load()
+    own, _ = read_along(pair[1], prompt, answer, common_vocab(pair))
+    differ = np.cumsum([0, *np.not_equal(own, answer)])  # tokens before each place at which the two differ
+    return [t for before, t in zip(places, places[1:]) if differ[t] > differ[before]]
 
 
 def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
@@ -122,12 +142,16 @@ def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
     continuations are right. Empty where there is nothing to ask."""
     *_, tokenizer, eos = settings.load()
     decode, prompts = decoder(tokenizer), encoded(settings, rows)
-    todo, drawn = [], []
+    todo, drawn, like = [], [], {}
     for i, row in enumerate(rows):
         if row["llm"] and not row["slm"]:
-            n = len(row["slm_tokens"])
+            n, place = len(row["slm_tokens"]), 0
             places = [t for t in range(n) if t % settings.every == 0] + [n]
-            todo += [(i, t) for t in places]
+            new = {0, *turns(settings, prompts[i], row["slm_tokens"], places)}
+            for t in places:
+                place = t if t in new else place
+                like[i, t] = i, place
+            todo += [(i, t) for t in sorted(new)]
             drawn += [(i, t) for t in places
                       for _ in range(settings.continuations)] if row["asked"] < settings.continued else []
 
@@ -142,7 +166,8 @@ def interventions(settings: Settings, rows: list[dict]) -> list[dict]:
         whole = [head + [call.token for call in went_on.get(k, [])] for k, head in enumerate(heads)]
         return [grade(decode(tokens), rows[i], tokens[-1] in eos) for (i, _), tokens in zip(pairs, whole)]
 
-    right, counts = dict(zip(todo, ends(todo, 0.0))), {}
+    found, counts = dict(zip(todo, ends(todo, 0.0))), {}
+    right = {place: found[same] for place, same in like.items()}
     for place, good in zip(drawn, ends(drawn, settings.temperature)):
         counts[place] = counts.get(place, 0) + good
     out = []
@@ -164,6 +189,31 @@ def pocket_rows(n: int, seed: int) -> list[dict]:
 def file_rows(path: Path) -> list[dict]:
     return [{"id": i, "question": row["question"], "answer": row["answer"], "domain": "file"}
             for i, row in enumerate(read_problems(path, "question", "answer"))]
+
+
+def answered(settings: Settings, rows: list[dict], path: Path, wrong: int | None) -> list[dict]:
+    """The problems that both models have answered in a file of `analysis.answers`, with their greedy answers,
+    as far as the one that is the `wrong`-th which the LLM alone gets right. ValueError where there is none
+    that this pair made."""
+    slm, llm, *_ = settings.load()
+    pair, have = {"slm": fingerprint(slm), "llm": fingerprint(llm), "dtype": settings.dtype,
+                  "limit": settings.max_new_tokens, "temperature": 0.0, **settings.prompting()}, {}
+    for one in read_rows(path):
+        if all(one.get(name) == value for name, value in pair.items()):
+            have.setdefault((one["method"], one["question"]), one)
+    out = []
+    for row in rows:
+        small, large = (have.get((name, digest(Stated(row["question"], "")))) for name in ("slm", "llm"))
+        if small and large and wrong != 0:
+            wrong = wrong and wrong - (large["correct"] and not small["correct"])
+            mean = significant([float(np.mean(large["entropy"]))])[0]
+            out.append({**row, "answered": {
+                "slm": int(small["correct"]), "llm": int(large["correct"]), "slm_tokens": small["tokens"],
+                "H": significant(small["entropy"]), "llm_n": len(large["tokens"]), "llm_H": mean}})
+    if not out:
+        raise ValueError(f"--answers {path}: expected greedy answers of slm and llm to these problems, by "
+                         "this pair, with this dtype, --max-new-tokens and prompt; found none to one problem")
+    return out
 
 
 def collect(settings: Settings, rows: list[dict], out: Path, workers: int = 1, seed: int = 0) -> list[dict]:
@@ -195,6 +245,9 @@ def main() -> None:
         "the pocket domain's test split)")
     add("--n", type=int, help=f"problems of the pocket domain (default: {N})")
     add("--seed", type=int, default=0, help="of the pocket problems (default: %(default)s)")
+    add("--answers", type=Path, help="greedy answers of both models to --problems, a file of "
+        "analysis.answers: problems that both have answered are taken, and not answered again")
+    add("--wrong", type=int, help="--answers: as many problems as give so many interventions (default: all)")
     add("--out", type=Path, help=f"folder of the files (default, pocket domain only: {RESULTS})")
     add("--workers", type=int, default=1, help="processes, on a CPU (default: %(default)s)")
     args = parser.parse_args()
@@ -209,6 +262,13 @@ def main() -> None:
                                                                           args.seed)
         if args.problems and not args.out:
             raise ValueError("--out is missing: expected a folder for the files of --problems")
+        if args.answers:
+            if not args.problems:
+                raise ValueError(f"--answers {args.answers}: expected the --problems they answer as well")
+            rstitch.check_count("--wrong", 1 if args.wrong is None else args.wrong)
+            rows = answered(settings, rows, args.answers, args.wrong)
+        elif args.wrong is not None:
+            raise ValueError(f"--wrong {args.wrong}: expected --answers beside it, which say who is wrong")
         found = collect(settings, rows, args.out or RESULTS, args.workers, args.seed)
         print(f"{len(found)} problems, the SLM right on {sum(r['slm'] for r in found)}, the LLM on "
               f"{sum(r['llm'] for r in found)}, {sum(bool(r['right']) for r in found)} with interventions")
