@@ -25,9 +25,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +33,7 @@ from transformers import DynamicCache
 
 import rstitch
 from analysis.instruments.checkpoints import CHECKPOINTS
-from analysis.instruments.grading import final_answer, same
+from analysis.instruments.judges import ENCODED, JUDGES, Case, build_judge, context_of
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
 from analysis.instruments.problems import question, read_problems, split_of
@@ -46,7 +44,7 @@ from analysis.instruments.stats import PAPER_LABELS, bootstrap, kind_of, ratio_o
 from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
 from analysis.pocket.domain import problems
 from rstitch import fingerprint
-from rstitch_hf.loading import left_padded, load_model, load_tokenizer
+from rstitch_hf.loading import left_padded, load_tokenizer
 from rstitch_hf.ranks import rank, start
 from rstitch_hf.serving import cache_keyword, device_of
 
@@ -62,8 +60,10 @@ class Settings(Pair):
 
     judge: str = option("statement",
                         "statement (the pocket domain: what the sentence states), answer (go on to the end, "
-                        "compare the final "
-                                     "answers), or a causal LM that is asked, a Hugging Face name or path")
+                        "compare the final answers), numbers (those that a sentence states), numbers+ENCODER "
+                        "(and how near embeddings lie, by a model such as "
+                        "sentence-transformers/all-MiniLM-L6-v2), or a causal LM that is asked, a "
+                        "Hugging Face name or path")
     sentence_tokens: int = option(160, "longest continuation of a sentence, in tokens; one that is longer is "
                                        "unjudged")
     block: int = option(32, "problems worked on together")
@@ -116,101 +116,6 @@ def opening(starts: list[int], t: int) -> int:
     of a sentence that is the one before it, since there the branches may differ in whether a sentence is
     over."""
     return max((s for s in starts if s < t), default=0)
-
-
-# ---- judges -----------------------------------------------------------------------------------------------
-# A judge is called with a list of cases and returns True (same meaning), False or None (cannot tell) for
-# each.
-
-
-class Case(NamedTuple):
-    question: str
-    before: str  # the answer up to the sentence in question
-    own: str  # how the LLM's answer goes on
-    branch: str  # how it goes on where the SLM's token stands in place of the LLM's
-
-
-class SameStatement:
-    """The pocket domain, exactly: two texts mean the same if their sentences state the same steps and
-    results. How a result was worked out does not matter. None where the LLM's own sentence states nothing
-    that can be read."""
-
-    STATEMENTS = (re.compile(r"(\w+), (\d+) ([*+-]) (\d+)(?::.*;)? = (\d+)\."),
-                  re.compile(r"The answer is (\d+)\."))
-
-    def read(self, text: str) -> list[tuple]:
-        """What each sentence states; ("?", the sentence) for one that states nothing."""
-        parts = [part for part in re.split(r"(?<=\.) ", text.strip()) if part]
-        return [next((m.groups() for m in (pattern.fullmatch(part) for pattern in self.STATEMENTS) if m),
-                     ("?", part)) for part in parts]
-
-    def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
-        read = [(self.read(case.own), self.read(case.branch)) for case in cases]
-        return [None if any(s[0] == "?" for s in own) else own == branch for own, branch in read]
-
-
-class SameAnswer:
-    """Any domain with checkable answers: both branches go on to the end, and their final answers agree
-    (math-verify). None where either has none, be it that its last box is not closed."""
-
-    def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
-        pairs = [(final_answer(case.own), final_answer(case.branch)) for case in cases]
-        return [same(own, branch) if own and branch else None for own, branch in pairs]
-
-
-def context_of(model) -> float:
-    """Tokens that a model can read."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings",
-                   None) or float("inf")
-
-
-class LMJudge:
-    """A causal LM that is asked whether two sentences mean the same. None unless it says one of the two
-    words, and that alone, or where the question does not fit into its context."""
-
-    PROMPT = """Here is a problem, the beginning of a solution, and two ways, A and B, in which the solution \
-goes on.
-
-Problem: {0.question}
-
-Solution so far: {0.before}
-
-A: {0.own}
-
-B: {0.branch}
-
-Do A and B mean the same? They do if they state the same facts and results and take the same step, whatever \
-their wording.
-Answer with one word, same or different."""
-
-    def __init__(self, name: str, device: str, dtype: str, tokens: int = 16):
-        self.tokenizer = load_tokenizer("--judge", name)
-        self.model = load_model("--judge", name, device, dtype)
-        self.tokens = tokens
-
-    @staticmethod
-    def verdict(said: str) -> bool | None:
-        word = re.fullmatch(r"\W*(same|different)\W*", said.lower())
-        return word and word[1] == "same"
-
-    def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
-        ids, mask = rstitch.encode(self.tokenizer, *(self.PROMPT.format(case) for case in cases))
-        fits = [k for k, n in enumerate(mask.sum(1).tolist()) if n + self.tokens <= context_of(self.model)]
-        if not fits:
-            return [None] * len(cases)
-        out = rstitch.stitch(self.model, self.model, ids[fits], rstitch.LLMOnly(), attention_mask=mask[fits],
-                             max_new_tokens=self.tokens, seed=0)
-        said = {k: self.tokenizer.decode([call.token for call in calls], skip_special_tokens=True)
-                for k, calls in zip(fits, out.calls)}
-        return [self.verdict(said.get(k, "")) for k in range(len(cases))]
-
-
-JUDGES = {"statement": SameStatement, "answer": SameAnswer}
-
-
-@lru_cache(maxsize=None)
-def build_judge(name: str, device: str, dtype: str):
-    return JUDGES.get(name, lambda: LMJudge(name, device, dtype))()
 
 
 # ---- stages -----------------------------------------------------------------------------------------------
@@ -362,8 +267,9 @@ def check_folder(folder: Path, settings: Settings, todo: list[dict]) -> None:
     """Write down what a folder's labels are made with; ValueError where it holds those of other settings or
     problems."""
     slm, llm, *_ = settings.load()
-    if settings.judge not in JUDGES:
-        # one that cannot be had is told now, not after hours
+    if settings.judge.startswith(ENCODED):  # one that cannot be had is told now, not after hours
+        build_judge(settings.judge, settings.device, settings.dtype)
+    elif settings.judge not in JUDGES:
         load_tokenizer("--judge", settings.judge)
     made = {name: value for name, value in settings.record().items() if name not in ("slm", "llm")}
     settle(folder, {"settings": made, "slm": fingerprint(slm), "llm": fingerprint(llm)}, "labels")

@@ -10,18 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel, BertTokenizer
 
 import rstitch
 from analysis import label
 from analysis.conftest import FAST, TODO
+from analysis.instruments.judges import Case, LMJudge, SameAnswer, SameNumbers, SameStatement, Sentences
 from analysis.instruments.problems import question
 from analysis.instruments.rows import RESULTS, append_row, read_rows
 from analysis.instruments.runs import part_of
 from analysis.label import (
-    Case,
-    LMJudge,
-    SameAnswer,
-    SameStatement,
     Settings,
     closed,
     opening,
@@ -94,6 +92,45 @@ def test_same_answer_by_hand():
                 ("The answer is 4.", "The answer is 5."): False,
                 ("The answer is 4.", "I give up"): None, ("", "The answer is 4."): None}
     assert SameAnswer()([case(*pair) for pair in verdicts]) == list(verdicts.values())
+
+
+def test_same_numbers_by_hand():
+    """Wording, order and repetition do not count, results do; an empty text and one without a number have not
+    been judged."""
+    verdicts = {("She sells 9 * 2 = $18 a day.", "So that is 2 * 9 = 18 dollars."): True,
+                ("It costs 1,200.", "The price: $1200.00"): True,
+                ("9 * 2 = 18", "18 = 9 * 2"): False,  # the result is another one
+                ("5 + 3 = 8", "5 + 4 = 9"): False, ("He has 3 dogs and 3 cats.", "3 dogs"): True,
+                ("half is .5", "half is 0.5"): True, ("First, we add.", "Then, we add."): None,
+                ("", "5"): None, ("5", " "): None, ("We add 5.", "We add."): False}
+    assert SameNumbers()([case(*pair) for pair in verdicts]) == list(verdicts.values())
+
+
+def test_same_numbers_with_embeddings_by_hand():
+    """Cosines of 1, 0.6 and 0 against a limit of 0.6: what lies far apart is another meaning, number or
+    none."""
+    at = {"a": [1.0, 0.0], "b": [0.6, 0.8], "c": [0.0, 1.0], "a 5": [1.0, 0.0], "b 6": [0.6, 0.8]}
+    judge = SameNumbers(lambda texts: torch.tensor([at[text] for text in texts]), 0.6)
+    pairs = {("a", "a"): True, ("a", "b"): True, ("a", "c"): False, ("a 5", "a 5"): True,
+             ("a 5", "b 6"): False}
+    assert judge([case(*pair) for pair in pairs]) == list(pairs.values())
+
+
+def test_embeddings_are_means_of_hidden_states_whatever_the_padding(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "we", "add", "five", "and", "six"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=16)
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(tmp_path)
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    embed, texts = Sentences(str(tmp_path), "cpu"), ["we add five and six", "we add"]
+    both = embed(texts)
+    for line, text in zip(both, texts):
+        ids = torch.tensor([[2, *(words.index(word) for word in text.split()), 3]])
+        mean = embed.model(input_ids=ids).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(line, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(both[0], both[1], atol=1e-2)
 
 
 def test_a_model_that_says_anything_else_has_not_judged():
