@@ -513,14 +513,26 @@ def live_columns(end: int, coarse: bool) -> int:
 @dataclass
 class Place:
     """What the layers of a cache need to know of the current read: its rows (a slice where they are
-    neighbours: an index (n,) copies what it selects), its columns (n, 1, S, 1), how many are live, and
-    whether any row had read before. Of a packed read, of so many rows: row and column of each token."""
+    neighbours: an index (n,) copies what it selects), the row (n, 1) and the column (n, S) of each token, how
+    many columns are live, whether any row had read before, and, of a packed read, how many rows take part;
+    each of its tokens has a row of its own, (1, tokens)."""
 
     rows: slice | torch.Tensor = None
+    lines: torch.Tensor = None
     columns: torch.Tensor = None
     live: int = 0
     started: bool = False
     packed: int = 0
+    known: dict = field(default_factory=dict)  # what `index` has made for this read
+
+    def index(self, cached: torch.Tensor) -> torch.Tensor:
+        """Where the new entries of (B, H, T, D) go in (B H T, D), in the order of (n, H, S)."""
+        _, H, T, _ = cached.shape
+        if (H, cached.device) not in self.known:
+            heads = torch.arange(H, device=self.lines.device)[:, None]
+            index = (self.lines[:, None] * H + heads) * T + self.columns[:, None]
+            self.known[H, cached.device] = index.reshape(-1).to(cached.device)
+        return self.known[H, cached.device]
 
     def rows_on(self, device: torch.device) -> slice | torch.Tensor:
         """The rows, for a layer that lies there: a spread model has several devices."""
@@ -549,23 +561,17 @@ class StitchLayer(CacheLayerMixin):
         for a packed read of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        device = self.keys.device
-        rows, columns, live = self.place.rows_on(device), self.place.columns.to(device), self.place.live
-        if self.place.packed:  # every token has a row of its own, and attention finds its keys (`Part`)
-            self.keys[rows, :, columns] = key_states[0].transpose(0, 1)  # (tokens, H, D)
-            self.values[rows, :, columns] = value_states[0].transpose(0, 1)
+        for cached, new in ((self.keys, key_states), (self.values, value_states)):
+            cached.view(-1, cached.shape[-1]).index_copy_(0, self.place.index(cached),
+                                                          new.reshape(-1, new.shape[-1]))
+        rows, live = self.place.rows_on(self.keys.device), self.place.live
+        if self.place.packed:  # attention finds each token's keys (`Part`)
             return self.keys[:, :, :live], self.values[:, :, :live]
         if isinstance(rows, slice):
             if self.viewed != (rows, live):  # making two views costs as much as writing a token
                 self.viewed, self.views = (
                     (rows, live), (self.keys[rows, :, :live], self.values[rows, :, :live]))
-            keys, values = self.views
-            keys.scatter_(2, columns.expand_as(key_states), key_states)
-            values.scatter_(2, columns.expand_as(value_states), value_states)
-            return keys, values
-        here = rows[:, None], slice(None), columns[:, 0, :, 0]
-        self.keys[here] = key_states.transpose(1, 2)  # (n, S, H, D)
-        self.values[here] = value_states.transpose(1, 2)
+            return self.views
         # index_select: faster than indexing by the rows.
         return self.keys[:, :, :live].index_select(0, rows), self.values[:, :, :live].index_select(0, rows)
 
@@ -717,6 +723,7 @@ class CachedLM:
         self.free = 0 if self.recurrent else FREE["cpu" if device.type == "cpu" else "cuda"]
         self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long, device=device)
         self.columns = torch.arange(columns, device=device)
+        self.slots = torch.arange(batch_size, device=device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=device)
         # What the output embedding reads is the last hidden state, in every family tested. The hook holds a
         # dict, not self, so that a CachedLM which nobody closed is still freed, cache and all.
@@ -803,8 +810,9 @@ class CachedLM:
                 sampling: Sampling) -> Output:
         """One forward call on what lies in the static buffers; no host sync, no shape from data."""
         ids, positions = self.inputs[:2 * n * S].view(2, n, S)
-        packed, self.place.rows, self.place.live = self.place.packed, rows, live
-        self.place.columns = positions[0] if packed else positions[:, None, :, None]
+        place, packed = self.place, self.place.packed
+        place.rows, place.columns, place.live, place.known = rows, positions, live, {}
+        place.lines = rows[None] if packed else self.slots[rows][:, None]
         for layer in self.recurrent:
             layer.begin()
         out = self.model(input_ids=ids, position_ids=positions, attention_mask=self.mask(positions, live),
