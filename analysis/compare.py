@@ -5,7 +5,7 @@
     python -m analysis.compare $P --router router --policies policies --out results
 
 Rows: compare.jsonl.
-Feeds: the results page's tables at equal LLM share, by the clock and of tau from the SLM alone; readme.png.
+Feeds: the results page's tables at equal LLM share, by the clock and of tau from the SLM alone; routers.png.
 
 A family of routers has one knob. It is turned over a grid on the calibration split, running; the knob for a
 wanted share is read off by interpolation (where several would do, as with R-Stitch, the one that was most

@@ -266,6 +266,20 @@ def test_the_readmes_figure_names_its_lines_where_nothing_is_drawn():
         figures.draw_readme([flat] * 5, [alone], "")
 
 
+def test_the_real_pairs_picture_by_hand():
+    """Of two answers of four tokens: 1 + 2 LLM tokens of 8 are 37.5 %, one right answer of two is 50 %.
+    Windows and second thresholds are no point of R-Stitch's line, and what is not measured has no series."""
+    answer = lambda i, right, writer: {"problem": i, "sample": 0, "correct": right, "finished": True,  # noqa: E731
+                                       "writer": writer}
+    two = [answer(0, True, "SLSS"), answer(1, False, "LSSL")]
+    methods = {"tau=0.02": two, "tau=0.02,window=2": two, "random=0.375": two, "llm": [answer(0, True, "LL")]}
+    routers, models = figures.real_series(methods)
+    assert [s.name for s in (*routers, *models)] == ["R-Stitch", "random calls", "LLM alone"]
+    (share, right, low, high), = routers[0].points
+    assert (share, right) == (37.5, 50.0) and low < 50 < high and routers[1].points == routers[0].points
+    assert models[0].points[0][:2] == (100.0, 100.0)
+
+
 def test_what_a_chosen_tau_came_to_on_answers_of_either_length():
     small = method("SLM alone", [1] * 4, [10, 12, 20, 30], [0] * 4, [1.0] * 4)
     row = method("R-Stitch", [1] * 4, [10, 30, 50, 50], [1, 3, 20, 30], [5.0, 7.0, 20.0, 40.0],
@@ -448,7 +462,7 @@ def test_the_figures_of_any_pair(real, planted, monkeypatch, capsys):
     for part in ("mine", "live labels:", "| LLM share, % | R2R | R-Stitch |", "speculative decoding",
                  "problems, "):
         assert part in text
-    assert (real / "results" / "readme.png").stat().st_size > 10_000
+    assert (real / "results" / "routers.png").stat().st_size > 10_000
     rows, made = figures.load_answers()
     assert made["settings"]["slm"] == "slm" and len(rows) == 24
     assert any(figures.crossings(r["right"]) for r in rows)

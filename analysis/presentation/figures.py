@@ -884,14 +884,34 @@ def pocket_series(runs: list[dict]) -> tuple[list[Series], list[Series]]:
     return [s for s in routers if s.points], models
 
 
+def real_series(methods: dict[str, list[dict]]) -> tuple[list[Series], list[Series]]:
+    """The real pair's routers, and the models alone, for `draw_readme`; n may differ from point to point."""
+    def series(name: str, colour: str, belongs: Callable[[str], bool], marker: str = "o") -> Series:
+        found = [real.figures_of(rows) for method, rows in methods.items() if belongs(method)]
+        points = [(100 * x["llm_share"][0], *(100 * y for y in x["right"])) for x in found]
+        return Series(name, points, colour, marker)
+
+    routers = [series("R-Stitch", "black", lambda m: m.startswith("tau=") and "," not in m),
+               series("random calls", "#777777", lambda m: m.startswith("random="), "x"),
+               series("one-token visits", THIRD, lambda m: m.endswith(",back=1"), "D")]
+    models = [series("SLM alone", SLM_COLOUR, lambda m: m == "slm"),
+              series("LLM alone", LLM_COLOUR, lambda m: m == "llm")]
+    return [s for s in routers if s.points], [s for s in models if s.points]
+
+
 def main() -> None:
-    """The README's picture: python -m analysis.presentation.figures"""
+    """The README's picture and that of all routers: python -m analysis.presentation.figures"""
     argparse.ArgumentParser(allow_abbrev=False, description=main.__doc__).parse_args()
     style()
     _, runs = load_frontier()
     n = of(runs, "SLM alone")[0]["n"]
     title = f"{OURS.capitalize()}, {n} test problems, 95 % intervals: up and to the left is better"
-    draw_readme(*pocket_series(runs), title).savefig(results("readme.png"), dpi=100)
+    draw_readme(*pocket_series(runs), title).savefig(results("routers.png"), dpi=100)
+    if routers := (methods := real.world_of(load_real())) and real_series(methods)[0]:
+        sizes = [len(real.by_problem(rows)) for rows in methods.values()]
+        n = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{max(sizes)}"
+        title = f"Real pair, {n} problems of GSM8K, 95 % intervals: up and to the left is better"
+        draw_readme(routers, real_series(methods)[1], title).savefig(results("readme.png"), dpi=100)
 
 
 if __name__ == "__main__":
