@@ -225,7 +225,7 @@ def test_tables_of_verdicts_have_eight_rows_at_most():
     verdicts = figures.frontier_verdicts(claims, frontier, runs, answers)
     tables = [
         figures.entropy_claims(rows, made["vocab"], answers),
-        figures.harmful_claims(rows, made["vocab"]),
+        figures.harmful_claims(rows, made["vocab"], []),
         figures.label_claims(figures.load_json("labels.json"), figures.load_checked()), verdicts,
         paper.table_claims(paper.read_table())
     ]
@@ -236,6 +236,23 @@ def test_tables_of_verdicts_have_eight_rows_at_most():
         "+0.0 [+0.0, +0.0], n = 90", "a loss of 5 points excluded")
     every = {claim for claim, *_ in claims}
     assert len(every) > 30 and sum(claim in every for claim, *_ in verdicts) == 5
+
+
+def test_harmful_tokens_of_the_real_pair_decide():
+    """Two wrong answers of four tokens; the LLM goes on rightly from before the second token, not from behind
+    it: 0.4 nats, twice the mean of 0.2. tau 0.02 is 0.24 nats of the real pair's vocabulary, 0.01 of two
+    tokens: the real pair's is caught, the other one's 0.004 nats are missed."""
+    answer = lambda H: {"H": H, "right": "11000", "text": list("abab"), "slm": 0, "llm": 1}  # noqa: E731
+    own, decisive = [answer([0.0, 0.004, 0.0, 0.0])] * 2, [answer([0.1, 0.4, 0.2, 0.1])] * 2
+    table = {row[0]: row[2:] for row in figures.harmful_claims(own, 2, decisive)}
+    assert table["at the first harmful token"][0] == "0.400 [0.400, 0.400] (2.0 x)"
+    assert table["at the first harmful token"][2] == "raised"
+    assert table["at the first, minus its control"][0] == "0.300 [0.300, 0.300], n = 2"  # the other b: 0.1
+    real_pair, pocket, _ = table["first harmful tokens that tau 0.02 misses, %"]
+    assert real_pair.startswith("0.0 [") and pocket.startswith("100.0 [")
+    alone = figures.harmful_claims(own, 2, [])
+    assert {row[2] for row in alone} == {"not yet measured"} and [row[3] for row in alone] == [
+        pocket for _, pocket, _ in table.values()]
 
 
 def test_paths_are_followed_in_equal_steps():

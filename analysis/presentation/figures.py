@@ -265,24 +265,49 @@ def agreement(rows: list[dict], continuations: int) -> tuple[int, int, int]:
 FIG_3C = {16: "0.0283 (1.09 x)", 8: "0.0336 (1.30 x)", 1: "0.0244 (0.94 x)"}  # over the mean of all, 0.0259
 
 
-def around_claim(rows: list[dict], which: str, width: int) -> tuple[str, ...]:
+def around(rows: list[dict], which: str, width: int) -> Finding:
     """Entropy around the first or last harmful token against the mean of the wrong answers' tokens."""
     mean, x = overall_mean(rows), against(harmful(rows, which), width, around=True)
-    claim = f"around the {which} harmful token, {width}" if width > 1 else f"at the {which} harmful token"
-    return line(claim, FIG_3C[width], (f"{with_interval(x)} ({x[0] / mean:.1f} x)", verdict(x, mean)))
+    return f"{with_interval(x)} ({x[0] / mean:.1f} x)", verdict(x, mean)
 
 
-def control_claim(rows: list[dict], which: str) -> tuple[str, ...]:
+def beside_control(rows: list[dict], which: str) -> Finding:
     """Entropy of the first or last harmful tokens minus that of their controls."""
     x = over_control(harmful(rows, which))
-    found = f"{with_interval(x[:3])}, n = {x[3]}", verdict(x, 0)
-    return line(f"at the {which}, minus its control", "not given", found)
+    return f"{with_interval(x[:3])}, n = {x[3]}", verdict(x, 0)
 
 
-def missed_claim(rows: list[dict], which: str, tau: float, vocab: int) -> tuple[str, ...]:
+def missed(rows: list[dict], which: str, tau: float, vocab: int) -> Finding:
     """Share of the first or last harmful tokens that no threshold at tau (normalised) would have caught."""
-    x = below(harmful(rows, which), tau * np.log(vocab))
-    return line(f"{which} harmful tokens that tau {tau:g} misses, %", "not given", (percent(x), ""))
+    return percent(below(harmful(rows, which), tau * np.log(vocab))), ""
+
+
+def means(rows: list[dict]) -> Finding:
+    """Mean entropy of the wrong answers' tokens, and of all."""
+    every = np.mean(np.concatenate([row["H"] for row in rows]))
+    return f"{overall_mean(rows):.3f}; of all answers {every:.3f}", ""
+
+
+def of_both(rows: list[dict], vocab: int, decisive: list[dict], claims: Sequence[tuple]) -> list[tuple]:
+    """Lines of a table of `PAIRS` from (claim, paper, finding of (rows, vocab)); the real pair's rows may be
+    none."""
+    return [line(claim, paper, finding(rows, vocab), finding(decisive, real.VOCAB) if decisive else None)
+            for claim, paper, finding in claims]
+
+
+def around_claims(which: str, *widths: int) -> list[tuple]:
+    return [(f"around the {which} harmful token, {width}" if width > 1 else f"at the {which} harmful token",
+             FIG_3C[width], lambda rows, vocab, width=width: around(rows, which, width)) for width in widths]
+
+
+def control_claim(which: str) -> tuple:
+    return (f"at the {which}, minus its control", "not given",
+            lambda rows, vocab: beside_control(rows, which))
+
+
+def missed_claims(which: str, *taus: float) -> list[tuple]:
+    return [(f"{which} harmful tokens that tau {tau:g} misses, %", "not given",
+             lambda rows, vocab, tau=tau: missed(rows, which, tau, vocab)) for tau in taus]
 
 
 def window_claims(fixed: list[dict]) -> list[tuple[str, ...]]:
@@ -298,20 +323,20 @@ def window_claims(fixed: list[dict]) -> list[tuple[str, ...]]:
     return out
 
 
-def harmful_claims(rows: list[dict], vocab: int) -> list[tuple[str, ...]]:
+def harmful_claims(rows: list[dict], vocab: int, decisive: list[dict]) -> list[tuple[str, ...]]:
     """What notebook 2 ends with: a table of `PAIRS`."""
-    every = np.mean(np.concatenate([row["H"] for row in rows]))
-    return [line("mean entropy of the wrong answers' tokens", "0.0259 (of all)",
-                 (f"{overall_mean(rows):.3f}; of all answers {every:.3f}", "")),
-            *(around_claim(rows, "first", width) for width in (16, 8, 1)), around_claim(rows, "last", 1),
-            control_claim(rows, "first"), *(missed_claim(rows, "first", tau, vocab) for tau in (0.005, 0.02))]
+    mean = "mean entropy of the wrong answers' tokens", "0.0259 (of all)", lambda rows, vocab: means(rows)
+    claims = [mean, *around_claims("first", 16, 8, 1), *around_claims("last", 1), control_claim("first"),
+              *missed_claims("first", 0.005, 0.02)]
+    return of_both(rows, vocab, decisive, claims)
 
 
-def harmful_details(rows: list[dict], vocab: int, fixed: list[dict]) -> list[tuple[str, ...]]:
+def harmful_details(rows: list[dict], vocab: int, fixed: list[dict],
+                    decisive: list[dict]) -> list[tuple[str, ...]]:
     """The rest of the figures on harmful tokens, and windowed routers: a table of `PAIRS`."""
-    missed = [("first", 0.001), *(("last", tau) for tau in (0.001, 0.005, 0.02))]
-    return [*(around_claim(rows, "last", width) for width in (16, 8)), control_claim(rows, "last"),
-            *(missed_claim(rows, which, tau, vocab) for which, tau in missed), *window_claims(fixed)]
+    claims = [*around_claims("last", 16, 8), control_claim("last"), *missed_claims("first", 0.001),
+              *missed_claims("last", 0.001, 0.005, 0.02)]
+    return [*of_both(rows, vocab, decisive, claims), *window_claims(fixed)]
 
 
 def harmful_summary(rows: list[dict], continuations: int) -> str:
@@ -435,10 +460,12 @@ def load_json(name: str) -> dict:
     return json.loads(results(name).read_text())
 
 
-def load_answers() -> tuple[list[dict], dict]:
-    """Trajectories joined with interventions, and how they were made."""
-    parts = (read_rows(results(name)) for name in ("trajectories.jsonl", "interventions.jsonl"))
-    return [a | b for a, b in zip(*parts)], load_json("collect.json")
+def load_answers(folder: str = "") -> tuple[list[dict], dict]:
+    """Trajectories joined with interventions, and how they were made; nothing where there are none."""
+    if not results(folder + "collect.json").exists():
+        return [], {}
+    parts = (read_rows(results(folder + name)) for name in ("trajectories.jsonl", "interventions.jsonl"))
+    return [a | b for a, b in zip(*parts)], load_json(folder + "collect.json")
 
 
 def load_fixed() -> list[dict]:
