@@ -12,10 +12,10 @@ import rstitch
 from analysis import collect, compare, demo, frontier
 from analysis.instruments import grading, task
 from analysis.instruments.grading import box_end, boxed
+from analysis.instruments.judges import Case, SameAnswer
 from analysis.instruments.problems import Stated, verify
 from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.task import cut_off
-from analysis.label import Case, SameAnswer
 from analysis.pocket.domain import Problem, problems
 from analysis.pocket.weights import load_pocket
 from analysis.presentation import report

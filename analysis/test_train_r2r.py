@@ -11,11 +11,9 @@ from safetensors.torch import load_file
 
 import rstitch
 from analysis import label, train_r2r
+from analysis.instruments.judges import SameStatement
 from analysis.instruments.rows import read_rows
 from analysis.instruments.task import solve
-from analysis.label import (
-    SameStatement,
-)
 from analysis.pocket.domain import problems
 from conftest import tiny, words
 from test_rstitch import DEVICES
