@@ -52,33 +52,41 @@ class SameAnswer:
 
 
 class SameNumbers:
-    """Any domain of calculations: two texts mean the same if they state the same numbers and the same
-    results, which stand behind an equals sign, in whatever order and however often; and if what `embed` makes
-    of them, (n, D) of length 1, has a cosine of `limit` or more. None where there is nothing to compare: an
-    empty text, or, without `embed`, no number in either."""
+    """Any domain of calculations: two texts mean the same if the last results that they state, behind an
+    equals sign, are equal; where not both have one, if they state the same numbers, in whatever order and
+    however often; and if what `embed` makes of them, (n, D) of length 1, has a cosine of `limit` or more.
+    Where one text has no number `embed` alone decides. None where nobody can: an empty text, or, without
+    `embed`, one that has no number."""
 
     NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
-    RESULT = re.compile(rf"=[^\d=.]{{0,8}}({NUMBER})")
+    # No operand: "= 15 + 60" has no result before the sum is stated.
+    RESULT = re.compile(rf"=[\s$\\{{]*(?:boxed{{)?({NUMBER})(?![\d.,]*\s*(?:[-+*/(]|\\times|\\div))")
 
-    def __init__(self, embed: Callable[[list[str]], torch.Tensor] | None = None, limit: float = 0.8):
+    # The limit was chosen on 60 positions that were read, see results/real/README.md.
+    def __init__(self, embed: Callable[[list[str]], torch.Tensor] | None = None, limit: float = 0.85):
         self.embed, self.limit = embed, limit
 
-    def read(self, text: str) -> tuple[set[float], set[float]]:
-        """(numbers, results) of a text."""
+    def read(self, text: str) -> tuple[set[float], float | None]:
+        """(numbers, last result) of a text."""
         value = lambda found: float(found.replace(",", ""))  # noqa: E731
-        return {*map(value, re.findall(self.NUMBER, text))}, {*map(value, self.RESULT.findall(text))}
+        results = self.RESULT.findall(text)
+        return {*map(value, re.findall(self.NUMBER, text))}, value(results[-1]) if results else None
+
+    def agree(self, own: str, branch: str) -> bool | None:
+        """Do two texts state the same numbers? None where one states none."""
+        (a, last), (b, other) = self.read(own), self.read(branch)
+        if not a or not b:
+            return None
+        return last == other if None not in (last, other) else a == b
 
     def __call__(self, cases: Sequence[Case]) -> list[bool | None]:
-        read = [(self.read(case.own), self.read(case.branch)) for case in cases]
-        near = [True] * len(cases)
+        stated = [self.agree(case.own, case.branch) for case in cases]
+        near: list[bool | None] = [None] * len(cases)
         if self.embed is not None:
             own, branch = (self.embed([case[k] for case in cases]) for k in (2, 3))
             near = ((own * branch).sum(-1) >= self.limit).tolist()
-        empty = [not (case.own.strip() and case.branch.strip())
-                 or self.embed is None and not (own[0] or branch[0])
-                 for case, (own, branch) in zip(cases, read)]
-        return [None if nothing else own == branch and close
-                for nothing, (own, branch), close in zip(empty, read, near)]
+        return [None if not (case.own.strip() and case.branch.strip()) or {same, close} == {None}
+                else False not in (same, close) for case, same, close in zip(cases, stated, near)]
 
 
 class Sentences:
