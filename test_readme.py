@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from analysis import demo
-from analysis.presentation import figures
+from analysis.presentation import figures, real
 from conftest import words
 from rstitch import LLM, SLM
 from rstitch_hf import command
@@ -178,24 +178,37 @@ def test_the_tables_of_the_demonstration_are_the_committed_one():
 
 
 def test_the_figures_of_the_readme_are_the_committed_ones():
-    frontier, runs = figures.load_frontier()
-    wall = figures.load_wall()
-    clock = {name: speed.split(" x")[0] for name, speed, _ in figures.timed_against_fitted(wall, runs)}
+    """The real pair's right answers and shares, and its loss; all of the pocket pair's."""
+    methods = real.world_of(figures.load_real())
+    names = {"SLM alone": "slm", "LLM alone": "llm", "R-Stitch, tau 0.02": "tau=0.02",
+             "random calls": "random"}
     rows = table(README, "## What came of it")
-    assert len(rows) == 6
-    for method, right, share, speed in rows:
-        name = next(name for name in clock if name.partition(" at ")[0] == method)
-        drafts = method == "speculative decoding"  # writes what the LLM writes
-        wanted = float(name.partition(" at ")[2].rstrip(" %") or 0) / 100
-        run = figures.nearest(runs, "LLM alone" if drafts else method, wanted)
-        shown = "not counted" if drafts else f"{100 * run['llm_share']:.1f}"
-        assert (right, share, speed) == (f"{100 * run['accuracy']:.1f}", shown, clock[name])
+    assert len(rows) >= 3
+    for method, right, share, _ in rows:
+        answers = methods[real.resolve(methods, names[method])]
+        x = real.figures_of(answers)
+        assert (right, share) == (real.percent(x["right"]), f"{100 * x['llm_share'][0]:.1f}"), method
+        assert f"the first {len(real.by_problem(answers))} test problems of GSM8K" in README
+    lost = real.difference(methods, "llm", "tau=0.02")
+    assert "loses {:.1f} points [{:.1f}, {:.1f}]".format(*lost) in README
+    frontier, runs = figures.load_frontier()
+    wall, text = figures.load_wall(), " ".join(README.split())
+    clock = {name: speed.split(" x")[0] for name, speed, _ in figures.timed_against_fitted(wall, runs)}
+    for start, name in (("R-Stitch has", "R-Stitch at 15 %"), ("R2R", "R2R at 10 %"),
+                        ("R-Stitch+", "R-Stitch+ at 4 %")):
+        family, _, wanted = name.partition(" at ")
+        run = figures.nearest(runs, family, float(wanted.rstrip(" %")) / 100)
+        of = " LLM tokens" if family == "R-Stitch" else ""
+        assert (f"{start} {100 * run['accuracy']:.1f} % at {100 * run['llm_share']:.1f} %{of} "
+                f"({clock[name]} x)") in text
         assert run["n"] == 1000
-    assert wall["n"] == 100 and "1,000 test problems" in README and "on 100 problems" in README
+    large, = figures.of(runs, "LLM alone")
+    assert (f"the LLM alone is right on {100 * large['accuracy']:.1f} %, and so is speculative decoding, "
+            f"{clock['speculative decoding']} times as fast") in text
     rules = {r["name"]: f"{100 * r['accuracy']:.1f} %" for r in frontier if r["kind"] == "fixed"}
-    random = figures.nearest(runs, "random", 0.15)["accuracy"]
-    assert f"get {100 * random:.1f} % right at 15 % LLM tokens" in README
-    assert f"({rules['tau 0.02']})" in README and f"At 0.001 it is {rules['tau 0.001']}." in README
+    small = figures.of(runs, "SLM alone")[0]["accuracy"]
+    assert (f"({rules['tau 0.02']}) than its SLM alone ({100 * small:.1f} %), at 0.001 "
+            f"{rules['tau 0.001']}.") in text
 
 
 def test_every_claim_has_one_of_four_verdicts():
