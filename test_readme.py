@@ -183,14 +183,16 @@ def test_the_figures_of_the_readme_are_the_committed_ones():
     names = {"SLM alone": "slm", "LLM alone": "llm", "R-Stitch, tau 0.02": "tau=0.02",
              "random calls": "random"}
     rows = table(README, "## What came of it")
-    assert len(rows) >= 3
+    assert len(rows) == 4
     for method, right, share, _ in rows:
         answers = methods[real.resolve(methods, names[method])]
         x = real.figures_of(answers)
         assert (right, share) == (real.percent(x["right"]), f"{100 * x['llm_share'][0]:.1f}"), method
         assert f"the first {len(real.by_problem(answers))} test problems of GSM8K" in README
     lost = real.difference(methods, "llm", "tau=0.02")
-    assert "loses {:.1f} points [{:.1f}, {:.1f}]".format(*lost) in README
+    assert "R-Stitch loses {:.1f} points [{:.1f}, {:.1f}]".format(*lost) in README
+    won = real.difference(methods, "tau=0.02", "random")
+    assert "beats random calls by {:.1f} [{:.1f}, {:.1f}]".format(*won) in README
     frontier, runs = figures.load_frontier()
     wall, text = figures.load_wall(), " ".join(README.split())
     clock = {name: speed.split(" x")[0] for name, speed, _ in figures.timed_against_fitted(wall, runs)}
