@@ -882,12 +882,12 @@ class CachedLM:
         lengths, ends = list(map(len, tokens)), [self.cursor[r] + len(line) for r, line in zip(rows, tokens)]
         at = [(i, k) for i, n in enumerate(lengths) for k in range(n - 1)]
         at += [(i, n - 1) for i, n in enumerate(lengths)]
-        place, device = {where: lane for lane, where in enumerate(at)}, self.inputs.device
+        lane, device = {where: k for k, where in enumerate(at)}, self.inputs.device
         parts = []
         for group in by_length(lengths, self.width, self.free):
             group.sort(key=rows.__getitem__)
             S, slots = max(lengths[i] for i in group), [rows[i] for i in group]
-            lanes = [[place[i, max(0, k)] for k in range(lengths[i] - S, lengths[i])] for i in group]
+            lanes = [[lane[i, max(0, k)] for k in range(lengths[i] - S, lengths[i])] for i in group]
             neighbours = slots[-1] - slots[0] == len(slots) - 1
             parts.append(Part(slice(slots[0], slots[-1] + 1) if neighbours
                               else torch.tensor(slots, device=device),

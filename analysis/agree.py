@@ -1,9 +1,8 @@
 """How far judges of labels agree, position by position.
 
-    P="--slm SMALL --llm LARGE --problems file.jsonl"
-    python -m analysis.label $P --judge numbers --out labels
-    P="$P --judge numbers --labels labels --out agree.jsonl"
-    python -m analysis.agree $P --judges answer numbers LARGE
+    P="--slm SMALL --llm LARGE --judge numbers"
+    python -m analysis.label $P --problems file.jsonl --out labels
+    python -m analysis.agree $P --labels labels --judges answer numbers LARGE --out agree.jsonl
 
 Rows: the file that --out names.
 Feeds: which judge labels a real pair.
@@ -30,8 +29,7 @@ from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import read_rows
 from analysis.instruments.runs import Rows, by_place
-from analysis.instruments.stats import wilson
-from analysis.instruments.task import decoder
+from analysis.instruments.stats import table, wilson, with_interval
 from rstitch_hf.ranks import start
 
 Place = tuple[int, int]  # problem, position in the LLM's answer
@@ -57,17 +55,19 @@ def places(rows: Sequence[dict], n: int, seed: int) -> list[Place]:
 
 
 def cases(settings: label.Settings, rows: Sequence[dict], at: Sequence[Place]) -> list[Case | None]:
-    """What a judge is asked about each place. Where it wants whole answers the LLM goes on; None where that
-    is cut off."""
-    if not label.goes_on_to_the_end(settings):
-        known = {i: label.cases_of(settings, rows[i]) for i in {i for i, _ in at}}
-        return [known[i][t] for i, t in at]
-    decode = decoder(settings.load()[2])
-    heads = [rows[i]["answer"][:t] + [rows[i]["slm"][t]] for i, t in at]
-    more = label.go_on(settings, [(rows[i]["prompt"], head, 0) for (i, _), head in zip(at, heads)])
-    return [None if rest is None else
-            Case(rows[i]["question"], "", decode(rows[i]["answer"]), decode(head + rest))
-            for (i, _), head, rest in zip(at, heads, more)]
+    """What a judge is asked about each place. Where it wants whole answers the LLM goes on to the end; None
+    where that is cut off."""
+    picked: dict[int, set[int]] = {}
+    for i, t in at:
+        picked.setdefault(i, set()).add(t)
+    asked = [rows[i] for i in picked]
+    if label.goes_on_to_the_end(settings):  # from these places only
+        asked = [row | {"slm": [choice if t in ts else own
+                                for t, (own, choice) in enumerate(zip(row["answer"], row["slm"]))]}
+                 for row, ts in zip(asked, picked.values())]
+        asked = [row | more for row, more in zip(asked, label.branches(settings, asked))]
+    known = {i: label.cases_of(settings, row) for i, row in zip(picked, asked)}
+    return [known[i].get(t) for i, t in at]
 
 
 def verdicts(settings: label.Settings, rows: Sequence[dict], at: Sequence[Place]) -> list[bool | None]:
@@ -119,8 +119,7 @@ def held(judge: dict[Place, bool | None], reference: dict[Place, bool | None]) -
 def show(said: dict[str, dict[Place, bool | None]], hand: dict[Place, bool | None]) -> str:
     """A line for each judge against each reference, in % with 95 % intervals."""
     def cell(k: int, n: int) -> str:
-        low, high = wilson(k, n) if n else (0.0, 1.0)
-        return f"{100 * k / n:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {n}" if n else "none"
+        return f"{with_interval([100 * x for x in (k / n, *wilson(k, n))], digits=1)} of {n}" if n else "none"
 
     first, *_ = said
     head = ("judge", "held against", "unjudged, %", "agree, %", "different, called same, %",
@@ -132,8 +131,7 @@ def show(said: dict[str, dict[Place, bool | None]], hand: dict[Place, bool | Non
                 x = held(verdict, known)
                 none = 100 * sum(v is None for v in verdict.values()) / len(verdict)
                 lines.append((name, reference, f"{none:.1f}", *(cell(*x[k]) for k in x)))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
+    return table(lines)
 
 
 def main() -> None:
@@ -141,7 +139,6 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, label.Settings)
     add = parser.add_argument
-    add("--problems", help="as of the labels; they hold what is needed of it, so it is not read")
     add("--labels", type=Path, help=f"folder that analysis.label made (default: {label.FOLDER})")
     add("--judges", nargs="+", default=["answer", "statement"],
         help="as --judge names them, the one to hold the others against first (default: answer statement)")

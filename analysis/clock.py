@@ -23,7 +23,7 @@ import torch
 
 import rstitch
 from analysis.answers import digest, made_by, router_of
-from analysis.compare import assisted
+from analysis.compare import assisted, generated
 from analysis.instruments.options import add_options, given
 from analysis.instruments.problems import PARTS
 from analysis.instruments.progress import progress
@@ -36,13 +36,12 @@ from rstitch_hf.ranks import start
 
 OTHERS = ("generate", "assisted")  # by transformers, not by stitch
 
-Answer = tuple[list[int], float]  # its tokens, and the LLM's share of them; NaN where it is not counted
+Answer = tuple[list[int], float | None]  # its tokens, and the LLM's share of them; None: it is not counted
 
 
 def ways(task: Task, methods: Sequence[str], lms: Sequence[rstitch.CachedLM]) -> dict[str, Callable]:
     """By method, what answers a prompt (1, P)."""
-    _, llm, tokenizer, _ = pair = task.load()
-    limit = task.max_new_tokens
+    pair, limit = task.load(), task.max_new_tokens
 
     def stitched(router) -> Callable[[torch.Tensor], Answer]:
         def answer(ids: torch.Tensor) -> Answer:
@@ -51,13 +50,8 @@ def ways(task: Task, methods: Sequence[str], lms: Sequence[rstitch.CachedLM]) ->
             return [call.token for call in kept], sum(call.model for call in kept) / len(kept)
         return answer
 
-    def generate(ids: torch.Tensor) -> Answer:
-        out = llm.generate(ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device),
-                           do_sample=False, repetition_penalty=1.0, max_new_tokens=limit,
-                           pad_token_id=tokenizer.pad_token_id or 0)
-        return out[0, ids.shape[1]:].tolist(), 1.0
-
-    others = {"generate": generate, "assisted": lambda ids: (assisted(pair, ids, limit)[0], float("nan"))}
+    others = {"generate": lambda ids: (generated(pair, ids, limit), 1.0),
+              "assisted": lambda ids: (assisted(pair, ids, limit)[0], None)}
     return {name: others[name] if name in others else stitched(router_of(name)) for name in methods}
 
 
@@ -87,7 +81,7 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path) -> l
                 store.add((name, i, question), {
                     "what": "clock", "method": name, "problem": i, "question": question, "ms": round(ms, 2),
                     "reference_ms": round(calm, 3), "tokens": len(tokens),
-                    "llm_share": None if np.isnan(share) else round(share, 4),
+                    "llm_share": None if share is None else round(share, 4),
                     "correct": verdict["correct"], "finished": verdict["finished"],
                     **provenance(SEED, n, task.device, task.dtype)})
                 bar.update()

@@ -201,11 +201,11 @@ def answered(settings: Settings, rows: list[dict], path: Path, wrong: int | None
     for one in read_rows(path):
         if all(one.get(name) == value for name, value in pair.items()):
             have.setdefault((one["method"], one["question"]), one)
-    out = []
+    out, alone = [], 0
     for row in rows:
         small, large = (have.get((name, digest(Stated(row["question"], "")))) for name in ("slm", "llm"))
-        if small and large and wrong != 0:
-            wrong = wrong and wrong - (large["correct"] and not small["correct"])
+        if small and large and alone != wrong:
+            alone += large["correct"] and not small["correct"]
             mean = significant([float(np.mean(large["entropy"]))])[0]
             out.append({**row, "answered": {
                 "slm": int(small["correct"]), "llm": int(large["correct"]), "slm_tokens": small["tokens"],

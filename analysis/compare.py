@@ -247,12 +247,26 @@ def live_row(task: Task, judge: str, n: int) -> dict:
     return {"kind": "live labels", "family": "live labels", "knob": None, **row}
 
 
+def generated(pair, ids: torch.Tensor, max_new_tokens: int, **options) -> list[int]:
+    """The LLM's greedy answer to one prompt (1, P) by generate(), without the penalties that its checkpoint
+    may ask for."""
+    _, llm, tokenizer, *_ = pair
+    own = llm.generation_config
+    try:
+        llm.generation_config = GenerationConfig(eos_token_id=ends_of(pair),
+                                                 pad_token_id=tokenizer.pad_token_id or 0)
+        out = llm.generate(ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device),
+                           do_sample=False, max_new_tokens=max_new_tokens, **options)
+    finally:
+        llm.generation_config = own
+    return out[0, ids.shape[1]:].tolist()
+
+
 def assisted(pair, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], list[rstitch.Call]]:
     """The answer to one prompt by generate() of the LLM with the SLM as its assistant, and every forward pass
     of both; kept=False for drafts that the LLM refused."""
-    slm, llm, tokenizer, *_ = pair
+    slm, llm, *_ = pair
     calls: list[rstitch.Call] = []
-    own = llm.generation_config
 
     def note(m: int):
         def before(model, args, kwargs):
@@ -264,17 +278,12 @@ def assisted(pair, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], l
     hooks = [model.register_forward_pre_hook(note(m), with_kwargs=True)
              for m, model in ((rstitch.SLM, slm), (rstitch.LLM, llm))]
     try:
-        # no penalties of its own
-        llm.generation_config = GenerationConfig(eos_token_id=ends_of(pair),
-                                                 pad_token_id=tokenizer.pad_token_id or 0)
         with same_width(slm, llm):
-            out = llm.generate(ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device),
-                               assistant_model=slm, do_sample=False, max_new_tokens=max_new_tokens)
+            tokens = generated(pair, ids, max_new_tokens, assistant_model=slm)
     finally:
-        llm.generation_config = own
         for hook in hooks:
             hook.remove()
-    return out[0, ids.shape[1]:].tolist(), without_refused(calls, ids.shape[1], out.shape[1])
+    return tokens, without_refused(calls, ids.shape[1], ids.shape[1] + len(tokens))
 
 
 def without_refused(calls: list[rstitch.Call], prompt: int, end: int) -> list[rstitch.Call]:
@@ -331,15 +340,13 @@ def router_times(task: Task, n: int) -> dict:
 def timed_row(task: Task, rows: list[dict], n: int) -> dict:
     """Wall-clock at batch 1 of both models alone, of speculative decoding and generate(), and of the test
     runs of `TIMED`."""
-    _, llm, tokenizer, _ = pair = task.load()
+    pair = task.load()
     routers = {name: ALONE[name]() for name in ("SLM alone", "LLM alone")}
     for name, target in TIMED:
         routers |= {f"{name} at {100 * target:g} %": FAMILIES[name].build(task, r["knob"])
                     for r in rows if (r["kind"], r["family"], r.get("target")) == ("test", name, target)}
     others = {"speculative decoding": lambda ids: assisted(pair, ids, task.max_new_tokens),
-              "LLM alone, generate()": lambda ids: llm.generate(
-        ids.to(llm.device), attention_mask=torch.ones_like(ids).to(llm.device), do_sample=False,
-                  max_new_tokens=task.max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0)}
+              "LLM alone, generate()": lambda ids: generated(pair, ids, task.max_new_tokens)}
     return {"kind": "wall-clock", "family": None, "knob": None, **wall_clock(task, routers, n, others)}
 
 

@@ -60,13 +60,17 @@ GROUPED = "rstitch_grouped"
 AttentionInterface.register(GROUPED, grouped_attention)
 
 
+def plain_sdpa(config) -> bool:
+    """Is the attention that of sdpa, which has no soft cap?"""
+    return config._attn_implementation == "sdpa" and not getattr(config, "attn_logit_softcapping", None)
+
+
 def attention_of(config) -> str:
     """Which attention to use: ours where query heads share keys and the model would use sdpa without a soft
     cap, else the model's own."""
     heads = getattr(config, "num_attention_heads", 0)  # Mamba's has none
     shares = (getattr(config, "num_key_value_heads", None) or math.inf) < heads
-    plain = config._attn_implementation == "sdpa" and not getattr(config, "attn_logit_softcapping", None)
-    return GROUPED if shares and plain else config._attn_implementation
+    return GROUPED if shares and plain_sdpa(config) else config._attn_implementation
 
 
 # Of all causal models of transformers 5.23 that take position_ids, those that differ from a full recompute
@@ -127,8 +131,7 @@ def can_pack(model) -> bool:
     the more tokens it has; with attention that is called by name, no recurrent layers, and no last layers
     that skip all but the last token (Gemma 4's)."""
     config = model.config.get_text_config(decoder=True)
-    plain = (config._attn_implementation == "sdpa" and not getattr(config, "attn_logit_softcapping", None)
-             and not getattr(config, "num_kv_shared_layers", 0))
+    plain = plain_sdpa(config) and not getattr(config, "num_kv_shared_layers", 0)
     whole = not hasattr(model, "hf_device_map") and not is_split(model) and device_of(model).type == "cpu"
     return (plain and whole and config.model_type not in CHUNKED | STEPWISE
             and getattr(model, "_supports_attention_backend", False))

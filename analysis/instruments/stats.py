@@ -1,4 +1,4 @@
-"""Intervals and frontiers, without torch: what figures need."""
+"""Intervals, frontiers and tables, without torch: what figures need."""
 from collections.abc import Sequence
 
 import numpy as np
@@ -81,6 +81,12 @@ def with_interval(x: Sequence[float], unit: str = "", digits: int = 3) -> str:
 def signed(x: Sequence[float], digits: int = 1, unit: str = "") -> str:
     """A difference and its interval."""
     return "{:+.{d}f}{u} [{:+.{d}f}, {:+.{d}f}]".format(*x, d=digits, u=unit)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of columns as wide as their widest cell; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def outcomes_of(rows: list[dict], n: int | None = None) -> np.ndarray:

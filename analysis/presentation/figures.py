@@ -461,11 +461,14 @@ def load_json(name: str) -> dict:
 
 
 def load_answers(folder: str = "") -> tuple[list[dict], dict]:
-    """Trajectories joined with interventions, and how they were made; nothing where there are none."""
-    if not results(folder + "collect.json").exists():
-        return [], {}
+    """Trajectories joined with interventions, and how they were made."""
     parts = (read_rows(results(folder + name)) for name in ("trajectories.jsonl", "interventions.jsonl"))
     return [a | b for a, b in zip(*parts)], load_json(folder + "collect.json")
+
+
+def load_measured() -> list[dict]:
+    """Those of the real pair, as far as there are any."""
+    return load_answers("real/")[0] if results("real/collect.json").exists() else []
 
 
 def load_fixed() -> list[dict]:
@@ -934,11 +937,13 @@ def main() -> None:
     n = of(runs, "SLM alone")[0]["n"]
     title = f"{OURS.capitalize()}, {n} test problems, 95 % intervals: up and to the left is better"
     draw_readme(*pocket_series(runs), title).savefig(results("routers.png"), dpi=100)
-    if routers := (methods := real.world_of(load_real())) and real_series(methods)[0]:
+    methods = real.world_of(load_real())
+    routers, models = real_series(methods)
+    if routers:
         sizes = [len(real.by_problem(rows)) for rows in methods.values()]
         n = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{max(sizes)}"
         title = f"Real pair, {n} problems of GSM8K, 95 % intervals: up and to the left is better"
-        draw_readme(routers, real_series(methods)[1], title).savefig(results("readme.png"), dpi=100)
+        draw_readme(routers, models, title).savefig(results("readme.png"), dpi=100)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.instruments.rows import read_rows
-from analysis.instruments.stats import auroc, bootstrap, ratio_of_means, signed, wilson, with_interval
+from analysis.instruments.stats import auroc, bootstrap, ratio_of_means, signed, table, wilson, with_interval
 
 MISSING = "not yet measured"
 VOCAB = 151_936  # logit columns V of the real pair
@@ -186,12 +186,6 @@ def trajectories(rows: Sequence[dict]) -> list[dict]:
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of columns as wide as their widest cell; the first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def percent(x: Sequence[float], digits: int = 1) -> str:
