@@ -24,8 +24,7 @@ from analysis.instruments.progress import progress
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson
-from analysis.instruments.task import SEED, Task, encode_problems, ends_of, graded
-from rstitch import fingerprint
+from analysis.instruments.task import SEED, Task, encode_problems, ends_of, graded, made_by
 from rstitch_hf.ranks import start
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
@@ -95,13 +94,6 @@ def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Calla
                        temperature=temperature, seed=list(seeds), slots=task.rows, on_token=count)
 
 
-def made_by(task: Task, split: str) -> dict:
-    """What an answer follows from, its problem and its method apart."""
-    slm, llm, *_ = task.load()
-    return {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
-            "dtype": task.dtype, "limit": task.max_new_tokens, "split": split, **task.prompting()}
-
-
 def digest(problem) -> str:
     """Stands for a problem whose text is not kept."""
     return hashlib.sha256(question(problem).encode()).hexdigest()[:12]
@@ -111,7 +103,7 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
         samples: int = 1) -> list[dict]:
     """The rows of every method, those that are missing computed and appended."""
     chosen = [problem for problem in task.split(split, n) for _ in range(samples)]
-    world = made_by(task, split) | {"temperature": temperature}
+    world = made_by(task) | {"machine": machine(task.device), "split": split, "temperature": temperature}
     digests = list(map(digest, chosen))
     seeds = rstitch.row_seeds(SEED, len(chosen))
 

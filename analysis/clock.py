@@ -22,15 +22,15 @@ import numpy as np
 import torch
 
 import rstitch
-from analysis.answers import digest, made_by, router_of
+from analysis.answers import digest, router_of
 from analysis.compare import assisted, generated
 from analysis.instruments.options import add_options, given
 from analysis.instruments.problems import PARTS
 from analysis.instruments.progress import progress
-from analysis.instruments.provenance import provenance
+from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import bootstrap, ratio_of_means, with_interval
-from analysis.instruments.task import SEED, Task, encode_problems, graded
+from analysis.instruments.task import SEED, Task, encode_problems, graded, made_by
 from analysis.instruments.timing import REFERENCE, now, reference_ms, rotated
 from rstitch_hf.ranks import start
 
@@ -61,7 +61,8 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path) -> l
     chosen = task.split(split, n)
     prompts = [encode_problems(tokenizer, [problem], task)[0] for problem in chosen]
     longest = max(REFERENCE[1] + 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens)
-    world = made_by(task, split) | {"threads": torch.get_num_threads()}
+    world = made_by(task) | {"machine": machine(task.device), "split": split,
+                             "threads": torch.get_num_threads()}
     store = Rows(path, lambda row: (row["method"], row["problem"], row["question"]), lambda key: world)
     keys = [(name, i, digest(problem)) for i, problem in enumerate(chosen)
             for name in rotated(list(methods), i)]

@@ -32,7 +32,7 @@ from analysis.instruments.problems import Stated, question, read_problems, verif
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.runs import run_stage, settle
-from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
+from analysis.instruments.task import Pair, branches_together, common_vocab, decoder, made_by
 from analysis.label import read_along
 from analysis.pocket.domain import problems, verify_number
 from rstitch import fingerprint
@@ -195,11 +195,9 @@ def answered(settings: Settings, rows: list[dict], path: Path, wrong: int | None
     """The problems that both models have answered in a file of `analysis.answers`, with their greedy answers,
     as far as the one that is the `wrong`-th which the LLM alone gets right. ValueError where there is none
     that this pair made."""
-    slm, llm, *_ = settings.load()
-    pair, have = {"slm": fingerprint(slm), "llm": fingerprint(llm), "dtype": settings.dtype,
-                  "limit": settings.max_new_tokens, "temperature": 0.0, **settings.prompting()}, {}
+    made, have = made_by(settings) | {"temperature": 0.0}, {}
     for one in read_rows(path):
-        if all(one.get(name) == value for name, value in pair.items()):
+        if all(one.get(name) == value for name, value in made.items()):
             have.setdefault((one["method"], one["question"]), one)
     out, alone = [], 0
     for row in rows:

@@ -27,8 +27,7 @@ from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import RESULTS
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson, with_interval
-from analysis.instruments.task import SEED, Task, encode_problems
-from rstitch import fingerprint
+from analysis.instruments.task import SEED, Task, encode_problems, made_by
 from rstitch_hf.ranks import rank, start, world
 
 FILE = RESULTS / "rounding.jsonl"
@@ -48,11 +47,8 @@ def answer(task: Task, method: str, chosen: list, tick: Callable[..., object]) -
 def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:
     """The rows of both ways, what is missing computed and appended."""
     chosen = task.split("test", n)
-    slm, llm, *_ = task.load()
-    made = {"slm": fingerprint(slm), "llm": fingerprint(llm), "machine": machine(task.device),
-             "dtype": task.dtype,
-             "threads": torch.get_num_threads(), "limit": task.max_new_tokens, "of": len(chosen),
-             **task.prompting()}
+    made = made_by(task) | {"machine": machine(task.device), "threads": torch.get_num_threads(),
+                            "of": len(chosen)}
     store = Rows(path, lambda row: (row["method"], row["batch"], row["problem"]), lambda key: made)
     todo = [(method, len(part), part) for method in methods
             for part in ([*range(len(chosen))], *([i] for i in range(len(chosen))))]

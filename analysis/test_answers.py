@@ -44,7 +44,7 @@ def test_rows_are_those_of_solve_whatever_the_batch_and_a_kill(tmp_path):
 
 
 def test_only_what_is_missing_is_answered(tmp_path, monkeypatch):
-    """More problems, another method and another limit make new rows; what is there stays."""
+    """More problems, another limit and another prompt make new rows; what is there stays."""
     path, task, asked = tmp_path / "answers.jsonl", Task(), []
     own = answers.answer
     monkeypatch.setattr(answers,
@@ -55,8 +55,12 @@ def test_only_what_is_missing_is_answered(tmp_path, monkeypatch):
     answers.run(task, ["slm"], "dev", 5, path)
     answers.run(task, ["slm"], "dev", 5, path)
     answers.run(Task(max_new_tokens=100), ["slm"], "dev", 2, path)
+    answers.run(Task(instruction="Think."), ["slm"], "dev", 1, path)
+    answers.run(Task(instruction="Think."), ["slm"], "dev", 1, path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if "instruction" in row))
+    answers.run(task, ["slm"], "dev", 1, path)  # an option that a row has and the run has not counts, too
     texts = [question(p) for p in task.split("dev", 5)]
-    assert asked == [texts[:3], texts[3:], texts[:2]]
+    assert asked == [texts[:3], texts[3:], texts[:2], texts[:1], texts[:1]]
 
 
 def test_an_answer_that_the_limit_cut_off_says_so(tmp_path):

@@ -73,7 +73,7 @@ class Rows:
 
     path: Path
     key: Callable[[dict], Hashable]  # what a row is of
-    # fields of the row of a key; one with others is passed over, not removed
+    # fields of the row of a key; one with others is passed over, not removed. None: it has no such field
     made: Callable[[Hashable], dict]
 
     def have(self) -> dict[Hashable, dict]:
@@ -97,7 +97,8 @@ class Rows:
         return [key for i, key in enumerate(keys) if i % world() == rank() and key not in have]
 
     def add(self, key: Hashable, row: dict) -> None:
-        append_row(self.path if world() == 1 else part_of(self.path, rank()), row | self.made(key))
+        made = {name: value for name, value in self.made(key).items() if value is not None}
+        append_row(self.path if world() == 1 else part_of(self.path, rank()), row | made)
 
     def settle(self, keys: Iterable[Hashable], changed: bool) -> dict[Hashable, dict]:
         """The rows that count, once every rank has added its own: those of the keys stand in order then,

@@ -335,6 +335,14 @@ def digest_of(task: Task, *files: Path, also: str = "") -> str:
     return hashlib.sha256(b"".join(content)).hexdigest()[:12]
 
 
+def made_by(pair: Pair) -> dict:
+    """What an answer follows from, its problem and its method apart; None is an option that is as by
+    default."""
+    slm, llm, *_ = pair.load()
+    return {"slm": fingerprint(slm), "llm": fingerprint(llm), "dtype": pair.dtype,
+            "limit": pair.max_new_tokens, **{f.name: None for f in fields(Prompting)}, **pair.prompting()}
+
+
 def decoder(tokenizer) -> Callable[[list[int]], str]:
     return partial(tokenizer.decode, skip_special_tokens=True)
 
