@@ -1357,6 +1357,18 @@ class R2RNet(torch.nn.Module):
                                         torch.nn.LayerNorm(width))
         self.head = torch.nn.Linear(width, 1)
 
+    @classmethod
+    def of(cls, slm, sizes: dict) -> "R2RNet":
+        """An untrained net for an SLM, on its device: top_k, width, blocks and dropout."""
+        net = cls(hidden_size_of(slm), slm.get_input_embeddings(),
+                  *(sizes[name] for name in ("top_k", "width", "blocks", "dropout")))
+        return net.to(device_of(slm))
+
+    def sees(self, step: Step, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What forward takes, of chosen rows; of the logits only what it reads of them."""
+        logits = step.logits[rows]
+        return step.hidden[rows], logits.topk(min(self.top_k, logits.shape[-1])).values, step.token[rows]
+
     def embed(self, token: torch.Tensor) -> torch.Tensor:
         """(n,) -> (n, D)"""
         return self.embedding[0](token).detach()
@@ -1400,11 +1412,9 @@ class R2RRouter:
         if threshold not in (None, own):
             warnings.warn(f"threshold {threshold:g} in place of the router's own {own:g} "
                           f"({made['calibrated']})", stacklevel=2)
-        net = R2RNet(hidden_size_of(slm), slm.get_input_embeddings(), config["top_k"], config["width"],
-                     config["blocks"], config["dropout"])
+        net = R2RNet.of(slm, config)
         net.load_state_dict(weights)
-        net = net.to(device_of(slm)).eval().requires_grad_(False)
-        return cls(net, own if threshold is None else threshold)
+        return cls(net.eval().requires_grad_(False), own if threshold is None else threshold)
 
     def leave_slm(self, step: Step) -> torch.Tensor:
         return self.net(step.hidden, step.logits, step.token).float().sigmoid() >= self.threshold
@@ -1541,6 +1551,10 @@ class Policy(torch.nn.Module):
         torch.nn.init.zeros_(self.mlp[-1].weight)
         torch.nn.init.constant_(self.mlp[-1].bias, math.log(start / (1 - start)))
 
+    def sees(self, step: Step, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What forward takes, of chosen rows."""
+        return step.hidden[rows], step.entropy[rows], step.context[rows]
+
     def forward(self, hidden: torch.Tensor, entropy: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """(n, D), (n,) nats, (n,) tokens -> (n,)"""
         if hidden.shape[-1] != self.hidden_size:
@@ -1552,6 +1566,17 @@ class Policy(torch.nn.Module):
         return self.mlp(torch.cat(x, 1))[:, 0]
 
 
+def policy_nets(slm, llm, config: dict, r2r: dict | None = None, start: float = 0.5) -> torch.nn.ModuleDict:
+    """The untrained nets of a PolicyRouter: {"call": on the SLM} and, where config["hand_back"], {"back": on
+    the LLM}. Policies, but for an R2RNet of the sizes r2r at "call" where they are given."""
+    def small(model) -> Policy:
+        return Policy(hidden_size_of(model), config["width"], start, config["use_entropy"],
+                      config["use_context"]).to(device_of(model))
+
+    return torch.nn.ModuleDict({"call": R2RNet.of(slm, r2r) if r2r else small(slm)}
+                               | ({"back": small(llm)} if config["hand_back"] else {}))
+
+
 def log_probability(logit: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     """log p of actions (n,) bool, True to leave the model that was asked about, under logits (n,)."""
     return torch.nn.functional.logsigmoid(torch.where(action, logit, -logit))
@@ -1561,7 +1586,8 @@ class Decisions(NamedTuple):
     """What a sampled policy did at one step, about the k rows where it was asked."""
 
     rows: list[int]
-    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden (k, D), entropy (k,), context (k,)
+    position: list[int]  # of the token, in the answer
+    state: tuple[torch.Tensor, ...]  # what the net was shown, (k, ...) each
     action: torch.Tensor  # (k,) bool: left, for the LLM, or of a `back` policy for the SLM
     logp: torch.Tensor  # (k,) of that action
 
@@ -1570,19 +1596,24 @@ class PolicyRouter:
     """R-Stitch+: where the SLM's entropy exceeds tau, a policy decides whether to call the LLM instead.
 
     Elsewhere the SLM goes on, and the LLM hands back by the entropy rule, as in R-Stitch. tau and tau_back
-    (tau unless given) are normalised. Without `seed` the LLM is called where the policy's probability exceeds
-    `threshold`, in [0, 1]; at 0.5, as in the paper, that is the likelier action. With a seed, actions are
-    sampled and what training needs is appended to `decisions`. `back`, not in the paper, is a second policy:
-    asked at every token of the LLM, on the LLM's hidden state, whether to hand back; its decisions lie in
-    `back.decisions` of the router. ValueError for thresholds as in EntropyRouter, and for a threshold other
-    than 0.5 with a seed: draws are from the policy as it is."""
+    (tau unless given) are normalised. `policy` is a net of log-odds: `sees(step, rows)` chooses what its
+    forward takes. A Policy is one; so is an R2RNet, which labels have taught and rewards may teach on.
+    Without `seed` the LLM is called where the policy's probability exceeds `threshold`, in [0, 1]; at 0.5, as
+    in the paper, that is the likelier action. With a seed, actions are sampled and what training needs is
+    appended to `decisions`. `back`, not in the paper, is a second policy: asked at every token of the LLM, on
+    the LLM's hidden state, whether to hand back, above `threshold_back`; its decisions lie in
+    `back.decisions` of the router. ValueError for thresholds as in EntropyRouter, for one other than 0.5 with
+    a seed, where draws are from the policy as it is, and for a threshold_back without `back`."""
 
-    def __init__(self, policy: Policy, tau: float, tau_back: float | None = None, seed: int | None = None,
-                 threshold: float = 0.5, back: Policy | None = None):
+    def __init__(self, policy: torch.nn.Module, tau: float, tau_back: float | None = None,
+                 seed: int | None = None, threshold: float = 0.5, back: torch.nn.Module | None = None,
+                 threshold_back: float = 0.5):
         if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
             raise ValueError(f"threshold={threshold!r}: expected a probability in [0, 1]")
         if seed is not None and threshold != 0.5:
             raise ValueError(f"threshold={threshold!r} with seed={seed!r}: expected 0.5, actions are sampled")
+        if back is None and threshold_back != 0.5:
+            raise ValueError(f"threshold_back={threshold_back!r}: expected a policy `back`, whose it is")
         self.policy, self.seed = policy, seed
         self.rule = EntropyRouter(tau, tau_back=tau_back)
         with np.errstate(divide="ignore"):
@@ -1590,23 +1621,23 @@ class PolicyRouter:
             self.limit = float(np.log(threshold) - np.log1p(-threshold))
         # Both policies are asked about the same positions, so the second draws with a seed of its own.
         self.back = (None if back is None
-                     else PolicyRouter(back, tau, seed=None if seed is None else -1 - seed))
+                     else PolicyRouter(back, tau, None, None if seed is None else -1 - seed, threshold_back))
         self.decisions: list[Decisions] = []
 
     @classmethod
-    def load(cls, folder: Path | str, slm, llm, threshold: float = 0.5,
+    def load(cls, folder: Path | str, slm, llm, threshold: float | None = None,
              seed: int | None = None) -> "PolicyRouter":
-        """The router that analysis.train_policy wrote into a folder for this pair of models. ValueError where
-        there is none, or it was made for another pair."""
-        config, weights = made_of(folder, slm, llm)["config"], weights_of(folder, "policy.safetensors")
-        nets = torch.nn.ModuleDict({
-            name: Policy(hidden_size_of(model), config["width"], use_entropy=config["use_entropy"],
-                         use_context=config["use_context"]).to(device_of(model))
-            for name, model in (("call", slm), ("back", llm)) if name == "call" or config["hand_back"]})
+        """The router that analysis.train_policy wrote into a folder for this pair of models, at the
+        thresholds that it was calibrated to, if it was, unless one is given or actions are sampled.
+        ValueError where there is none, or it was made for another pair."""
+        made, weights = made_of(folder, slm, llm), weights_of(folder, "policy.safetensors")
+        nets = policy_nets(slm, llm, made["config"], made.get("r2r"))
         nets.load_state_dict(weights)
         nets.eval().requires_grad_(False)
-        return cls(nets["call"], config["tau"], config["tau_back"], seed, threshold,
-                   nets["back"] if config["hand_back"] else None)
+        own = made.get("thresholds", {}) if seed is None else {}
+        return cls(nets["call"], made["config"]["tau"], made["config"]["tau_back"], seed,
+                   own.get("call", 0.5) if threshold is None else threshold,
+                   nets["back"] if "back" in nets else None, own.get("back", 0.5))
 
     def leave_llm(self, step: Step) -> torch.Tensor:
         return (self.rule.leave_llm(step) if self.back is None
@@ -1621,14 +1652,15 @@ class PolicyRouter:
 
     def decide(self, step: Step, asked: torch.Tensor) -> torch.Tensor:
         """(k,) bool: leave the model that is asked about?"""
-        state = step.hidden[asked], step.entropy[asked], step.context[asked]
-        logit = self.policy(*state) - self.limit
+        state = self.policy.sees(step, asked)
+        logit = self.policy(*state).float() - self.limit
         if self.seed is None:
             return logit > 0
         rows = asked.tolist()
-        uniform = uniforms(self.seed, [step.seeds[i] for i in rows], step.position[asked].tolist(), SLM)
+        position = step.position[asked].tolist()
+        uniform = uniforms(self.seed, [step.seeds[i] for i in rows], position, SLM)
         action = torch.tensor(uniform, device=logit.device) < logit.sigmoid()
-        self.decisions.append(Decisions([step.rows[i] for i in rows], state, action,
+        self.decisions.append(Decisions([step.rows[i] for i in rows], position, state, action,
                                         log_probability(logit, action)))
         return action
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rstitch
+from analysis.instruments.credit import recounted
 from analysis.instruments.options import add_options, given
 from analysis.instruments.problems import PARTS, question
 from analysis.instruments.progress import progress
@@ -58,19 +59,12 @@ def row_of(calls: Sequence[rstitch.Call]) -> dict:
 def calls_of(row: dict) -> list[rstitch.Call]:
     """The forward passes of an answer: each reads what its model has not read of the prompt and of the tokens
     before."""
-    discarded = {position: (token, H) for position, token, H in row["discarded"]}
-    cursor, calls = [0, 0], []
-
-    def call(model: int, position: int, token: int, H: float, kept: bool) -> None:
-        length = row["prompt"] + position
-        calls.append(rstitch.Call(model, position, length - cursor[model], cursor[model], token, H, kept))
-        cursor[model] = length
-
+    discarded, calls = {position: (token, H) for position, token, H in row["discarded"]}, []
     for position, (token, writer, H) in enumerate(zip(row["tokens"], row["writer"], row["entropy"])):
         if position in discarded:
-            call(rstitch.SLM, position, *discarded[position], False)
-        call("SL".index(writer), position, token, H, True)
-    return calls
+            calls.append(rstitch.Call(rstitch.SLM, position, 0, 0, *discarded[position], False))
+        calls.append(rstitch.Call("SL".index(writer), position, 0, 0, token, H, True))
+    return recounted(row["prompt"], calls)
 
 
 def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Callable[[int, dict], None],

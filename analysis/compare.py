@@ -56,6 +56,7 @@ from analysis.instruments.task import (
     common_vocab,
     control_of,
     cut_off,
+    decision_ms,
     decoder,
     digest_of,
     encode_problems,
@@ -67,7 +68,6 @@ from analysis.instruments.task import (
     summarise,
     wall_clock,
 )
-from analysis.instruments.timing import now
 from rstitch import fingerprint
 from rstitch_hf.ranks import start
 from rstitch_hf.serving import cache_keyword
@@ -312,29 +312,10 @@ def assisted_row(task: Task, n: int) -> dict:
 def router_times(task: Task, n: int) -> dict:
     """Milliseconds that one decision of a trained router takes at batch 1, where it is made: medians over the
     answers to calibration problems, routers in turn."""
-    slm, llm, tokenizer, _ = task.load()
     routers = {name: family.build(task, 0.0) for name, family in families_of(task).items() if family.needs}
-    times: dict[str, list[float]] = {name: [] for name in routers}
-
-    def timed(name: str, decide: Callable) -> Callable:
-        def decide_timed(*args):
-            start = now(slm.device)
-            out = decide(*args)
-            times[name].append(1e3 * (now(slm.device) - start))
-            return out
-        return decide_timed
-
-    for name, router in routers.items():
-        method = "decide" if isinstance(router, rstitch.PolicyRouter) else "leave_slm"
-        setattr(router, method, timed(name, getattr(router, method)))
-    chosen = task.split("calibration", n)
-    for problem in chosen:
-        ids, _ = encode_problems(tokenizer, [problem], task)
-        for router in routers.values():
-            rstitch.stitch(slm, llm, ids, router, max_new_tokens=task.max_new_tokens, seed=SEED)
     return {"kind": "router times", "family": None, "knob": None,
-            "ms": {name: float(np.median(ms or 0.0)) for name, ms in times.items()},
-            **provenance(SEED, len(chosen), task.device, task.dtype)}
+            "ms": {name: ms["call"] for name, ms in decision_ms(task, routers, n).items()},
+            **provenance(SEED, len(task.split("calibration", n)), task.device, task.dtype)}
 
 
 def timed_row(task: Task, rows: list[dict], n: int) -> dict:

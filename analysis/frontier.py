@@ -15,7 +15,6 @@ A policy calls the LLM where its logit is above 0. Every policy is also run with
 highest mean reward, at the price it was trained with, on calibration problems, as R2R's threshold is set.
 """
 import argparse
-import json
 
 import numpy as np
 from scipy.special import expit
@@ -38,13 +37,13 @@ from analysis.instruments.task import (
     SEED,
     TAUS,
     Task,
+    common_vocab,
     cut_off,
     digest_of,
     measure,
-    solve,
     wall_clock,
 )
-from analysis.train_policy import RUNS, rewards
+from analysis.train_policy import ABOVE, RUNS, Price, answer
 from rstitch_hf.ranks import start
 
 FIXED = {
@@ -57,7 +56,6 @@ FIXED = {
        for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
-ABOVE = tuple(np.linspace(-6, 6, 13).tolist())  # logits that are tried on calibration problems
 KAPPAS = ("0.1", "0.35", "0.8")
 ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
@@ -74,28 +72,33 @@ def made_with(task: Task, kind: str, name: str) -> str:
                              else []), also=f"{N_CALIBRATION} {ABOVE}" if kind == "calibrated" else "")
 
 
-def policy_of(task: Task, name: str, above: float = 0.0) -> rstitch.PolicyRouter:
-    """A trained policy that calls the LLM where its logit exceeds `above`."""
-    return rstitch.PolicyRouter.load(task.path("policies") / name, *task.load()[:2], threshold=expit(above))
+def made(task: Task, name: str) -> dict:
+    """How a policy was made."""
+    return rstitch.made_of(task.path("policies") / name)
+
+
+def policy_of(task: Task, name: str, above: float | None = None) -> rstitch.PolicyRouter:
+    """A trained policy, which calls the LLM where its logit exceeds `above`, or as it was made to."""
+    return rstitch.PolicyRouter.load(task.path("policies") / name, *task.load()[:2],
+                                     threshold=None if above is None else expit(above))
 
 
 def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> dict:
-    """One method over the first n test problems, greedy."""
+    """One method over the first n test problems, greedy. The nets' time counts where a policy was trained
+    with it."""
     router = (policy_of(task, name) if kind == "policy" else FIXED[name] if kind == "fixed"
               else rstitch.RandomRouter(p, seed=SEED))
-    return {"kind": kind, "name": name, "p": p, **measure(task, router, "test", n)}
+    nets_ms = made(task, name).get("nets_ms") if kind == "policy" else None
+    return {"kind": kind, "name": name, "p": p, **measure(task, router, "test", n, nets_ms=nets_ms)}
 
 
 def calibrated_row(task: Task, name: str, n: int) -> dict:
     """A policy over the first n test problems, calling the LLM above the logit that earns most on calibration
     problems."""
-    folder, pair, models, curve = task.path("policies") / name, task.load(), task.latencies(), []
-    lam, chosen = json.loads((folder / "made.json").read_text())["lam"], task.split("calibration",
-                                                                                    N_CALIBRATION)
-    for above in ABOVE:
-        solved = solve(pair, chosen, policy_of(task, name, above), batch_size=task.rows, progress=False,
-                       max_new_tokens=task.max_new_tokens, settings=task)
-        curve.append([above, float(rewards(solved, lam, models)[0].mean())])
+    price = Price(made(task, name)["lam"], task.latencies(), common_vocab(task.load()))
+    chosen = task.split("calibration", N_CALIBRATION)
+    curve = [[above, answer(task, chosen, policy_of(task, name, above), price)[2]["reward"]]
+             for above in ABOVE]
     above = max(curve, key=lambda point: (point[1], -abs(point[0])))[0]
     return {"kind": "calibrated", "name": name, "above": above, "curve": curve,
             **measure(task, policy_of(task, name, above), "test", n)}
@@ -113,8 +116,8 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     seeds, for those (wall-clock for one of each recipe). Rows of other weights, problems or latencies are
     passed over."""
     path, n = task.needed("out") / "frontier.jsonl", len(task.split("test", n))
-    policies = sorted(made.parent.name
-                      for made in task.path("policies").glob("*/made.json")) if task.path("policies") else []
+    policies = sorted(file.parent.name
+                      for file in task.path("policies").glob("*/made.json")) if task.path("policies") else []
     for name in policies:
         policy_of(task, name)  # one of another pair is told now
     marks = dict.fromkeys((("fixed", name) for name in FIXED),
@@ -136,7 +139,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
 
     rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
     rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded]
-                    + [("calibrated", name) for name in seeded])
+                    + [("calibrated", name) for name in seeded if "thresholds" not in made(task, name)])
     if n_wall and ("wall-clock", "wall-clock") not in rows:
         best = sorted((r for r in rows.values() if r["kind"] == "fixed"), key=lambda r: -r["accuracy"])
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])

@@ -32,7 +32,7 @@ def test_a_policy_is_calibrated_by_what_it_earns(tmp_path, pocket, monkeypatch):
     task, todo = timed(tmp_path), problems("calibration", 12, 0)
     lam = json.loads((task.path("policies") / frontier.BASE / "made.json").read_text())["lam"]
     row = frontier.calibrated_row(task, frontier.BASE, 3)
-    earned = [train_policy.rewards(solve(pocket, todo, router), lam, MODELS_MS)[0].mean()
+    earned = [train_policy.Price(lam, MODELS_MS, 128)(solve(pocket, todo, router))[0].mean()
               for router in (rstitch.EntropyRouter(0.02), rstitch.SLMOnly())]
     assert [point[1] for point in row["curve"]] == pytest.approx(earned) and earned[0] != earned[1]
     assert row["above"] == (-30.0, 30.0)[int(np.argmax(earned))]

@@ -42,8 +42,7 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
                              for row in read_rows(tmp_path / name / "log.jsonl")]  # noqa: E731
     assert timeless("whole") == timeless("parts")
     assert [row["iteration"] for row in timeless("parts")] == [0, 1, 2]
-    untrained = train_policy.build_policies(config, *pocket[:2])
-    trained = train_policy.build_policies(config, *pocket[:2])
+    untrained, trained = (train_policy.build_policies(config, timed(tmp_path)) for _ in range(2))
     assert train_policy.load_checkpoint(tmp_path / "whole" / "last.safetensors", trained) == 3
     moved = {name: not torch.equal(p, q)
              for (name, p), q in zip(trained.named_parameters(), untrained.parameters())}
@@ -85,7 +84,7 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
             k = len(rows)
             state = (torch.randn(k, 4, generator=generator), torch.rand(k, generator=generator),
                      torch.randint(1, 99, (k,), generator=generator))
-            decisions.append(rstitch.Decisions(rows, state, torch.rand(k, generator=generator) < 0.5,
+            decisions.append(rstitch.Decisions(rows, [0] * k, state, torch.rand(k, generator=generator) < 0.5,
                                                -2 * torch.rand(k, generator=generator)))
     A, keep = torch.randn(4, 3, generator=generator), torch.tensor([True, True, False, True])
 
@@ -109,8 +108,9 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(naive.parameters(), 1.0)
         optimizer.step()
-    figures = train_policy.update(policies, torch.optim.SGD(policies.parameters(), lr=0.5), router, A, keep,
-                                  config, torch.Generator().manual_seed(7))
+    figures = train_policy.update(policies, torch.optim.SGD(policies.parameters(), lr=0.5),
+                                  train_policy.credit_of_answers(router, A, keep), config,
+                                  torch.Generator().manual_seed(7))
     assert figures["decisions"] == len(single) and figures["clipped"] > 0
     for p, q in zip(policies.parameters(), naive.parameters()):
         torch.testing.assert_close(p, q)
@@ -119,8 +119,8 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
 def test_a_group_is_one_problem(tmp_path, pocket, monkeypatch):
     batches, answer = [], train_policy.answer
     monkeypatch.setattr(train_policy,
-                        "answer", lambda pair, todo, *args, **options: batches.append((todo, options))
-                        or answer(pair, todo, *args, **options))
+                        "answer", lambda task, todo, *args, **options: batches.append((todo, options))
+                        or answer(task, todo, *args, **options))
     train_policy.train(dataclasses.replace(FAST, iterations=2, dev_every=2), timed(tmp_path),
                        tmp_path / "run")
     rollouts = [todo for todo, options in batches if "seed" in options]
@@ -144,11 +144,12 @@ def test_the_update_raises_what_was_rewarded(device):
         logit = policies["call"](*state).detach()
         call = torch.rand(32, generator=generator).to(device) < logit.sigmoid()
         router = rstitch.PolicyRouter(policies["call"], 0.0, seed=0)
-        router.decisions.append(rstitch.Decisions(list(range(32)), state, call,
+        router.decisions.append(rstitch.Decisions(list(range(32)), [0] * 32, state, call,
                                                   rstitch.log_probability(logit, call)))
         right = (call.cpu() == (kind == 0)).float().view(16, 2)
-        train_policy.update(policies, optimizer, router, rstitch.group_advantages(right),
-                            train_policy.kept_groups(right, right > 0, "reward"), config, generator)
+        parts = train_policy.credit_of_answers(router, rstitch.group_advantages(right),
+                                               train_policy.kept_groups(right, right > 0, "reward"))
+        train_policy.update(policies, optimizer, parts, config, generator)
     p = policies["call"](states, torch.ones(2, device=device),
                          torch.tensor([100, 100], device=device)).sigmoid().tolist()
     assert p[0] > 0.8 and p[1] < 0.2
@@ -163,17 +164,22 @@ def test_dynamic_sampling_by_hand():
 
 
 def test_lambda_is_given_or_follows_from_kappa():
-    assert train_policy.price(train_policy.Config(kappa=0.5), 250.0) == 0.002
-    assert train_policy.price(train_policy.Config(lam=0.01), 250.0) == 0.01
+    assert train_policy.lambda_of(train_policy.Config(kappa=0.5), 250.0) == 0.002
+    assert train_policy.lambda_of(train_policy.Config(lam=0.01), 250.0) == 0.01
 
 
 def test_rewards_with_and_without_the_gate():
     call = rstitch.Call(rstitch.LLM, 0, 1, 0, 5, 0.0, True)  # 4 ms
     solved = [{"calls": [call] * 25, "correct": True}, {"calls": [call] * 50, "correct": False}]
-    total, ms = train_policy.rewards(solved, 0.001, MODELS_MS)
+    price = train_policy.Price(0.001, MODELS_MS, 128)
+    total, ms = price(solved)
     assert ms.tolist() == [100, 200] and total.tolist() == [pytest.approx(0.9), 0]
-    assert train_policy.rewards(solved, 0.001, MODELS_MS,
-                                gate=False)[0].tolist() == [pytest.approx(0.9), pytest.approx(-0.2)]
+    no_gate = dataclasses.replace(price, gate=False)
+    assert no_gate(solved)[0].tolist() == [pytest.approx(0.9), pytest.approx(-0.2)]
+    # Nets that are asked at every token of the LLM, 0.5 ms each: 100 + 25 x 0.5 and 200 + 50 x 0.5.
+    router = rstitch.PolicyRouter(rstitch.Policy(4), 0.5, back=rstitch.Policy(4))
+    slow = dataclasses.replace(price, nets_ms={"call": 7.0, "back": 0.5})
+    assert slow(solved, router)[1].tolist() == [112.5, 225] and slow(solved)[1].tolist() == [100, 200]
 
 
 @pytest.mark.parametrize("change, message", [

@@ -16,26 +16,42 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from scipy.special import expit
 
 import rstitch
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
+from analysis.instruments.credit import Fork, branches, chosen_forks, differences
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.problems import content_of
 from analysis.instruments.progress import progress
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import append_row, read_rows
+from analysis.instruments.rows import append_row, read_rows, write_rows
 from analysis.instruments.runs import settle
-from analysis.instruments.task import Task, solve
+from analysis.instruments.task import (
+    N_CALIBRATION,
+    Task,
+    answer_ms,
+    common_vocab,
+    decision_ms,
+    solve,
+)
 from rstitch import fingerprint
 from rstitch_hf.ranks import start
 
 FOLDER = CHECKPOINTS / "policies"
+ABOVE = tuple(np.linspace(-6, 6, 13).tolist())  # logits that are tried
+COARSE = {"call": ABOVE[::2], "back": ABOVE[::3]}
+FINE = {"call": ABOVE, "back": ABOVE[::3]}
+N_WARM = 128  # dev problems that choose the weight of a warm start
+N_TIMED = 20  # problems that the time of the nets is taken on
 
 
 @dataclass(frozen=True)
@@ -68,17 +84,29 @@ class Config:
     use_context: bool = option(True, "the policy sees the context length beside the hidden state")
     hand_back: bool = option(False,
                              "a second policy, on the LLM's hidden state, decides when the LLM hands back")
+    net: str = option("policy", "that decides on calls: policy, a small one of two layers, or r2r, one "
+                                "of the form of the pair's R2R router")
+    warm: bool = option(False, "it starts from that router, which labels have taught; --net r2r")
+    credit: str = option("answer", "of a decision: the advantage of its answer (answer), or what its two "
+                                   "branches earn, one less the other (branch)")
+    forks: int = option(256, "decisions of a batch that are taken both ways; --credit branch")
+    nets: bool = option(False, "the time of the nets counts as latency")
+    calibrate: bool = option(False, "in the end, decision thresholds are set on calibration problems")
     dev_every: int = option(4, "iterations between two evaluations on dev")
     dev: int = option(256, "dev problems of an evaluation")
 
     def __post_init__(self):
-        for name in ("prompts", "iterations", "epochs", "minibatches", "width", "dev_every", "dev"):
+        for name in ("prompts", "epochs", "minibatches", "width", "dev_every", "dev", "forks"):
             rstitch.check_count(name, getattr(self, name))
-        rstitch.check_count("rollouts", self.rollouts, least=2)
+        rstitch.check_count("rollouts", self.rollouts, least=1 if self.credit == "branch" else 2)
+        rstitch.check_count("iterations", self.iterations, least=0 if self.warm else 1)
+        if self.warm and self.net != "r2r":
+            raise ValueError(f"warm=True with net={self.net!r}: expected r2r, whose weights there are")
         for name in ("kappa", "lam", "lr", "eps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a finite number, 0 or more")
-        for name, choices in (("scale", ("std", "none")), ("dynamic", ("reward", "accuracy", "off"))):
+        for name, choices in (("scale", ("std", "none")), ("dynamic", ("reward", "accuracy", "off")),
+                              ("net", ("policy", "r2r")), ("credit", ("answer", "branch"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {' or '.join(choices)}")
         rstitch.EntropyRouter(self.tau, tau_back=self.tau_back)
@@ -103,32 +131,52 @@ RUNS = {
 }
 
 
-def build_policies(config: Config, slm, llm) -> torch.nn.ModuleDict:
+def r2r_sizes(config: Config, task: Task) -> dict | None:
+    """Of the net that stands for the policy, where that is an R2RNet: those of the pair's R2R router."""
+    if config.net != "r2r":
+        return None
+    made = rstitch.made_of(task.needed("router"), *task.load()[:2])["config"]
+    return {name: made[name] for name in ("top_k", "width", "blocks", "dropout")}
+
+
+def build_policies(config: Config, task: Task) -> torch.nn.ModuleDict:
     """{"call": policy on the SLM's hidden state} and, with hand_back, {"back": policy on the LLM's}; the same
     for the same config."""
-    models = {"call": slm} | ({"back": llm} if config.hand_back else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return torch.nn.ModuleDict({name: rstitch.Policy(rstitch.hidden_size_of(model), config.width,
-                                                         config.start,
-                                                         config.use_entropy, config.use_context)
-                                    .to(model.device) for name, model in models.items()})
+        return rstitch.policy_nets(*task.load()[:2], asdict(config), r2r_sizes(config, task),
+                                   config.start).eval()
 
 
-def build_router(policies, config: Config, seed: int | None = None) -> rstitch.PolicyRouter:
-    """Sampling with a seed, else the likelier action."""
+def build_router(policies, config: Config, seed: int | None = None,
+                 limits: dict[str, float] | None = None) -> rstitch.PolicyRouter:
+    """Sampling with a seed, else the likelier action, or leaving above other logits than 0."""
+    thresholds = {name: float(expit(x)) for name, x in (limits or {}).items()}
     return rstitch.PolicyRouter(policies["call"], config.tau, config.tau_back, seed,
-                                back=policies["back"] if config.hand_back else None)
+                                thresholds.get("call", 0.5), policies["back"] if config.hand_back else None,
+                                thresholds.get("back", 0.5))
 
 
-def rewards(solved: list[dict], lam: float, models, gate: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """(total reward, fitted latency in ms) of each answer; without the gate a wrong answer pays for its
-    latency too."""
-    latency = np.array([rstitch.trajectory_latency(s["calls"], *models) for s in solved])
-    correct = np.array([s["correct"] for s in solved])
-    if not gate:
-        return correct - lam * latency, latency
-    return np.array([rstitch.reward(bool(c), ms, lam).total for c, ms in zip(correct, latency)]), latency
+@dataclass(frozen=True)
+class Price:
+    """What an answer earns: right or wrong, less lambda times its fitted latency where it is right; without
+    the gate a wrong answer pays for its latency too."""
+
+    lam: float  # in 1/ms
+    models: tuple[rstitch.LatencyModel, rstitch.LatencyModel]
+    vocab: int
+    gate: bool = True
+    nets_ms: dict[str, float] | None = None  # of a decision of each net; None: their time does not count
+
+    def __call__(self, solved: list[dict], router=None) -> tuple[np.ndarray, np.ndarray]:
+        """(reward, latency in ms) of each answer."""
+        latency = np.array([answer_ms(s["calls"], self.models, self.vocab, router, self.nets_ms)
+                            for s in solved])
+        correct = np.array([s["correct"] for s in solved])
+        if not self.gate:
+            return correct - self.lam * latency, latency
+        return np.array([rstitch.reward(bool(c), ms, self.lam).total
+                         for c, ms in zip(correct, latency)]), latency
 
 
 def kept_groups(total: torch.Tensor, correct: torch.Tensor, dynamic: str) -> torch.Tensor:
@@ -140,34 +188,61 @@ def kept_groups(total: torch.Tensor, correct: torch.Tensor, dynamic: str) -> tor
     return torch.ones(len(total), dtype=torch.bool)
 
 
-def update(policies, optimizer, router, advantages: torch.Tensor, keep: torch.Tensor, config: Config,
-           generator) -> dict:
-    """Several optimizer steps on the decisions of one batch. advantages: (P, G), keep: (P,). Returns what a
-    progress line shows."""
+class Part(NamedTuple):
+    """Decisions of one net to learn from, k of them."""
+
+    net: str
+    state: list[torch.Tensor]  # (k, ...) each
+    action: torch.Tensor  # (k,) bool
+    old: torch.Tensor  # (k,) log p of it when it was taken
+    advantage: torch.Tensor  # (k,)
+
+
+def credit_of_answers(router, advantages: torch.Tensor, keep: torch.Tensor) -> list[Part]:
+    """Every decision has its answer's advantage, as in the paper. advantages: (P, G), keep: (P,)."""
     G, parts = advantages.shape[1], []
-    asked = {"call": router.decisions} | ({"back": router.back.decisions} if config.hand_back else {})
+    asked = {"call": router.decisions} | ({"back": router.back.decisions} if router.back else {})
     for name, decisions in asked.items():
         if decisions:
             rows = torch.tensor([row for d in decisions for row in d.rows])
             use = keep[rows // G]
             state = [torch.cat(part)[use] for part in zip(*(d.state for d in decisions))]
-            call, old = (torch.cat(part)[use] for part in zip(*((d.action, d.logp) for d in decisions)))
-            parts.append((name, state, call, old.detach(), advantages.flatten()[rows][use].to(old)))
-    total = sum(len(call) for _, _, call, *_ in parts)
-    figures = {"decisions": total,
-               "called": torch.cat([call for _, _, call, *_ in parts]).float().mean().item() if total
-               else None, "clipped": None}
+            action, old = (torch.cat(part)[use] for part in zip(*((d.action, d.logp) for d in decisions)))
+            parts.append(Part(name, state, action, old.detach(), advantages.flatten()[rows][use].to(old)))
+    return parts
+
+
+def credit_of_forks(policies, forks: list[Fork], worth: np.ndarray) -> list[Part]:
+    """Both actions of each fork: to leave is worth (n,) more than not to."""
+    parts = []
+    for name, net in policies.items():
+        mine = [k for k, fork in enumerate(forks) if fork.net == name]
+        if mine:
+            state = [torch.cat(part + part) for part in zip(*(forks[k].state for k in mine))]
+            leave = torch.arange(2 * len(mine)) < len(mine)
+            with torch.no_grad():
+                old = rstitch.log_probability(net(*state).float(), leave.to(state[0].device))
+            gain = torch.from_numpy(worth[mine]).to(old)
+            parts.append(Part(name, state, leave.to(old.device), old, torch.cat([gain, -gain])))
+    return parts
+
+
+def update(policies, optimizer, parts: list[Part], config: Config, generator) -> dict:
+    """Several optimizer steps on DAPO's loss of the decisions of one batch. Returns what a progress line
+    shows."""
+    total = sum(len(part.action) for part in parts)
     if not total:
-        return figures
+        return {"decisions": 0, "clipped": None}
     clipped = []
     for _ in range(config.epochs):
         order = torch.randperm(total, generator=generator)
         for step in order.chunk(config.minibatches):
             logp, old, A, start = [], [], [], 0
-            for name, state, call, before, advantage in parts:
+            for name, state, action, before, advantage in parts:
                 mine = step[(step >= start) & (step < start + len(before))] - start
                 start += len(before)
-                logp.append(rstitch.log_probability(policies[name](*(x[mine] for x in state)), call[mine]))
+                logit = policies[name](*(x[mine] for x in state)).float()
+                logp.append(rstitch.log_probability(logit, action[mine]))
                 old.append(before[mine])
                 A.append(advantage[mine])
             logp, old, A = torch.cat(logp), torch.cat(old), torch.cat(A)
@@ -180,14 +255,15 @@ def update(policies, optimizer, router, advantages: torch.Tensor, keep: torch.Te
             ratio = (logp.detach() - old).exp()
             clipped.append(((ratio > 1 + config.eps_high) & (A > 0)
                             | (ratio < 1 - config.eps_low) & (A < 0)).float().mean().item())
-    return figures | {"clipped": float(np.mean(clipped))}
+    return {"decisions": total, "clipped": float(np.mean(clipped))}
 
 
-def answer(pair, todo, router, lam: float, models, gate: bool = True,
+def answer(task: Task, todo, router, price: Price, rows: int | None = None,
            **options) -> tuple[list[dict], np.ndarray, dict]:
     """Solve problems; (solved, reward of each, mean figures)."""
-    solved = solve(pair, todo, router, progress=False, **options)
-    total, latency = rewards(solved, lam, models, gate)
+    solved = solve(task.load(), todo, router, progress=False, batch_size=rows or task.rows,
+                   max_new_tokens=task.max_new_tokens, settings=task, **options)
+    total, latency = price(solved, router)
     tokens = sum(s["tokens"] for s in solved)
     return solved, total, {"reward": float(total.mean()),
                            "accuracy": float(np.mean([s["correct"] for s in solved])),
@@ -195,32 +271,95 @@ def answer(pair, todo, router, lam: float, models, gate: bool = True,
                            "tokens": tokens / len(solved), "latency_ms": float(latency.mean())}
 
 
-def price(config: Config, llm_ms: float) -> float:
-    """lambda in 1/ms."""
+def best_limits(policies, config: Config, task: Task, price: Price, chosen: Sequence,
+                points: dict[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, list]]:
+    """The logit above which each net leaves its model that earns most on the chosen problems, one net after
+    the other; and what every one that was tried earned."""
+    limits, curves = {}, {}
+    for name in policies:
+        curves[name] = [[x, answer(task, chosen, build_router(policies, config, limits=limits | {name: x}),
+                                   price)[2]["reward"]] for x in points[name]]
+        limits[name] = max(curves[name], key=lambda point: (point[1], -abs(point[0])))[0]
+    return limits, curves
+
+
+def lambda_of(config: Config, llm_ms: float) -> float:
+    """In 1/ms."""
     return config.lam or config.kappa / llm_ms
 
 
-def settled_price(config: Config, task: Task, folder: Path) -> float:
-    """lambda, from kappa by the mean fitted latency of the LLM alone on the dev problems, which is written
-    down at the first call. ValueError where the folder holds a run of another config."""
+def settled_price(config: Config, task: Task, folder: Path) -> Price:
+    """What answers of a run earn. lambda follows from kappa by the mean fitted latency of the LLM alone on
+    the dev problems; that and the time of the nets are measured at the first call and written down.
+    ValueError where the folder holds a run of another config."""
     pair, models = task.load(), task.latencies()
+    taught = task.needed("router") / "router.safetensors" if config.warm else None
     world = {"slm": fingerprint(pair[0]), "llm": fingerprint(pair[1]),
              "latency": [{k: list(v) for k, v in m.coefficients.items()} for m in models],
              "problems": hashlib.sha256(content_of(task.problems)).hexdigest()[:16] if task.problems
              else "pocket", "dtype": task.dtype, "max_new_tokens": task.max_new_tokens,
-             "prompting": task.prompting() or None}
+             "prompting": task.prompting() or None, "r2r": r2r_sizes(config, task),
+             "router": hashlib.sha256(taught.read_bytes()).hexdigest()[:16] if taught else None}
+    free = Price(0.0, models, common_vocab(pair), config.gate)
 
-    def alone() -> dict:
-        chosen = task.split("dev", config.dev, 1)
-        *_, figures = answer(pair, chosen, rstitch.LLMOnly(), 0.0, models, batch_size=task.rows,
-                             max_new_tokens=task.max_new_tokens, settings=task)
-        return {"llm_ms": figures["latency_ms"]}
+    def measured() -> dict:
+        *_, alone = answer(task, task.split("dev", config.dev, 1), rstitch.LLMOnly(), free)
+        router = build_router(build_policies(config, task), config)
+        return {"llm_ms": alone["latency_ms"],
+                "nets_ms": decision_ms(task, {"it": router}, N_TIMED)["it"] if config.nets else None}
 
-    settled = settle(folder, {"config": asdict(config), **world}, "a run", first=alone)
-    return price(config, settled["llm_ms"])
+    known = settle(folder, {"config": asdict(config), **world}, "a run", first=measured)
+    return replace(free, lam=lambda_of(config, known["llm_ms"]), nets_ms=known["nets_ms"])
 
 
-def iterate(policies, optimizer, config: Config, task: Task, todo: list, lam: float, i: int) -> dict:
+class HandingBack:
+    """A router that hands back after every token of the LLM, and keeps what its second net would see."""
+
+    def __init__(self, router: rstitch.PolicyRouter):
+        self.router, self.seen = router, []
+        self.leave_slm = router.leave_slm
+
+    def leave_llm(self, step: rstitch.Step) -> torch.Tensor:
+        every = torch.arange(len(step.rows), device=step.token.device)
+        self.seen += [(row, position, tuple(x[i:i + 1] for x in self.router.back.policy.sees(step, every)))
+                      for i, (row, position) in enumerate(zip(step.rows, step.position.tolist()))]
+        return torch.ones_like(step.token, dtype=torch.bool)
+
+
+def teach_back(policies, config: Config, task: Task) -> None:
+    """Fit the second net to stay where the first would discard the SLM's next token, so that its labels serve
+    at hand-back, too: logistic regression on one batch of answers that hand back after every token."""
+    router = HandingBack(build_router(policies, config))
+    solved = solve(task.load(), task.split("router-train", 8 * config.prompts, config.seed), router,
+                   progress=False, batch_size=task.rows, max_new_tokens=task.max_new_tokens, settings=task)
+    kept = {(i, call.position): call.kept for i, s in enumerate(solved) for call in s["calls"]
+            if call.model == rstitch.SLM}
+    known = [(state, kept[row, t + 1]) for row, t, state in router.seen if (row, t + 1) in kept]
+    if not known:
+        return
+    state = [torch.cat(part) for part in zip(*(state for state, _ in known))]
+    leave = torch.tensor([float(one) for _, one in known], device=state[0].device)
+    net = policies["back"]
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(300):
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(net(*state), leave)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def warm_start(policies, config: Config, task: Task, price: Price) -> None:
+    """The first net becomes R2R's, the second learns from it where to stay. Labels of another class weight
+    would have moved all logits alike: the weight that earns most on dev problems goes into the bias."""
+    policies["call"].load_state_dict(rstitch.weights_of(task.needed("router"), "router.safetensors"))
+    if config.hand_back:
+        teach_back(policies, config, task)
+    limits, _ = best_limits(policies, config, task, price, task.split("dev", N_WARM, 1), COARSE)
+    for name, net in policies.items():
+        (net.head if name == "call" else net.mlp[-1]).bias.data -= limits[name]
+
+
+def iterate(policies, optimizer, config: Config, task: Task, todo: list, price: Price, i: int) -> dict:
     """Iteration i: a batch of rollouts and the steps on it; a row of the log. Fewer problems than all
     iterations take are gone through again."""
     for group in optimizer.param_groups:
@@ -229,15 +368,23 @@ def iterate(policies, optimizer, config: Config, task: Task, todo: list, lam: fl
     asked = range(i * config.prompts, (i + 1) * config.prompts)
     batch = [todo[k % len(todo)] for k in asked for _ in range(config.rollouts)]
     router = build_router(policies, config, seed)
-    solved, total, row = answer(task.load(), batch, router, lam, task.latencies(), config.gate,
-                                batch_size=len(batch), seed=seed,
-                                max_new_tokens=task.max_new_tokens, settings=task)
-    R = torch.tensor(total).view(config.prompts, config.rollouts)
-    keep = kept_groups(R, torch.tensor([s["correct"] for s in solved]).view_as(R), config.dynamic)
-    advantages, generator = rstitch.group_advantages(R, config.eps,
-                                                     config.scale), torch.Generator().manual_seed(seed)
-    return row | {"iteration": i, "groups": int(keep.sum())} | update(policies, optimizer, router, advantages,
-                                                                      keep, config, generator)
+    solved, total, row = answer(task, batch, router, price, len(batch), seed=seed)
+    if config.credit == "branch":
+        forks = chosen_forks(router, config.forks, np.random.default_rng(seed))
+        greedy = build_router(policies, config)
+        worth = differences(branches(task, batch, solved, forks, greedy),
+                            lambda answers: price(answers, greedy)[0])
+        row |= {"forks": len(forks), "turned": float(np.mean(abs(worth) > 0.5)) if len(worth) else None}
+        parts = credit_of_forks(policies, forks, worth)
+    else:
+        R = torch.tensor(total).view(config.prompts, config.rollouts)
+        keep = kept_groups(R, torch.tensor([s["correct"] for s in solved]).view_as(R), config.dynamic)
+        row["groups"] = int(keep.sum())
+        parts = credit_of_answers(router, rstitch.group_advantages(R, config.eps, config.scale), keep)
+    called = [d.action for d in router.decisions]
+    row["called"] = torch.cat(called).float().mean().item() if called else None
+    return row | {"iteration": i} | update(policies, optimizer, parts, config,
+                                           torch.Generator().manual_seed(seed))
 
 
 def in_a_line(row: dict) -> str:
@@ -250,29 +397,36 @@ def in_a_line(row: dict) -> str:
 
 def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
     """Train one policy, from its last checkpoint if there is one. The best on dev ends up in best.safetensors
-    and is returned."""
-    pair, lam = task.load(), settled_price(config, task, folder)
-    policies = build_policies(config, *pair[:2])
+    and is returned; a warm start counts, as iteration -1."""
+    price, policies = settled_price(config, task, folder), build_policies(config, task)
     optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
+    log, begun = folder / "log.jsonl", time.perf_counter()
     first = resume(folder, policies, optimizer, "iteration")
-    best = max((row["dev"]["reward"] for row in read_rows(folder / "log.jsonl") if "dev" in row),
-               default=-float("inf"))
-    todo = task.split("router-train", config.prompts * config.iterations, config.seed)
+    todo = task.split("router-train", max(1, config.prompts * config.iterations), config.seed)
     dev = task.split("dev", config.dev, 1)
+
+    def earned(done: int) -> dict:
+        """Of the policies as they are; they are kept if nothing was better."""
+        found = answer(task, dev, build_router(policies, config), price)[2]
+        if found["reward"] > max((row["dev"]["reward"] for row in read_rows(log) if "dev" in row),
+                                 default=-float("inf")):
+            save_checkpoint(folder / "best.safetensors", policies, optimizer, done)
+        return found
+
+    if config.warm and not (folder / "last.safetensors").exists():
+        write_rows(log, [])
+        warm_start(policies, config, task, price)
+        row = {"iteration": -1, "dev": earned(0)}
+        append_row(log, row | row["dev"] | {"seconds": time.perf_counter() - begun})
+        save_checkpoint(folder / "last.safetensors", policies, optimizer, 0)
     with progress(config.iterations, folder.name, initial=first) as bar:
         for i in range(first, config.iterations):
-            start = time.perf_counter()
-            row = iterate(policies, optimizer, config, task, todo, lam, i)
+            begun = time.perf_counter()
+            row = iterate(policies, optimizer, config, task, todo, price, i)
             if (i + 1) % config.dev_every == 0 or i + 1 == config.iterations:
-                *_, row["dev"] = answer(pair, dev, build_router(policies, config), lam, task.latencies(),
-                                        config.gate,
-                                        batch_size=task.rows, max_new_tokens=task.max_new_tokens,
-                                        settings=task)
-                if row["dev"]["reward"] > best:
-                    best = row["dev"]["reward"]
-                    save_checkpoint(folder / "best.safetensors", policies, optimizer, i + 1)
-            row["seconds"] = time.perf_counter() - start
-            append_row(folder / "log.jsonl", row)
+                row["dev"] = earned(i + 1)
+            row["seconds"] = time.perf_counter() - begun
+            append_row(log, row)
             save_checkpoint(folder / "last.safetensors", policies, optimizer, i + 1)
             bar.set_postfix_str(in_a_line(row), refresh=False)
             bar.update()
@@ -281,17 +435,24 @@ def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
 
 
 def export(config: Config, task: Task, policies, folder: Path, target: Path) -> None:
-    """Write a trained policy as safetensors, and how it was made beside it."""
+    """Write a trained policy as safetensors, and how it was made beside it, with thresholds that were set on
+    calibration problems if the config says so."""
     log, settled = read_rows(folder / "log.jsonl"), json.loads((folder / "config.json").read_text())
+    begun, calibrated = time.perf_counter(), {}
+    if config.calibrate:
+        limits, curves = best_limits(policies, config, task, settled_price(config, task, folder),
+                                     task.split("calibration", N_CALIBRATION), FINE)
+        calibrated = {"thresholds": {name: float(expit(x)) for name, x in limits.items()}, "earned": curves}
+    seconds = sum(row["seconds"] for row in log) + time.perf_counter() - begun
     evaluated = [row for row in log if "dev" in row]
     best = max(evaluated, key=lambda row: row["dev"]["reward"])
     target.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in policies.named_parameters()},
               target / "policy.safetensors")
-    made = {"config": asdict(config), "lam": price(config, settled["llm_ms"]),
-            **{name: settled[name] for name in ("slm", "llm", "latency", "problems", "max_new_tokens")},
-            "iteration": best["iteration"], "dev": best["dev"],
-            "minutes": sum(row["seconds"] for row in log) / 60,
+    made = {"config": asdict(config), "lam": lambda_of(config, settled["llm_ms"]),
+            **{name: settled[name] for name in ("slm", "llm", "latency", "problems", "max_new_tokens", "r2r",
+                                                "router", "nets_ms")},
+            **calibrated, "iteration": best["iteration"], "dev": best["dev"], "minutes": seconds / 60,
             "curve": [[row["iteration"], row["reward"], row["accuracy"], row["llm_share"], row["latency_ms"]]
                       for row in log],
             **provenance(config.seed, config.dev, task.device, task.dtype)}

@@ -266,35 +266,75 @@ def where_time_goes(calls: Sequence[rstitch.Call], models) -> dict[str, float]:
     return parts
 
 
-def asked(router, calls: Sequence[rstitch.Call], vocab: int) -> int:
+def asked(router, calls: Sequence[rstitch.Call], vocab: int) -> dict[str, int]:
     """How often a router's nets are asked about an answer: R2R's at every token of the SLM, R-Stitch+'s above
     its tau and, where it has a second one to hand back, at every token of the LLM."""
+    written = [sum(call.model == model for call in calls) for model in (rstitch.SLM, rstitch.LLM)]
     if isinstance(router, rstitch.PolicyRouter):
-        back = sum(call.model == rstitch.LLM for call in calls) if router.back is not None else 0
-        return back + sum(call.model == rstitch.SLM and call.entropy > router.rule.tau * math.log(vocab)
-                          for call in calls)
-    return sum(call.model == rstitch.SLM for call in calls) if isinstance(router, rstitch.R2RRouter) else 0
+        over = sum(call.model == rstitch.SLM and call.entropy > router.rule.tau * math.log(vocab)
+                   for call in calls)
+        return {"call": over, "back": written[rstitch.LLM] if router.back is not None else 0}
+    return {"call": written[rstitch.SLM] if isinstance(router, rstitch.R2RRouter) else 0}
 
 
-def summarise(task: Task, solved: list[dict], router=None) -> dict:
-    """Figures of answers: fitted latency at batch 1, where that goes, how often the router's net was asked
-    (means), and what became of every problem, [right, tokens, LLM tokens, ms]."""
+def answer_ms(calls: Sequence[rstitch.Call], models, vocab: int, router=None,
+              nets_ms: dict[str, float] | None = None) -> float:
+    """Fitted latency of an answer at batch 1; with nets_ms, what a decision of each net takes, that of the
+    router's nets too."""
+    nets = asked(router, calls, vocab) if nets_ms else {}
+    return (rstitch.trajectory_latency(calls, *models)
+            + sum(nets_ms[name] * times for name, times in nets.items() if times))
+
+
+def decision_ms(task: Task, routers: dict[str, object], n: int) -> dict[str, dict[str, float]]:
+    """Milliseconds that one decision of a router's nets takes at batch 1, where it is made: medians over the
+    answers to calibration problems, routers in turn. By router, then "call" or "back"."""
+    slm, llm, tokenizer, _ = task.load()
+    times = {name: {"call": [], "back": []} for name in routers}
+
+    def timed(decide: Callable, into: list[float]) -> Callable:
+        def decide_timed(*args):
+            start = now(slm.device)
+            out = decide(*args)
+            into.append(1e3 * (now(slm.device) - start))
+            return out
+        return decide_timed
+
+    for name, router in routers.items():
+        policy = isinstance(router, rstitch.PolicyRouter)
+        method = "decide" if policy else "leave_slm"
+        setattr(router, method, timed(getattr(router, method), times[name]["call"]))
+        if policy and router.back is not None:
+            router.back.decide = timed(router.back.decide, times[name]["back"])
+    for problem in task.split("calibration", n):
+        ids, _ = encode_problems(tokenizer, [problem], task)
+        for router in routers.values():
+            rstitch.stitch(slm, llm, ids, router, max_new_tokens=task.max_new_tokens, seed=SEED)
+    return {name: {net: float(np.median(ms or 0.0)) for net, ms in by_net.items()}
+            for name, by_net in times.items()}
+
+
+def summarise(task: Task, solved: list[dict], router=None, nets_ms: dict[str, float] | None = None) -> dict:
+    """Figures of answers: fitted latency at batch 1, with nets_ms that of the router's nets too, where the
+    models' goes, how often the nets were asked (means), and what became of every problem, [right, tokens,
+    LLM tokens, ms]."""
     models, vocab = task.latencies(), common_vocab(task.load())
-    ms = [round(rstitch.trajectory_latency(s["calls"], *models), 2) for s in solved]
+    ms = [round(answer_ms(s["calls"], models, vocab, router, nets_ms), 2) for s in solved]
     spent = [where_time_goes(s["calls"], models) for s in solved]
     return {**describe(solved), "latency_ms": float(np.mean(ms)),
             "spent_ms": {part: float(np.mean([one[part] for one in spent])) for part in spent[0]},
-            "asked": float(np.mean([asked(router, s["calls"], vocab) for s in solved])),
+            "asked": float(np.mean([sum(asked(router, s["calls"], vocab).values()) for s in solved])),
             "outcomes": [[int(s["correct"]), s["tokens"], s["llm_tokens"], x] for s, x in zip(solved, ms)],
             **provenance(SEED, len(solved), task.device, task.dtype)}
 
 
-def measure(task: Task, router, split: str, n: int, pair=None) -> dict:
+def measure(task: Task, router, split: str, n: int, pair=None,
+            nets_ms: dict[str, float] | None = None) -> dict:
     """One router over the first n problems of a split, greedy. `pair` takes the place of the task's."""
     solved = solve(pair or task.load(), task.split(split, n), router, batch_size=task.rows, seed=SEED,
                    progress=False, max_new_tokens=task.max_new_tokens,
                    settings=task)
-    return summarise(task, solved, router)
+    return summarise(task, solved, router, nets_ms)
 
 
 def wall_clock(task: Task, routers: dict[str, object], n: int,
