@@ -1769,6 +1769,53 @@ def test_a_sampled_policy_records_what_training_needs_whatever_the_batch():
     assert not router.decisions[0].state[0].is_inference()  # or nothing could be trained on it
 
 
+@torch.no_grad()
+def test_r2rs_net_can_be_the_policy():
+    """Asked above tau 0 it calls as R2RRouter does, which hands back after one token; sampled, it keeps of
+    the logits the ten that it reads, and its log-probabilities are those of what it keeps."""
+    slm, llm, (ids, mask) = tiny("Qwen2", 1), tiny("Llama", 2), prompts([3, 9, 5, 4])
+    torch.manual_seed(0)
+    net = rstitch.R2RNet(32, slm.get_input_embeddings(), top_k=10, width=16, blocks=1).eval()
+    options = dict(attention_mask=mask, max_new_tokens=30, eos_token_id=[])
+    scores = []
+
+    class Spy(rstitch.R2RRouter):
+        def leave_slm(self, step):
+            scores.extend(self.net(step.hidden, step.logits, step.token).sigmoid().tolist())
+            return super().leave_slm(step)
+
+    stitch(slm, llm, ids, Spy(net, 2.0), **options)
+    middle = float(np.median(scores)) + 1e-6  # between two scores
+    r2r = stitch(slm, llm, ids, rstitch.R2RRouter(net, middle), **options)
+    plus = stitch(slm, llm, ids, rstitch.PolicyRouter(net, 0.0, tau_back=1.0, threshold=middle), **options)
+    assert plus.calls == r2r.calls and 0 < (plus.source == rstitch.LLM).float().mean() < 1
+    router = rstitch.PolicyRouter(net, 0.3, seed=5, back=spread_policy(), tau_back=0.9)
+    out = stitch(slm, llm, ids, router, seed=1, **options)
+    for decisions, policy in ((router.decisions, net), (router.back.decisions, router.back.policy)):
+        state = [torch.cat(part) for part in zip(*(d.state for d in decisions))]
+        leave, logp = (torch.cat(part) for part in zip(*((d.action, d.logp) for d in decisions)))
+        torch.testing.assert_close(logp, rstitch.log_probability(policy(*state), leave))
+        model = SLM if policy is net else rstitch.LLM
+        places = {(row, t) for d in decisions for row, t in zip(d.rows, d.position)}
+        assert places == {(b, c.position) for b, calls in enumerate(out.calls) for c in calls
+                          if c.model == model and (model or c.entropy / math.log(VOCAB) > 0.3)}
+    assert router.decisions[0].state[1].shape[1] == 10
+
+
+def test_a_second_policy_has_a_threshold_of_its_own():
+    """p = 0.3 everywhere: at 0.25 the LLM hands back after each of 30 tokens, and is called for each; at 0.35
+    it is called once."""
+    slm, llm, (ids, mask) = tiny("Qwen2", 1), tiny("Llama", 2), prompts([3, 9, 5, 4])
+    for threshold, switches in ((0.25, 59), (0.35, 1)):
+        router = rstitch.PolicyRouter(rstitch.Policy(32, start=0.9), 0.0, back=rstitch.Policy(32, start=0.3),
+                                      threshold_back=threshold)
+        out = stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=30, eos_token_id=[])
+        assert {call.model for kept in out.kept for call in kept} == {rstitch.LLM}
+        assert [rstitch.count_switches(calls) for calls in out.calls] == [switches] * 4
+    with pytest.raises(ValueError, match="threshold_back=0.9: expected a policy `back`"):
+        rstitch.PolicyRouter(rstitch.Policy(32), 0.0, threshold_back=0.9)
+
+
 def test_a_policy_of_another_hidden_size_is_refused():
     with pytest.raises(ValueError, match="hidden has 32 features: this policy was made for an SLM of hidden "
                        "size 16"):

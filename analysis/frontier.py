@@ -21,11 +21,13 @@ from scipy.special import expit
 
 import rstitch
 from analysis.instruments.options import add_options, given
+from analysis.instruments.rows import read_rows
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import (
     bootstrap,
     frontier_gap,
     gap_with_interval,
+    net_time,
     outcomes_of,
     ratio_of_means,
     signed,
@@ -61,6 +63,8 @@ ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"),
     ("hidden-only", "no-entropy"),
+    *((f"labels-{part}", "labels-kappa0.35-seed0") for part in ("cold", "no-rewards", "answers",
+                                                                "uncalibrated")),
     *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none",
                                 "advantages-std", "dynamic-accuracy"))]
 
@@ -89,7 +93,8 @@ def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> 
     router = (policy_of(task, name) if kind == "policy" else FIXED[name] if kind == "fixed"
               else rstitch.RandomRouter(p, seed=SEED))
     nets_ms = made(task, name).get("nets_ms") if kind == "policy" else None
-    return {"kind": kind, "name": name, "p": p, **measure(task, router, "test", n, nets_ms=nets_ms)}
+    return {"kind": kind, "name": name, "p": p, "nets_ms": nets_ms,
+            **measure(task, router, "test", n, nets_ms=nets_ms)}
 
 
 def calibrated_row(task: Task, name: str, n: int) -> dict:
@@ -192,33 +197,73 @@ def show(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def by_clock(wall: dict, rows: list[dict], name: str) -> np.ndarray:
+    """(problems, 2): right or wrong, and milliseconds by the clock, of a method that was timed."""
+    right = next(r["outcomes"] for r in rows if r["name"] == name and r["kind"] in ("policy", "fixed"))
+    return np.array([(o[0], ms) for o, ms in zip(right, wall["ms"][name])], float)
+
+
+def gap_by_clock(rows: list[dict], name: str) -> str:
+    """Gap of a policy against the fixed rules that were timed beside it, mixtures too."""
+    wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
+    if wall is None or name not in wall["ms"]:
+        return ""
+    rules = [by_clock(wall, rows, rule) for rule in wall["ms"] if rule in FIXED]
+    gap = gap_with_interval(by_clock(wall, rows, name)[None], np.array(rules), mixtures=True)
+    return signed([100 * x for x in gap])
+
+
 def recipes(rows: list[dict]) -> str:
     """R-Stitch+ by kappa, mean over seeds, as the results page has it."""
     by = {(r["kind"], r["name"]): r for r in rows}
     fixed = outcomes_of([r for r in rows if r["kind"] == "fixed"])
-    wall = by.get(("wall-clock", "wall-clock"), {"ms": {}})["ms"]
-    lines = ["| | right, % | LLM, % | tokens | fitted ms | wall-clock / LLM alone, seed 0 | more right than "
-             "random, pp | gap, % [95 %] | against mixtures too |", "|---|---|---|---|---|---|---|---|---|"]
-    for kappa in KAPPAS:
-        for kind, title in (("policy", f"R-Stitch+, kappa {kappa}"),
-                            ("calibrated", "with its threshold set on calibration"),
-                            ("random", "random at the shares as trained")):
+    lines = ["| | right, % | LLM, % | tokens | fitted ms | more right than random, pp | gap, % [95 %] | "
+             "against mixtures too | by the clock, seed 0, mixtures too |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for kind, recipe, title in (
+            ("policy", "labels-kappa", "from labels"), ("policy", "kappa", "as in the paper"),
+            ("calibrated", "kappa", "as in the paper, threshold set on calibration"),
+            ("random", "labels-kappa", "random at the shares from labels"),
+            ("random", "kappa", "random at the shares as in the paper")):
+        for kappa in KAPPAS:
             seeds = [r for (k, name), r in sorted(by.items()) if k == kind
-                     and name.startswith(f"kappa{kappa}-seed")]
+                     and name.startswith(f"{recipe}{kappa}-seed")]
+            if not seeds:
+                continue
             outcomes = outcomes_of(seeds)
             gaps = [signed([100 * x for x in gap_with_interval(outcomes, fixed, mixtures)])
                     for mixtures in (False, True)]
-            ms = wall.get(seeds[0]["name"]) if kind == "policy" else None
             lead = [np.array(r["outcomes"], float)[:, 0] - np.array(by["random", r["name"]]["outcomes"],
                                                                     float)[:, 0]
                     for r in seeds if kind == "policy"]
             cells = [", ".join(f"{100 * r['accuracy']:.1f}" for r in seeds),
                      *(f"{np.mean([scale * r[k] for r in seeds]):.1f}"
                        for k, scale in (("llm_share", 100), ("tokens", 1), ("latency_ms", 1))),
-                     f"{np.mean(ms) / np.mean(wall['LLM alone']):.2f}" if ms else "",
                      signed([np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))]) if lead
-                     else "", *gaps]
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+                     else "", *gaps, gap_by_clock(rows, seeds[0]["name"]) if kind == "policy" else ""]
+            lines.append(f"| {title}, kappa {kappa} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def against_r2r(rows: list[dict], compared: list[dict]) -> str:
+    """Latency saved against R2R's runs at the same accuracy, the time of its net in them on average, by
+    recipe; R2R's runs and the models alone are the frontier."""
+    ms = next((r["ms"] for r in reversed(compared) if r["kind"] == "router times"), {})
+    runs = [r for r in compared if r["kind"] == "test" and r["family"] in ("R2R", "SLM alone", "LLM alone")]
+    n = min((len(r["outcomes"]) for r in (*runs, *rows) if "outcomes" in r), default=0)
+    if not any(r["family"] == "R2R" for r in runs) or not n:
+        return ""
+    frontier = outcomes_of(runs, n)
+    frontier[..., 1] += np.array([net_time(r, ms) for r in runs])[:, None]
+    lines = ["| | gap against R2R, % [95 %] | mixtures too |", "|---|---|---|"]
+    for kappa in KAPPAS:
+        seeds = [r for r in rows
+                 if r["kind"] == "policy" and r["name"].startswith(f"labels-kappa{kappa}-seed")]
+        if seeds:
+            gaps = [gap_with_interval(outcomes_of(seeds, n), frontier, mixtures)
+                    for mixtures in (False, True)]
+            lines.append(f"| from labels, kappa {kappa} | "
+                         + " | ".join(signed([100 * x for x in gap]) for gap in gaps) + " |")
     return "\n".join(lines)
 
 
@@ -263,7 +308,8 @@ def main() -> None:
         print("\nR-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as "
               "they are):", recipes(rows),
               "Ablations, one seed each (intervals over problems; they say nothing about other seeds):",
-              ablations(rows), sep="\n\n")
+              ablations(rows), against_r2r(rows, read_rows(task.needed("out") / "compare.jsonl")),
+              sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Training of R-Stitch+'s policies."""
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
+from scipy.special import expit
 
 import rstitch
 from analysis import train_policy
 from analysis.conftest import MODELS_MS, timed
 from analysis.instruments.rows import read_rows
+from analysis.instruments.stats import auroc
 from analysis.instruments.task import solve
 from analysis.pocket.domain import (
     problems,
@@ -18,13 +21,26 @@ from test_rstitch import DEVICES
 FAST = train_policy.Config(prompts=3, rollouts=2, iterations=3, dev_every=1, dev=4, width=8, minibatches=2)
 
 
-@pytest.mark.parametrize("hand_back", [False, True])
-def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, hand_back):
-    config = dataclasses.replace(FAST, hand_back=hand_back)
+LABELS = dict(net="r2r", warm=True, credit="branch", rollouts=1, forks=4, hand_back=True, tau=0.0005,
+              lr=1e-3)
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """A warm start that asks few problems, few times."""
+    monkeypatch.setattr(train_policy, "N_WARM", 4)
+    monkeypatch.setattr(train_policy, "COARSE", {"call": (-2.0, 2.0), "back": (0.0,)})
+
+
+@pytest.mark.parametrize("options", [{}, dict(hand_back=True), LABELS], ids=["paper", "hand back", "labels"])
+def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, little,
+                                                               options):
+    config = dataclasses.replace(FAST, **options)
+    warm = [-1] if config.warm else []
     train_policy.train(config, timed(tmp_path), tmp_path / "whole")
     saved, calls = train_policy.save_checkpoint, []
 
-    def killed(path, *args):  # after the second iteration was logged, before its checkpoint
+    def killed(path, *args):  # after the second row was logged, before its checkpoint
         calls.append(path.name)
         if calls.count("last.safetensors") == 2 and path.name == "last.safetensors":
             raise KeyboardInterrupt
@@ -41,7 +57,7 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
     timeless = lambda name: [{k: v for k, v in row.items() if k != "seconds"}
                              for row in read_rows(tmp_path / name / "log.jsonl")]  # noqa: E731
     assert timeless("whole") == timeless("parts")
-    assert [row["iteration"] for row in timeless("parts")] == [0, 1, 2]
+    assert [row["iteration"] for row in timeless("parts")] == [*warm, 0, 1, 2]
     untrained, trained = (train_policy.build_policies(config, timed(tmp_path)) for _ in range(2))
     assert train_policy.load_checkpoint(tmp_path / "whole" / "last.safetensors", trained) == 3
     moved = {name: not torch.equal(p, q)
@@ -51,6 +67,62 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
     with pytest.raises(ValueError,
                        match="whole holds .* other config: expected {'kappa': 0.35}, got {'kappa': 0.9}"):
         train_policy.train(dataclasses.replace(config, kappa=0.9), timed(tmp_path), tmp_path / "whole")
+
+
+def test_a_warm_start_is_r2rs_net_at_the_class_weight_that_earns_most(tmp_path, pocket, monkeypatch, little):
+    """Labels whose divergent tokens weigh w times as much move every logit by log w: of the two that are
+    tried the bias takes the one that earns more, and no other weight moves. Nothing is learned from rewards
+    where there is no iteration."""
+    monkeypatch.setattr(train_policy, "COARSE", {"call": (-2.0, 4.0), "back": (0.0,)})
+    task, config = timed(tmp_path), train_policy.Config(**LABELS, iterations=0, dev=4)
+    policies = train_policy.train(config, task, tmp_path / "run")
+    weights = rstitch.weights_of(task.path("router"), "router.safetensors")
+    own = {name: p.detach() for name, p in policies["call"].named_parameters()}
+    assert own.keys() == weights.keys()
+    assert [name for name in own if not torch.equal(own[name], weights[name])] == ["head.bias"]
+    moved = (weights["head.bias"] - own["head.bias"]).item()
+    earned = {}
+    price = train_policy.settled_price(config, task, tmp_path / "run")
+    for x in (-2.0, 4.0):
+        own["head.bias"].copy_(weights["head.bias"] - x)
+        earned[x] = train_policy.answer(task, task.split("dev", 4, 1),
+                                        train_policy.build_router(policies, config), price)[1].mean()
+    assert earned[-2.0] != earned[4.0] and moved == pytest.approx(max(earned, key=earned.get))
+
+
+def test_the_second_net_learns_where_the_first_would_call_again(tmp_path, pocket):
+    """On other problems, too, it would rather stay where the SLM's next token is discarded."""
+    task, config = timed(tmp_path), train_policy.Config(**LABELS, prompts=16)
+    policies = train_policy.build_policies(config, task)
+    policies["call"].load_state_dict(rstitch.weights_of(task.path("router"), "router.safetensors"))
+    train_policy.teach_back(policies, config, task)
+    router = train_policy.HandingBack(train_policy.build_router(policies, config))
+    solved = solve(pocket, task.split("dev", 12), router, progress=False)
+    kept = {(i, c.position): c.kept for i, s in enumerate(solved) for c in s["calls"]
+            if c.model == rstitch.SLM}
+    known = [(policies["back"](*state).item(), kept[row, t + 1]) for row, t, state in router.seen
+             if (row, t + 1) in kept]
+    assert len(known) > 50 and auroc([x for x, _ in known], [k for _, k in known]) > 0.8
+
+
+def test_a_policy_takes_the_thresholds_that_calibration_set(tmp_path, pocket, monkeypatch, little):
+    """Those that earned most; a threshold that is given, and sampling, do without them."""
+    monkeypatch.setattr(train_policy, "FINE", {"call": (-1.0, 1.0), "back": (-2.0, 2.0)})
+    monkeypatch.setattr(train_policy, "N_CALIBRATION", 5)
+    task = timed(tmp_path)
+    config = train_policy.Config(**LABELS, iterations=0, dev=4, calibrate=True, nets=True)
+    policies = train_policy.train(config, task, tmp_path / "run")
+    train_policy.export(config, task, policies, tmp_path / "run", tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "made.json").read_text())
+    best = {name: max(curve, key=lambda point: (point[1], -abs(point[0])))[0]
+            for name, curve in made["earned"].items()}
+    assert made["thresholds"] == {name: pytest.approx(expit(x)) for name, x in best.items()}
+    assert made["nets_ms"]["call"] > 0 and made["nets_ms"]["back"] > 0
+    load = lambda **options: rstitch.PolicyRouter.load(tmp_path / "out", *pocket[:2],  # noqa: E731
+                                                       **options)
+    own = load()
+    assert own.limit == pytest.approx(best["call"]) and own.back.limit == pytest.approx(best["back"])
+    assert load(threshold=0.5).limit == 0 and load(seed=1).limit == load(seed=1).back.limit == 0
 
 
 def test_an_exported_policy_routes_as_it_did_and_refuses_another_pair(tmp_path, pocket):
@@ -186,7 +258,11 @@ def test_rewards_with_and_without_the_gate():
     (dict(rollouts=1), "rollouts=1"), (dict(lam=-1e-3), "lam=-0.001"), (dict(kappa=-0.1), "kappa=-0.1"),
     (dict(tau=2.0), "tau=2.0"), (dict(prompts=0), "prompts=0"),
     (dict(scale="max"), "scale='max'"), (dict(dynamic="no"), "dynamic='no'"),
-    (dict(lr=float("nan")), "lr=nan"),
+    (dict(lr=float("nan")), "lr=nan"), (dict(iterations=0), "iterations=0"), (dict(forks=0), "forks=0"),
+    (dict(credit="group"), "credit='group': expected answer or branch"),
+    (dict(net="mlp"), "net='mlp': expected policy or r2r"),
+    (dict(warm=True), "warm=True with net='policy': expected r2r"),
+    (dict(credit="branch", rollouts=0), "rollouts=0"),
 ])
 def test_policy_runs_with_bad_options_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

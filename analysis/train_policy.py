@@ -116,6 +116,10 @@ class Config:
 # 256 dev problems:
 # (0.992 - 0.539) / (464.7 - 47.6 ms) x 464.7 ms.
 BREAK_EVEN = 0.505
+# The recipe that starts from labels; tau is the best of 0, 0.0005, 0.001 and 0.005 on dev.
+LABELS = Config(tau=0.0005, net="r2r", hand_back=True, warm=True, credit="branch", nets=True,
+                calibrate=True, prompts=64, rollouts=1, forks=512, iterations=6, epochs=1, minibatches=2,
+                lr=1e-4, dev_every=2)
 RUNS = {
     # BASE is the first
     **{f"kappa{kappa:g}-seed{seed}": Config(kappa=kappa, seed=seed) for kappa in (0.35, 0.1, 0.8)
@@ -128,6 +132,13 @@ RUNS = {
     "hand-back": Config(hand_back=True), "clip-symmetric": Config(eps_high=0.2),
     "advantages-none": Config(scale="none"),
     "advantages-std": Config(eps=1e-6), "dynamic-accuracy": Config(dynamic="accuracy"),
+    **{f"labels-kappa{kappa:g}-seed{seed}": replace(LABELS, kappa=kappa, seed=seed)
+       for kappa in (0.35, 0.1, 0.8) for seed in (0, 1, 2)},
+    # Each without one part. From nothing there is further to go.
+    "labels-cold": replace(LABELS, warm=False, lr=5e-3, iterations=32),
+    "labels-no-rewards": replace(LABELS, iterations=0),
+    "labels-answers": replace(LABELS, credit="answer", prompts=32, rollouts=8),
+    "labels-uncalibrated": replace(LABELS, calibrate=False),
 }
 
 
@@ -328,7 +339,7 @@ class HandingBack:
 
 def teach_back(policies, config: Config, task: Task) -> None:
     """Fit the second net to stay where the first would discard the SLM's next token, so that its labels serve
-    at hand-back, too: logistic regression on one batch of answers that hand back after every token."""
+    at hand-back, too: cross entropy on one batch of answers that hand back after every token."""
     router = HandingBack(build_router(policies, config))
     solved = solve(task.load(), task.split("router-train", 8 * config.prompts, config.seed), router,
                    progress=False, batch_size=task.rows, max_new_tokens=task.max_new_tokens, settings=task)
@@ -340,8 +351,9 @@ def teach_back(policies, config: Config, task: Task) -> None:
     state = [torch.cat(part) for part in zip(*(state for state, _ in known))]
     leave = torch.tensor([float(one) for _, one in known], device=state[0].device)
     net = policies["back"]
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    for _ in range(300):
+    # A few thousand tokens: without decay it would learn them by heart.
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1.0)
+    for _ in range(100):
         loss = torch.nn.functional.binary_cross_entropy_with_logits(net(*state), leave)
         optimizer.zero_grad()
         loss.backward()

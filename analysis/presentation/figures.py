@@ -498,8 +498,8 @@ PARTS = {
 
 def load_frontier() -> tuple[list[dict], list[dict]]:
     """(rows of fixed rules and policies, every run of the comparison on test problems), the newest of each.
-    `latency_ms` and the times of the outcomes get what a router's own net takes, on average; so does
-    `spent_ms`, as "router"."""
+    `latency_ms` and the times of the outcomes get what a router's own net takes, on average, where it is not
+    in them; so does `spent_ms`, as "router"."""
     methods = newest([r for r in read_rows(results("frontier.jsonl")) if r["kind"] != "wall-clock"],
                      ("kind", "name"), lambda r: "fixed" if r["kind"] == "fixed" else r["kind"] + r["name"])
     rows = read_rows(results("compare.jsonl"))
@@ -508,9 +508,10 @@ def load_frontier() -> tuple[list[dict], list[dict]]:
                   ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
     for r in (*methods, *runs):
         family = "R-Stitch+" if r["kind"] in ("policy", "calibrated") else r.get("family")
-        net = net_time(r | {"family": family}, net_ms)
+        counted = r["latency_ms"] - sum(r["spent_ms"].values()) if r.get("nets_ms") else None
+        net = net_time(r | {"family": family}, net_ms) if counted is None else 0.0
         r["latency_ms"] += net
-        r["spent_ms"]["router"] = net
+        r["spent_ms"]["router"] = net if counted is None else counted
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
     return methods, runs
 
@@ -694,7 +695,7 @@ def frontier_verdicts(claims: list[tuple[str, str, str, str]], frontier: list[di
     chosen = [c for c in policies if "kappa0.35" in c[0]] or policies
     if of(runs, "R2R"):
         at = f"R2R at {100 * nearest(runs, 'R2R', 0.1)['llm_share']:.1f} %"
-        chosen = [*chosen[:1], *(c for c in claims if c[0].startswith(at))]
+        chosen = [*chosen[:2], *(c for c in claims if c[0].startswith(at))]
         out.append(share_claim(runs, "R2R", "entropy, one token", 0.1, "better"))
     chosen += [c for c in claims if c[0].startswith("speculative")]
     return [*out, *(line(*c[:2], c[2:]) for c in chosen)]
