@@ -255,7 +255,7 @@ def against_r2r(rows: list[dict], compared: list[dict]) -> str:
         return ""
     frontier = outcomes_of(runs, n)
     frontier[..., 1] += np.array([net_time(r, ms) for r in runs])[:, None]
-    lines = ["| | gap against R2R, % [95 %] | mixtures too |", "|---|---|---|"]
+    lines = []
     for kappa in KAPPAS:
         seeds = [r for r in rows
                  if r["kind"] == "policy" and r["name"].startswith(f"labels-kappa{kappa}-seed")]
@@ -264,7 +264,8 @@ def against_r2r(rows: list[dict], compared: list[dict]) -> str:
                     for mixtures in (False, True)]
             lines.append(f"| from labels, kappa {kappa} | "
                          + " | ".join(signed([100 * x for x in gap]) for gap in gaps) + " |")
-    return "\n".join(lines)
+    head = ["| | gap against R2R, % [95 %] | mixtures too |", "|---|---|---|"]
+    return "\n".join(head + lines) if lines else ""
 
 
 def ablations(rows: list[dict]) -> str:
