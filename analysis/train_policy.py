@@ -1,7 +1,8 @@
 """R-Stitch+ on a pair: a policy that decides at each uncertain token whether the LLM is worth its time. DAPO.
 
     python -m analysis.train_policy kappa0.35-seed0        a run of RUNS; several names run in turn
-    python -m analysis.train_policy --name mine --kappa 0.2 --seed 7
+    python -m analysis.train_policy labels-kappa0.35-seed0
+    python -m analysis.train_policy --name mine --recipe labels --kappa 0.2 --seed 7
 
 Rows: log.jsonl of the run's folder of checkpoints; made.json beside the finished policy.
 Feeds: `analysis.frontier` and `analysis.compare`.
@@ -11,6 +12,11 @@ sampled, tokens greedy; rewards each answer with `rstitch.reward` of its fitted 
 steps on the DAPO loss of all decisions of that batch. The policy that answers dev problems with the best mean
 reward is kept. Everything random derives from the seed and the iteration, so a run that was killed goes on as
 if nothing had happened.
+
+That is the paper's recipe, as far as it is known. The other one, `labels-...`, joins both papers: the policy
+is R2R's net, which labels have taught which tokens matter; rewards teach what they are worth in time. It is
+asked at far more tokens, a second net decides when the LLM hands back, a decision's credit is what its two
+branches earn, the nets' own time counts, and thresholds are set on calibration problems in the end.
 """
 import argparse
 import hashlib
@@ -476,6 +482,9 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", help=f"names of RUNS: {', '.join(RUNS)}")
     parser.add_argument("--name", help="of a run with the options below")
+    parser.add_argument("--recipe", choices=["paper", "labels"],
+                        help="what --name changes: the paper's recipe, or the one that starts from R2R's "
+                             "router (default: paper)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(),
                         help="CPU threads (default: %(default)s)")
     parser.add_argument("--checkpoints", type=Path, default=FOLDER,
@@ -488,15 +497,14 @@ def main() -> None:
         task = Task(**given(args, Task))
         rstitch.check_count("--threads", args.threads)
         unknown = [name for name in args.run if name not in RUNS]
-        if unknown or bool(args.run) == bool(args.name) or args.run and changes:
+        if unknown or bool(args.run) == bool(args.name) or args.run and (changes or args.recipe):
             raise ValueError(f"run {unknown[0]!r} is not in RUNS" if unknown
                              else "expected names of RUNS, or --name with options, not both")
         target = task.needed("policies")
         task.load()
         torch.set_num_threads(args.threads)
-        for name, config in {name: RUNS[name]
-                             for name in args.run}.items() if args.run else [(args.name,
-                                                                              replace(Config(), **changes))]:
+        own = replace(LABELS if args.recipe == "labels" else Config(), **changes)
+        for name, config in [(name, RUNS[name]) for name in args.run] or [(args.name, own)]:
             policies = train(config, task, args.checkpoints / name)
             export(config, task, policies, args.checkpoints / name, target / name)
     except (ValueError, OSError) as error:
