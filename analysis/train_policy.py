@@ -124,8 +124,8 @@ class Config:
 BREAK_EVEN = 0.505
 # The recipe that starts from labels; tau is the best of 0, 0.0005, 0.001 and 0.005 on dev.
 LABELS = Config(tau=0.0005, net="r2r", hand_back=True, warm=True, credit="branch", nets=True,
-                calibrate=True, prompts=64, rollouts=1, forks=512, iterations=6, epochs=1, minibatches=2,
-                lr=1e-4, dev_every=2)
+                calibrate=True, prompts=64, rollouts=1, forks=512, iterations=9, epochs=1, minibatches=2,
+                lr=2e-4, dev_every=3)
 RUNS = {
     # BASE is the first
     **{f"kappa{kappa:g}-seed{seed}": Config(kappa=kappa, seed=seed) for kappa in (0.35, 0.1, 0.8)
