@@ -1,6 +1,11 @@
 """Answers as rows: their forward passes come back, a run that was killed goes on, a method that is none is
 refused."""
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,7 @@ from analysis.instruments.problems import question
 from analysis.instruments.rows import read_rows
 from analysis.instruments.task import SEED, Task, solve
 
+ROOT = Path(__file__).parent.parent
 METHODS = ["slm", "llm", "tau=0.001", "tau=0.02,back=1,window=3", "random=0.3"]
 
 
@@ -88,3 +94,15 @@ def test_answers_of_unlike_machines_are_not_put_together(tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "machine", lambda device: "this one")
     with pytest.raises(ValueError, match="1 answers were made on another kind of machine than this one"):
         answers.run(Task(max_new_tokens=3), ["slm"], "dev", 3, path)
+
+
+def test_ctrl_c_ends_with_a_line_and_keeps_the_rows(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    command = f"-m analysis.answers --methods llm --rows 2 --out {path}".split()
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not read_rows(path) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and told.endswith("stopped; what was written stays\n")
+    assert "Traceback" not in told and 1 <= len(read_rows(path)) < 300

@@ -63,7 +63,7 @@ def check_alone(what: str) -> None:
 
 
 def start(main: Callable[[], object], shared: bool = False) -> None:
-    """Run a module's main; under torchrun what is not shared work is refused."""
+    """Run a module's main; under torchrun what is not shared work is refused. Ctrl-C ends it with a line."""
     begin()
     spec = sys.modules["__main__"].__spec__
     if not shared:
@@ -71,4 +71,8 @@ def start(main: Callable[[], object], shared: bool = False) -> None:
             check_alone(f"python -m {spec.name}" if spec else sys.argv[0])
         except ValueError as error:
             sys.exit(str(error))
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; what was written stays", file=sys.stderr)
+        sys.exit(130)
