@@ -21,6 +21,7 @@ from scipy.special import expit
 
 import rstitch
 from analysis.instruments.options import add_options, given
+from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import read_rows
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import (
@@ -41,6 +42,7 @@ from analysis.instruments.task import (
     Task,
     common_vocab,
     cut_off,
+    decision_ms,
     digest_of,
     measure,
     wall_clock,
@@ -58,6 +60,7 @@ FIXED = {
        for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
+N_NETS = 20  # problems that the time of the nets is taken on
 KAPPAS = ("0.1", "0.35", "0.8")
 ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
@@ -87,12 +90,18 @@ def policy_of(task: Task, name: str, above: float | None = None) -> rstitch.Poli
                                      threshold=None if above is None else expit(above))
 
 
-def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None) -> dict:
-    """One method over the first n test problems, greedy. The nets' time counts where a policy was trained
-    with it."""
+def nets_row(task: Task, names: list[str]) -> dict:
+    """Milliseconds that a decision of each net of some policies takes, policies in turn."""
+    ms = decision_ms(task, {name: policy_of(task, name) for name in names}, N_NETS)
+    return {"kind": "router times", "name": "router times", "ms": ms,
+            **provenance(SEED, N_NETS, task.device, task.dtype)}
+
+
+def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None,
+           nets_ms: dict[str, float] | None = None) -> dict:
+    """One method over the first n test problems, greedy; with nets_ms the time of its nets counts."""
     router = (policy_of(task, name) if kind == "policy" else FIXED[name] if kind == "fixed"
               else rstitch.RandomRouter(p, seed=SEED))
-    nets_ms = made(task, name).get("nets_ms") if kind == "policy" else None
     return {"kind": kind, "name": name, "p": p, "nets_ms": nets_ms,
             **measure(task, router, "test", n, nets_ms=nets_ms)}
 
@@ -135,14 +144,24 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
 
     store = Rows(path, lambda row: (row["kind"], row["name"]),
-                 lambda key: {"made_with": marks.get(key)} | ({} if key[0] == "wall-clock" else {"n": n}))
+                 lambda key: {"made_with": marks.get(key)} | ({"n": n} if key[0] in ORDER else {}))
+
+    # Where a policy was trained with the time of its nets it counts, taken anew, side by side.
+    counted = [name for name in policies if made(task, name).get("nets_ms")]
+    marks["router times", "router times"] = digest_of(
+        task, *(task.path("policies") / name / "policy.safetensors" for name in counted))
+    ms = {}
+    if counted:
+        job = {("router times", "router times"): (nets_row, task, counted)}
+        ms = store.fill(job, 1, "router times")["router times", "router times"]["ms"]
 
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
         functions = {(kind, name): (calibrated_row, task, name, n) if kind == "calibrated"
                      else (row_of, task, kind, name, n, *p) for kind, name, *p in jobs}
         return store.fill(functions, workers, "methods")
 
-    rows = complete([("fixed", name) for name in FIXED] + [("policy", name) for name in policies])
+    rows = complete([("fixed", name) for name in FIXED]
+                    + [("policy", name, None, ms.get(name)) for name in policies])
     rows = complete([("random", name, rows["policy", name]["llm_share"]) for name in seeded]
                     + [("calibrated", name) for name in seeded if "thresholds" not in made(task, name)])
     if n_wall and ("wall-clock", "wall-clock") not in rows:
@@ -157,7 +176,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
 
 def show(rows: list[dict]) -> str:
     """Every method by accuracy, and the gaps."""
-    methods = [r for r in rows if r["kind"] != "wall-clock"]
+    methods = [r for r in rows if r["kind"] in ORDER]
     fixed = outcomes_of([r for r in methods if r["kind"] == "fixed"])
     points = fixed.mean(1)
     wall = next((r for r in rows if r["kind"] == "wall-clock"), None)

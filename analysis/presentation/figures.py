@@ -500,7 +500,8 @@ def load_frontier() -> tuple[list[dict], list[dict]]:
     """(rows of fixed rules and policies, every run of the comparison on test problems), the newest of each.
     `latency_ms` and the times of the outcomes get what a router's own net takes, on average, where it is not
     in them; so does `spent_ms`, as "router"."""
-    methods = newest([r for r in read_rows(results("frontier.jsonl")) if r["kind"] != "wall-clock"],
+    methods = newest([r for r in read_rows(results("frontier.jsonl"))
+                      if r["kind"] not in ("router times", "wall-clock")],
                      ("kind", "name"), lambda r: "fixed" if r["kind"] == "fixed" else r["kind"] + r["name"])
     rows = read_rows(results("compare.jsonl"))
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
