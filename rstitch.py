@@ -1563,7 +1563,7 @@ class Policy(torch.nn.Module):
     def forward(self, hidden: torch.Tensor, entropy: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """(n, D), (n,) nats, (n,) tokens -> (n,)"""
         if hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden has {hidden.shape[-1]} features: this policy was made for an SLM of "
+            raise ValueError(f"hidden has {hidden.shape[-1]} features: this policy was made for a model of "
                              f"hidden size {self.hidden_size}")
         x = [torch.nn.functional.layer_norm(hidden.float(), (self.hidden_size,))]
         x += [entropy.clamp(min=1e-6).log()[:, None]] if self.use_entropy else []
@@ -1608,17 +1608,24 @@ class PolicyRouter:
     appended to `decisions`. `back`, not in the paper, is a second policy: asked at every token of the LLM, on
     the LLM's hidden state, whether to hand back, above `threshold_back`; its decisions lie in
     `back.decisions` of the router. ValueError for thresholds as in EntropyRouter, for one other than 0.5 with
-    a seed, where draws are from the policy as it is, and for a threshold_back without `back`."""
+    a seed, where draws are from the policy as it is, for a threshold_back without `back` or a tau_back beside
+    it, and for a net whose dropout is on."""
 
     def __init__(self, policy: torch.nn.Module, tau: float, tau_back: float | None = None,
                  seed: int | None = None, threshold: float = 0.5, back: torch.nn.Module | None = None,
                  threshold_back: float = 0.5):
-        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
-            raise ValueError(f"threshold={threshold!r}: expected a probability in [0, 1]")
-        if seed is not None and threshold != 0.5:
-            raise ValueError(f"threshold={threshold!r} with seed={seed!r}: expected 0.5, actions are sampled")
+        for name, p, net in (("threshold", threshold, policy), ("threshold_back", threshold_back, back)):
+            if not (isinstance(p, Real) and 0 <= p <= 1):
+                raise ValueError(f"{name}={p!r}: expected a probability in [0, 1]")
+            if seed is not None and p != 0.5:
+                raise ValueError(f"{name}={p!r} with seed={seed!r}: expected 0.5, actions are sampled")
+            if net is not None and any(isinstance(m, torch.nn.Dropout) and m.training and m.p
+                                       for m in net.modules()):
+                raise ValueError("a net with dropout is in training mode: call .eval() first")
         if back is None and threshold_back != 0.5:
             raise ValueError(f"threshold_back={threshold_back!r}: expected a policy `back`, whose it is")
+        if back is not None and tau_back is not None:
+            raise ValueError(f"tau_back={tau_back!r} with a policy `back`: expected one of them")
         self.policy, self.seed = policy, seed
         self.rule = EntropyRouter(tau, tau_back=tau_back)
         with np.errstate(divide="ignore"):
@@ -1633,16 +1640,18 @@ class PolicyRouter:
     def load(cls, folder: Path | str, slm, llm, threshold: float | None = None,
              seed: int | None = None) -> "PolicyRouter":
         """The router that analysis.train_policy wrote into a folder for this pair of models, at the
-        thresholds that it was calibrated to, if it was, unless one is given or actions are sampled.
-        ValueError where there is none, or it was made for another pair."""
+        thresholds that it was calibrated to, if it was; `threshold` replaces that of the calls, sampling
+        both. ValueError where there is none, or it was made for another pair."""
         made, weights = made_of(folder, slm, llm), weights_of(folder, "policy.safetensors")
         nets = policy_nets(slm, llm, made["config"], made.get("r2r"))
         nets.load_state_dict(weights)
         nets.eval().requires_grad_(False)
         own = made.get("thresholds", {}) if seed is None else {}
-        return cls(nets["call"], made["config"]["tau"], made["config"]["tau_back"], seed,
-                   own.get("call", 0.5) if threshold is None else threshold,
-                   nets["back"] if "back" in nets else None, own.get("back", 0.5))
+        tau, tau_back, back = made["config"]["tau"], made["config"]["tau_back"], None
+        if made["config"]["hand_back"]:
+            tau_back, back = None, nets["back"]
+        threshold = own.get("call", 0.5) if threshold is None else threshold
+        return cls(nets["call"], tau, tau_back, seed, threshold, back, own.get("back", 0.5))
 
     def leave_llm(self, step: Step) -> torch.Tensor:
         return (self.rule.leave_llm(step) if self.back is None

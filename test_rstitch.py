@@ -1789,7 +1789,7 @@ def test_r2rs_net_can_be_the_policy():
     r2r = stitch(slm, llm, ids, rstitch.R2RRouter(net, middle), **options)
     plus = stitch(slm, llm, ids, rstitch.PolicyRouter(net, 0.0, tau_back=1.0, threshold=middle), **options)
     assert plus.calls == r2r.calls and 0 < (plus.source == rstitch.LLM).float().mean() < 1
-    router = rstitch.PolicyRouter(net, 0.3, seed=5, back=spread_policy(), tau_back=0.9)
+    router = rstitch.PolicyRouter(net, 0.3, seed=5, back=spread_policy())
     out = stitch(slm, llm, ids, router, seed=1, **options)
     for decisions, policy in ((router.decisions, net), (router.back.decisions, router.back.policy)):
         state = [torch.cat(part) for part in zip(*(d.state for d in decisions))]
@@ -1812,12 +1812,18 @@ def test_a_second_policy_has_a_threshold_of_its_own():
         out = stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=30, eos_token_id=[])
         assert {call.model for kept in out.kept for call in kept} == {rstitch.LLM}
         assert [rstitch.count_switches(calls) for calls in out.calls] == [switches] * 4
-    with pytest.raises(ValueError, match="threshold_back=0.9: expected a policy `back`"):
-        rstitch.PolicyRouter(rstitch.Policy(32), 0.0, threshold_back=0.9)
+    both = dict(policy=rstitch.Policy(32), tau=0.0, back=rstitch.Policy(32))
+    for options, message in ((both | dict(back=None, threshold_back=0.9), "threshold_back=0.9: expected a p"),
+                             (both | dict(threshold_back=2.0), "threshold_back=2.0: expected a probability"),
+                             (both | dict(threshold_back=0.9, seed=3), "threshold_back=0.9 with seed=3"),
+                             (both | dict(tau_back=0.7), "tau_back=0.7 with a policy `back`"),
+                             (both | dict(policy=r2r_net()), "a net with dropout is in training mode")):
+        with pytest.raises(ValueError, match=message):
+            rstitch.PolicyRouter(**options)
 
 
 def test_a_policy_of_another_hidden_size_is_refused():
-    with pytest.raises(ValueError, match="hidden has 32 features: this policy was made for an SLM of hidden "
+    with pytest.raises(ValueError, match="hidden has 32 features: this policy was made for a model of hidden "
                        "size 16"):
         stitch(tiny("Qwen2", 1), tiny("Llama", 2), IDS, rstitch.PolicyRouter(rstitch.Policy(16), 0.0),
                max_new_tokens=3)

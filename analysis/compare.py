@@ -314,7 +314,7 @@ def router_times(task: Task, n: int) -> dict:
     answers to calibration problems, routers in turn."""
     routers = {name: family.build(task, 0.0) for name, family in families_of(task).items() if family.needs}
     return {"kind": "router times", "family": None, "knob": None,
-            "ms": {name: ms["call"] for name, ms in decision_ms(task, routers, n).items()},
+            "ms": {name: ms.get("call", 0.0) for name, ms in decision_ms(task, routers, n).items()},
             **provenance(SEED, len(task.split("calibration", n)), task.device, task.dtype)}
 
 

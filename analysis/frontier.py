@@ -11,8 +11,11 @@ latency at its accuracy; positive is better than every fixed rule. A second, str
 too: which of two fixed rules answers a problem is drawn at random, so that every chord between two points can
 be had, and the frontier is their lower convex hull.
 
-A policy calls the LLM where its logit is above 0. Every policy is also run with the logit that earns the
-highest mean reward, at the price it was trained with, on calibration problems, as R2R's threshold is set.
+A policy calls the LLM where its logit is above 0, or above the threshold that its training has set on
+calibration problems. One without such a threshold is also run with the logit that earns the highest mean
+reward there, at the price it was trained with, as R2R's threshold is set; of several policies, those of a
+recipe with seeds. The time of its nets is in a policy's latency if it was trained with it; of the others
+notebook 4 adds it.
 """
 import argparse
 
@@ -74,9 +77,13 @@ ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
 
 def made_with(task: Task, kind: str, name: str) -> str:
     """Changes where a row of this kind and name has to be computed anew: with the task, and with a policy's
-    weights."""
-    return digest_of(task, *([task.path("policies") / name / "policy.safetensors"] if kind != "fixed"
-                             else []), also=f"{N_CALIBRATION} {ABOVE}" if kind == "calibrated" else "")
+    weights and thresholds."""
+    if kind == "fixed":
+        return digest_of(task)
+    also = f"{N_CALIBRATION} {ABOVE}" if kind == "calibrated" else ""
+    if (own := made(task, name).get("thresholds")):
+        also += f"{own}"
+    return digest_of(task, task.path("policies") / name / "policy.safetensors", also=also)
 
 
 def made(task: Task, name: str) -> dict:
@@ -106,16 +113,17 @@ def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None,
             **measure(task, router, "test", n, nets_ms=nets_ms)}
 
 
-def calibrated_row(task: Task, name: str, n: int) -> dict:
+def calibrated_row(task: Task, name: str, n: int, nets_ms: dict[str, float] | None = None) -> dict:
     """A policy over the first n test problems, calling the LLM above the logit that earns most on calibration
     problems."""
-    price = Price(made(task, name)["lam"], task.latencies(), common_vocab(task.load()))
+    by = made(task, name)
+    price = Price(by["lam"], task.latencies(), common_vocab(task.load()), by["config"]["gate"], nets_ms)
     chosen = task.split("calibration", N_CALIBRATION)
     curve = [[above, answer(task, chosen, policy_of(task, name, above), price)[2]["reward"]]
              for above in ABOVE]
     above = max(curve, key=lambda point: (point[1], -abs(point[0])))[0]
-    return {"kind": "calibrated", "name": name, "above": above, "curve": curve,
-            **measure(task, policy_of(task, name, above), "test", n)}
+    return {"kind": "calibrated", "name": name, "above": above, "curve": curve, "nets_ms": nets_ms,
+            **measure(task, policy_of(task, name, above), "test", n, nets_ms=nets_ms)}
 
 
 def timed_row(task: Task, names: list[str], n: int) -> dict:
@@ -138,25 +146,28 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
                           made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name)
                                                            for kind in ORDER if kind != "fixed"
                                                            for name in policies}
-    marks["wall-clock", "wall-clock"] = digest_of(task, *(task.path("policies") / name / "policy.safetensors"
-                                                          for name in policies), also=str(n_wall))
+    own = [str(made(task, name)["thresholds"]) for name in policies if "thresholds" in made(task, name)]
+    marks["wall-clock", "wall-clock"] = digest_of(
+        task, *(task.path("policies") / name / "policy.safetensors" for name in policies),
+        also=f"{n_wall}{''.join(own)}")
     seeded = [name for name in policies if "-seed" in name] or policies
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
 
+    ms: dict[str, dict] = {}  # of a decision of each net, by policy
     store = Rows(path, lambda row: (row["kind"], row["name"]),
-                 lambda key: {"made_with": marks.get(key)} | ({"n": n} if key[0] in ORDER else {}))
+                 lambda key: {"made_with": marks.get(key)} | ({"n": n} if key[0] in ORDER else {})
+                 | ({"nets_ms": ms.get(key[1])} if key[0] in ("policy", "calibrated") else {}))
 
     # Where a policy was trained with the time of its nets it counts, taken anew, side by side.
     counted = [name for name in policies if made(task, name).get("nets_ms")]
     marks["router times", "router times"] = digest_of(
         task, *(task.path("policies") / name / "policy.safetensors" for name in counted))
-    ms = {}
     if counted:
         job = {("router times", "router times"): (nets_row, task, counted)}
         ms = store.fill(job, 1, "router times")["router times", "router times"]["ms"]
 
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
-        functions = {(kind, name): (calibrated_row, task, name, n) if kind == "calibrated"
+        functions = {(kind, name): (calibrated_row, task, name, n, ms.get(name)) if kind == "calibrated"
                      else (row_of, task, kind, name, n, *p) for kind, name, *p in jobs}
         return store.fill(functions, workers, "methods")
 

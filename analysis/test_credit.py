@@ -109,6 +109,34 @@ def sampled(p: list[float]) -> rstitch.PolicyRouter:
     return router
 
 
+def test_a_fork_is_the_decision_with_its_own_state():
+    """Of both nets, over several calls; in the order of rows and positions, whatever shared a call."""
+    router = rstitch.PolicyRouter(rstitch.Policy(4), 0.0, seed=0, back=rstitch.Policy(4))
+
+    def decided(rows, positions, *states):
+        state = torch.tensor([[float(x)] for x in states]), torch.tensor(states)
+        return rstitch.Decisions(rows, positions, state, torch.tensor([True] * len(rows)),
+                                 torch.full((len(rows),), 0.5).log())
+
+    router.decisions += [decided([2, 0], [5, 1], 25, 1), decided([2, 1], [3, 7], 23, 17)]
+    router.back.decisions += [decided([1], [4], 114)]
+    forks = chosen_forks(router, 9, np.random.default_rng(0))
+    assert [(f.row, f.position, f.model, f.net) for f in forks] == [
+        (0, 1, 0, "call"), (1, 7, 0, "call"), (2, 3, 0, "call"), (2, 5, 0, "call"), (1, 4, 1, "back")]
+    assert [[x.flatten().tolist() for x in f.state] for f in forks] == [
+        [[1.0], [1]], [[17.0], [17]], [[23.0], [23]], [[25.0], [25]], [[114.0], [114]]]
+
+
+def test_each_fork_is_paid_for_its_own_branches():
+    """Forks of both nets in turn."""
+    policies = torch.nn.ModuleDict({"call": rstitch.Policy(4), "back": rstitch.Policy(4)})
+    state = torch.zeros(1, 4), torch.ones(1), torch.ones(1)
+    forks = [Fork(0, k, k % 2, ("call", "back")[k % 2], state) for k in range(4)]
+    call, back = train_policy.credit_of_forks(policies, forks, np.array([1.0, 2.0, 3.0, 4.0]))
+    assert (call.net, call.advantage.tolist()) == ("call", [1, 3, -1, -3])
+    assert (back.net, back.advantage.tolist()) == ("back", [2, 4, -2, -4])
+
+
 def test_forks_are_drawn_where_the_policy_is_undecided():
     """p (1 - p) is 0.25, 0.09, 0 and 0.25: the first of one draw is row 0 or 3 in 50 of 59 cases, row 2
     never."""

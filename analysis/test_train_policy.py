@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from scipy.special import expit
@@ -12,7 +13,7 @@ from analysis import train_policy
 from analysis.conftest import MODELS_MS, timed
 from analysis.instruments.rows import read_rows
 from analysis.instruments.stats import auroc
-from analysis.instruments.task import solve
+from analysis.instruments.task import asked, solve
 from analysis.pocket.domain import (
     problems,
 )
@@ -29,20 +30,23 @@ LABELS = dict(net="r2r", warm=True, credit="branch", rollouts=1, forks=4, hand_b
 def little(monkeypatch):
     """A warm start that asks few problems, few times."""
     monkeypatch.setattr(train_policy, "N_WARM", 4)
+    monkeypatch.setattr(train_policy, "N_TIMED", 1)
     monkeypatch.setattr(train_policy, "COARSE", {"call": (-2.0, 2.0), "back": (0.0,)})
 
 
-@pytest.mark.parametrize("options", [{}, dict(hand_back=True), LABELS], ids=["paper", "hand back", "labels"])
-def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, little,
-                                                               options):
+@pytest.mark.parametrize("options, saves", [({}, ["last", 2]), (dict(hand_back=True), ["best", 2]),
+                                            (LABELS, ["last", 1]), (LABELS, ["best", 2])])
+def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, little, options,
+                                                               saves):
+    """Killed before a checkpoint is written; `last` follows its row of the log, `best` precedes it."""
     config = dataclasses.replace(FAST, **options)
     warm = [-1] if config.warm else []
     train_policy.train(config, timed(tmp_path), tmp_path / "whole")
     saved, calls = train_policy.save_checkpoint, []
 
-    def killed(path, *args):  # after the second row was logged, before its checkpoint
-        calls.append(path.name)
-        if calls.count("last.safetensors") == 2 and path.name == "last.safetensors":
+    def killed(path, *args):
+        calls.append(path.stem)
+        if path.stem == saves[0] and calls.count(saves[0]) == saves[1]:
             raise KeyboardInterrupt
         saved(path, *args)
 
@@ -50,7 +54,7 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
     with pytest.raises(KeyboardInterrupt):
         train_policy.train(config, timed(tmp_path), tmp_path / "parts")
     monkeypatch.setattr(train_policy, "save_checkpoint", saved)
-    assert len(read_rows(tmp_path / "parts" / "log.jsonl")) == 2
+    assert len(read_rows(tmp_path / "parts" / "log.jsonl")) < 4
     train_policy.train(config, timed(tmp_path), tmp_path / "parts")
     for name in ("last.safetensors", "best.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
@@ -162,11 +166,11 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
 
     single = []  # (policy, state, call, old log-probability, advantage) of each decision whose group was kept
     for name, decisions in (("call", router.decisions), ("back", router.back.decisions)):
-        for d in decisions:
-            for i, row in enumerate(d.rows):
-                if keep[row // 3]:
-                    single.append((name, [x[i:i + 1] for x in d.state], d.action[i:i + 1], d.logp[i],
-                                   A[row // 3, row % 3]))
+        every = [(row, d, i) for d in decisions for i, row in enumerate(d.rows)]
+        for row, d, i in sorted(every, key=lambda one: one[0]):  # by rows, whatever shared a call
+            if keep[row // 3]:
+                single.append((name, [x[i:i + 1] for x in d.state], d.action[i:i + 1], d.logp[i],
+                               A[row // 3, row % 3]))
     naive, order = copy.deepcopy(policies), torch.randperm(len(single),
                                                            generator=torch.Generator().manual_seed(7))
     optimizer = torch.optim.SGD(naive.parameters(), lr=0.5)
@@ -227,6 +231,52 @@ def test_the_update_raises_what_was_rewarded(device):
     assert p[0] > 0.8 and p[1] < 0.2
 
 
+def test_a_batch_of_forks_is_paid_by_what_its_branches_earn(tmp_path, pocket, monkeypatch):
+    """What `iterate` hands on is, fork by fork, the reward of the branch that leaves less that of the other:
+    right answers less lambda times their fitted latency and the time of both nets."""
+    config, task = train_policy.Config(**LABELS, prompts=3, nets=True, kappa=0.8), timed(tmp_path)
+    price = train_policy.Price(0.001, MODELS_MS, 128, nets_ms={"call": 0.5, "back": 0.25})
+    seen, branches, credit = [], train_policy.branches, train_policy.credit_of_forks
+    monkeypatch.setattr(train_policy, "branches", lambda *a: seen.append(branches(*a)) or seen[-1])
+    monkeypatch.setattr(train_policy, "credit_of_forks", lambda *a: seen.append(a) or credit(*a))
+    policies = train_policy.build_policies(config, task)
+    policies["call"].load_state_dict(rstitch.weights_of(task.path("router"), "router.safetensors"))
+    optimizer = torch.optim.Adam(policies.parameters(), lr=1e-3)
+    train_policy.iterate(policies, optimizer, config, task, task.split("router-train", 3), price, 0)
+    pairs, (_, forks, worth) = seen
+
+    def earned(answer):
+        calls = answer["calls"]
+        over = sum(c.model == 0 and c.entropy > 0.0005 * np.log(128) for c in calls)
+        ms = rstitch.trajectory_latency(calls, *MODELS_MS) + 0.5 * over + 0.25 * sum(c.model for c in calls)
+        return answer["correct"] * (1 - 0.001 * ms)
+
+    assert len(forks) == len(pairs) == 4
+    assert worth == pytest.approx([earned(leave) - earned(stay) for stay, leave in pairs])
+    assert worth.any()
+
+
+def test_how_often_nets_are_asked_by_hand():
+    """log 128 = 4.852: above tau 0.5 are entropies over 2.43 nats."""
+    call = lambda model, H: rstitch.Call(model, 0, 1, 0, 5, H, True)  # noqa: E731
+    calls = [call(0, 2.4), call(0, 2.45), call(1, 3.0), call(0, 4.0), call(1, 0.1)]
+    plus = rstitch.PolicyRouter(rstitch.Policy(4), 0.5)
+    both = rstitch.PolicyRouter(rstitch.Policy(4), 0.5, back=rstitch.Policy(4))
+    r2r = rstitch.R2RRouter(rstitch.R2RNet(4, torch.nn.Embedding(128, 4), width=4, blocks=0).eval(), 0.5)
+    assert asked(plus, calls, 128) == {"call": 2, "back": 0} and asked(both, calls, 128)["back"] == 2
+    assert asked(r2r, calls, 128) == {"call": 3} and asked(rstitch.SLMOnly(), calls, 128) == {"call": 0}
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path, monkeypatch, capsys):
+    for options, name in (("--forks 3", "--forks"), ("--recipe labels --scale none", "--scale"),
+                          ("--recipe labels --tau-back 0.1", "--tau-back"),
+                          ("--lam 0.1 --kappa 1", "--kappa"), ("--net r2r --width 8", "--width")):
+        monkeypatch.setattr("sys.argv", ["train_policy", "--name", "x", *options.split()])
+        with pytest.raises(SystemExit):
+            train_policy.main()
+        assert f"{name} means nothing beside the other options" in capsys.readouterr().err
+
+
 def test_dynamic_sampling_by_hand():
     total = torch.tensor([[0.5, 0.6], [0.0, 0.0], [0.7, 0.7], [0.0, 0.7]])
     correct = total > 0
@@ -258,6 +308,8 @@ def test_rewards_with_and_without_the_gate():
     (dict(rollouts=1), "rollouts=1"), (dict(lam=-1e-3), "lam=-0.001"), (dict(kappa=-0.1), "kappa=-0.1"),
     (dict(tau=2.0), "tau=2.0"), (dict(prompts=0), "prompts=0"),
     (dict(scale="max"), "scale='max'"), (dict(dynamic="no"), "dynamic='no'"),
+    (dict(start=1.0), "start=1.0"), (dict(eps_low=2.0), "eps_low=2.0"),
+    (dict(eps_high=-1.0), "eps_high=-1.0"),
     (dict(lr=float("nan")), "lr=nan"), (dict(iterations=0), "iterations=0"), (dict(forks=0), "forks=0"),
     (dict(credit="group"), "credit='group': expected answer or branch"),
     (dict(net="mlp"), "net='mlp': expected policy or r2r"),

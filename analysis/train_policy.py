@@ -34,7 +34,7 @@ from scipy.special import expit
 
 import rstitch
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
-from analysis.instruments.credit import Fork, branches, chosen_forks, differences
+from analysis.instruments.credit import Fork, branches, chosen_forks, differences, gathered
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.problems import content_of
 from analysis.instruments.progress import progress
@@ -62,7 +62,8 @@ N_TIMED = 20  # problems that the time of the nets is taken on
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. Everything but the machine's rounding follows from it."""
+    """A training run. Everything but the machine's rounding follows from it, and what its nets take, which is
+    timed when it begins."""
 
     kappa: float = option(0.35, "lambda x mean latency of the LLM alone; what a second costs in the reward")
     lam: float = option(0.0, "lambda of the reward, in 1/ms; 0 takes it from kappa")
@@ -115,7 +116,17 @@ class Config:
                               ("net", ("policy", "r2r")), ("credit", ("answer", "branch"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {' or '.join(choices)}")
+        if not (0 < self.start < 1 and 0 <= self.eps_low <= 1 and 0 <= self.eps_high < float("inf")):
+            raise ValueError(f"start={self.start}, eps_low={self.eps_low}, eps_high={self.eps_high}: "
+                             "expected a probability inside (0, 1), one in [0, 1], and a number, 0 or more")
         rstitch.EntropyRouter(self.tau, tau_back=self.tau_back)
+
+    def unread(self) -> set[str]:
+        """The options that this run does not look at."""
+        small = self.net == "policy" or self.hand_back
+        return {*(("scale", "eps", "dynamic") if self.credit == "branch" else ("forks",)),
+                *(() if small else ("width", "start", "use_entropy", "use_context")),
+                *(("tau_back",) if self.hand_back else ()), *(("kappa",) if self.lam else ())}
 
 
 # Kappa at which latency costs what it buys between the SLM alone and the LLM alone (without the gate), on the
@@ -169,9 +180,9 @@ def build_router(policies, config: Config, seed: int | None = None,
                  limits: dict[str, float] | None = None) -> rstitch.PolicyRouter:
     """Sampling with a seed, else the likelier action, or leaving above other logits than 0."""
     thresholds = {name: float(expit(x)) for name, x in (limits or {}).items()}
-    return rstitch.PolicyRouter(policies["call"], config.tau, config.tau_back, seed,
-                                thresholds.get("call", 0.5), policies["back"] if config.hand_back else None,
-                                thresholds.get("back", 0.5))
+    back = dict(back=policies["back"], threshold_back=thresholds.get("back", 0.5)) if config.hand_back else {}
+    return rstitch.PolicyRouter(policies["call"], config.tau, None if back else config.tau_back, seed,
+                                thresholds.get("call", 0.5), **back)
 
 
 @dataclass(frozen=True)
@@ -220,12 +231,11 @@ def credit_of_answers(router, advantages: torch.Tensor, keep: torch.Tensor) -> l
     G, parts = advantages.shape[1], []
     asked = {"call": router.decisions} | ({"back": router.back.decisions} if router.back else {})
     for name, decisions in asked.items():
-        if decisions:
-            rows = torch.tensor([row for d in decisions for row in d.rows])
+        if d := gathered(decisions):
+            rows = torch.tensor(d.rows)
             use = keep[rows // G]
-            state = [torch.cat(part)[use] for part in zip(*(d.state for d in decisions))]
-            action, old = (torch.cat(part)[use] for part in zip(*((d.action, d.logp) for d in decisions)))
-            parts.append(Part(name, state, action, old.detach(), advantages.flatten()[rows][use].to(old)))
+            parts.append(Part(name, [x[use] for x in d.state], d.action[use], d.logp[use].detach(),
+                              advantages.flatten()[rows][use].to(d.logp)))
     return parts
 
 
@@ -275,10 +285,9 @@ def update(policies, optimizer, parts: list[Part], config: Config, generator) ->
     return {"decisions": total, "clipped": float(np.mean(clipped))}
 
 
-def answer(task: Task, todo, router, price: Price, rows: int | None = None,
-           **options) -> tuple[list[dict], np.ndarray, dict]:
+def answer(task: Task, todo, router, price: Price, **options) -> tuple[list[dict], np.ndarray, dict]:
     """Solve problems; (solved, reward of each, mean figures)."""
-    solved = solve(task.load(), todo, router, progress=False, batch_size=rows or task.rows,
+    solved = solve(task.load(), todo, router, progress=False, batch_size=task.rows,
                    max_new_tokens=task.max_new_tokens, settings=task, **options)
     total, latency = price(solved, router)
     tokens = sum(s["tokens"] for s in solved)
@@ -383,10 +392,10 @@ def iterate(policies, optimizer, config: Config, task: Task, todo: list, price: 
     for group in optimizer.param_groups:
         group["lr"] = config.lr * (1 - i / config.iterations)
     seed = int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
-    asked = range(i * config.prompts, (i + 1) * config.prompts)
-    batch = [todo[k % len(todo)] for k in asked for _ in range(config.rollouts)]
+    chosen = range(i * config.prompts, (i + 1) * config.prompts)
+    batch = [todo[k % len(todo)] for k in chosen for _ in range(config.rollouts)]
     router = build_router(policies, config, seed)
-    solved, total, row = answer(task, batch, router, price, len(batch), seed=seed)
+    solved, total, row = answer(task, batch, router, price, seed=seed)
     if config.credit == "branch":
         forks = chosen_forks(router, config.forks, np.random.default_rng(seed))
         greedy = build_router(policies, config)
@@ -504,7 +513,16 @@ def main() -> None:
         task.load()
         torch.set_num_threads(args.threads)
         own = replace(LABELS if args.recipe == "labels" else Config(), **changes)
-        for name, config in [(name, RUNS[name]) for name in args.run] or [(args.name, own)]:
+        if ignored := sorted(own.unread() & changes.keys()):
+            raise ValueError(f"--{ignored[0].replace('_', '-')} means nothing beside the other options of "
+                             "this run: leave it out")
+        runs = [(name, RUNS[name]) for name in args.run] or [(args.name, own)]
+        for _, config in runs:
+            r2r_sizes(config, task)
+        for split in ("router-train", "dev", *(["calibration"] if any(c.calibrate or c.nets for _, c in runs)
+                                               else [])):
+            task.split(split, 1)  # one that has no problem is told now
+        for name, config in runs:
             policies = train(config, task, args.checkpoints / name)
             export(config, task, policies, args.checkpoints / name, target / name)
     except (ValueError, OSError) as error:

@@ -52,13 +52,25 @@ class Forced:
         return self.forced(rstitch.LLM, step, self.router.leave_llm(step))
 
 
+def gathered(decisions: Sequence[rstitch.Decisions]) -> rstitch.Decisions | None:
+    """All decisions of a net in one, by row and position: whatever shared a call. None if there are none."""
+    if not decisions:
+        return None
+    rows, positions = [row for d in decisions for row in d.rows], [t for d in decisions for t in d.position]
+    order = sorted(range(len(rows)), key=lambda k: (rows[k], positions[k]))
+    state = tuple(torch.cat(part)[order] for part in zip(*(d.state for d in decisions)))
+    action, logp = (torch.cat(part)[order] for part in zip(*((d.action, d.logp) for d in decisions)))
+    return rstitch.Decisions([rows[k] for k in order], [positions[k] for k in order], state, action, logp)
+
+
 def chosen_forks(router: rstitch.PolicyRouter, n: int, rng: np.random.Generator) -> list[Fork]:
     """At most n of the decisions that a sampling router has taken, drawn in proportion to p (1 - p): the
-    undecided ones. With both actions learnt from, that gives the gradient of the expected reward."""
+    undecided ones. With both actions learnt from, that is about the direction of the policy gradient, either
+    action being worth what the router earns that goes on with likelier actions."""
     forks, p = [], []
     for net, model, decisions in (("call", rstitch.SLM, router.decisions),
                                   ("back", rstitch.LLM, router.back.decisions if router.back else [])):
-        for d in decisions:
+        if d := gathered(decisions):
             forks += [Fork(row, d.position[k], model, net, tuple(x[k:k + 1] for x in d.state))
                       for k, row in enumerate(d.rows)]
             p += d.logp.exp().tolist()

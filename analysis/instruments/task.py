@@ -288,29 +288,30 @@ def answer_ms(calls: Sequence[rstitch.Call], models, vocab: int, router=None,
 
 def decision_ms(task: Task, routers: dict[str, object], n: int) -> dict[str, dict[str, float]]:
     """Milliseconds that one decision of a router's nets takes at batch 1, where it is made: medians over the
-    answers to calibration problems, routers in turn. By router, then "call" or "back"."""
+    answers to calibration problems, routers in turn. By router, then "call" or "back". A policy leaves
+    wherever it is asked, so that both nets are asked often, whatever they say."""
     slm, llm, tokenizer, _ = task.load()
-    times = {name: {"call": [], "back": []} for name in routers}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in routers}
 
-    def timed(decide: Callable, into: list[float]) -> Callable:
+    def timed(decide: Callable, into: list[float], leave: bool) -> Callable:
         def decide_timed(*args):
             start = now(slm.device)
             out = decide(*args)
             into.append(1e3 * (now(slm.device) - start))
-            return out
+            return torch.ones_like(out) if leave else out
         return decide_timed
 
     for name, router in routers.items():
         policy = isinstance(router, rstitch.PolicyRouter)
         method = "decide" if policy else "leave_slm"
-        setattr(router, method, timed(getattr(router, method), times[name]["call"]))
+        setattr(router, method, timed(getattr(router, method), times[name].setdefault("call", []), policy))
         if policy and router.back is not None:
-            router.back.decide = timed(router.back.decide, times[name]["back"])
+            router.back.decide = timed(router.back.decide, times[name].setdefault("back", []), True)
     for problem in task.split("calibration", n):
         ids, _ = encode_problems(tokenizer, [problem], task)
         for router in routers.values():
             rstitch.stitch(slm, llm, ids, router, max_new_tokens=task.max_new_tokens, seed=SEED)
-    return {name: {net: float(np.median(ms or 0.0)) for net, ms in by_net.items()}
+    return {name: {net: float(np.median(ms)) for net, ms in by_net.items() if ms}
             for name, by_net in times.items()}
 
 
