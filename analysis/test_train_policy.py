@@ -112,9 +112,8 @@ def test_the_second_net_learns_where_the_first_would_call_again(tmp_path, pocket
 def test_a_policy_takes_the_thresholds_that_calibration_set(tmp_path, pocket, monkeypatch, little):
     """Those that earned most; a threshold that is given, and sampling, do without them."""
     monkeypatch.setattr(train_policy, "FINE", {"call": (-1.0, 1.0), "back": (-2.0, 2.0)})
-    monkeypatch.setattr(train_policy, "N_CALIBRATION", 5)
     task = timed(tmp_path)
-    config = train_policy.Config(**LABELS, iterations=0, dev=4, calibrate=True, nets=True)
+    config = train_policy.Config(**LABELS, iterations=0, dev=4, calibrate=True, calibration=5, nets=True)
     policies = train_policy.train(config, task, tmp_path / "run")
     train_policy.export(config, task, policies, tmp_path / "run", tmp_path / "out")
     made = json.loads((tmp_path / "out" / "made.json").read_text())
@@ -268,7 +267,8 @@ def test_how_often_nets_are_asked_by_hand():
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path, monkeypatch, capsys):
-    for options, name in (("--forks 3", "--forks"), ("--recipe labels --scale none", "--scale"),
+    for options, name in (("--forks 3", "--forks"), ("--calibration 9", "--calibration"),
+                          ("--recipe labels --scale none", "--scale"),
                           ("--recipe labels --tau-back 0.1", "--tau-back"),
                           ("--lam 0.1 --kappa 1", "--kappa"), ("--net r2r --width 8", "--width")):
         monkeypatch.setattr("sys.argv", ["train_policy", "--name", "x", *options.split()])
@@ -308,7 +308,8 @@ def test_rewards_with_and_without_the_gate():
     (dict(rollouts=1), "rollouts=1"), (dict(lam=-1e-3), "lam=-0.001"), (dict(kappa=-0.1), "kappa=-0.1"),
     (dict(tau=2.0), "tau=2.0"), (dict(prompts=0), "prompts=0"),
     (dict(scale="max"), "scale='max'"), (dict(dynamic="no"), "dynamic='no'"),
-    (dict(start=1.0), "start=1.0"), (dict(eps_low=2.0), "eps_low=2.0"),
+    (dict(calibration=0), "calibration=0"), (dict(start=1.0), "start=1.0"),
+    (dict(eps_low=2.0), "eps_low=2.0"),
     (dict(eps_high=-1.0), "eps_high=-1.0"),
     (dict(lr=float("nan")), "lr=nan"), (dict(iterations=0), "iterations=0"), (dict(forks=0), "forks=0"),
     (dict(credit="group"), "credit='group': expected answer or branch"),

@@ -56,7 +56,7 @@ FOLDER = CHECKPOINTS / "policies"
 ABOVE = tuple(np.linspace(-6, 6, 13).tolist())  # logits that are tried
 COARSE = {"call": ABOVE[::2], "back": ABOVE[::3]}
 FINE = {"call": ABOVE, "back": ABOVE[::3]}
-N_WARM = 128  # dev problems that choose the weight of a warm start
+N_WARM = 128  # of the dev problems, how many choose the weight of a warm start
 N_TIMED = 20  # problems that the time of the nets is taken on
 
 
@@ -99,11 +99,12 @@ class Config:
     forks: int = option(256, "decisions of a batch that are taken both ways; --credit branch")
     nets: bool = option(False, "the time of the nets counts as latency")
     calibrate: bool = option(False, "in the end, decision thresholds are set on calibration problems")
+    calibration: int = option(N_CALIBRATION, "problems that --calibrate takes")
     dev_every: int = option(4, "iterations between two evaluations on dev")
     dev: int = option(256, "dev problems of an evaluation")
 
     def __post_init__(self):
-        for name in ("prompts", "epochs", "minibatches", "width", "dev_every", "dev", "forks"):
+        for name in ("prompts", "epochs", "minibatches", "width", "dev_every", "dev", "forks", "calibration"):
             rstitch.check_count(name, getattr(self, name))
         rstitch.check_count("rollouts", self.rollouts, least=1 if self.credit == "branch" else 2)
         rstitch.check_count("iterations", self.iterations, least=0 if self.warm else 1)
@@ -124,7 +125,8 @@ class Config:
     def unread(self) -> set[str]:
         """The options that this run does not look at."""
         small = self.net == "policy" or self.hand_back
-        return {*(("scale", "eps", "dynamic") if self.credit == "branch" else ("forks",)),
+        return {*(() if self.calibrate else ("calibration",)),
+                *(("scale", "eps", "dynamic") if self.credit == "branch" else ("forks",)),
                 *(() if small else ("width", "start", "use_entropy", "use_context")),
                 *(("tau_back",) if self.hand_back else ()), *(("kappa",) if self.lam else ())}
 
@@ -381,7 +383,8 @@ def warm_start(policies, config: Config, task: Task, price: Price) -> None:
     policies["call"].load_state_dict(rstitch.weights_of(task.needed("router"), "router.safetensors"))
     if config.hand_back:
         teach_back(policies, config, task)
-    limits, _ = best_limits(policies, config, task, price, task.split("dev", N_WARM, 1), COARSE)
+    limits, _ = best_limits(policies, config, task, price, task.split("dev", min(N_WARM, config.dev), 1),
+                            COARSE)
     for name, net in policies.items():
         (net.head if name == "call" else net.mlp[-1]).bias.data -= limits[name]
 
@@ -468,7 +471,7 @@ def export(config: Config, task: Task, policies, folder: Path, target: Path) -> 
     begun, calibrated = time.perf_counter(), {}
     if config.calibrate:
         limits, curves = best_limits(policies, config, task, settled_price(config, task, folder),
-                                     task.split("calibration", N_CALIBRATION), FINE)
+                                     task.split("calibration", config.calibration), FINE)
         calibrated = {"thresholds": {name: float(expit(x)) for name, x in limits.items()}, "earned": curves}
     seconds = sum(row["seconds"] for row in log) + time.perf_counter() - begun
     evaluated = [row for row in log if "dev" in row]
