@@ -77,6 +77,7 @@ from rstitch_hf.inputs import (
     check_decision,
     check_fits,
     check_padding,
+    check_policies,
     check_scores,
     end_tokens,
     padding_token,
@@ -1614,18 +1615,7 @@ class PolicyRouter:
     def __init__(self, policy: torch.nn.Module, tau: float, tau_back: float | None = None,
                  seed: int | None = None, threshold: float = 0.5, back: torch.nn.Module | None = None,
                  threshold_back: float = 0.5):
-        for name, p, net in (("threshold", threshold, policy), ("threshold_back", threshold_back, back)):
-            if not (isinstance(p, Real) and 0 <= p <= 1):
-                raise ValueError(f"{name}={p!r}: expected a probability in [0, 1]")
-            if seed is not None and p != 0.5:
-                raise ValueError(f"{name}={p!r} with seed={seed!r}: expected 0.5, actions are sampled")
-            if net is not None and any(isinstance(m, torch.nn.Dropout) and m.training and m.p
-                                       for m in net.modules()):
-                raise ValueError("a net with dropout is in training mode: call .eval() first")
-        if back is None and threshold_back != 0.5:
-            raise ValueError(f"threshold_back={threshold_back!r}: expected a policy `back`, whose it is")
-        if back is not None and tau_back is not None:
-            raise ValueError(f"tau_back={tau_back!r} with a policy `back`: expected one of them")
+        check_policies(policy, threshold, back, threshold_back, tau_back, seed)
         self.policy, self.seed = policy, seed
         self.rule = EntropyRouter(tau, tau_back=tau_back)
         with np.errstate(divide="ignore"):

@@ -4,7 +4,7 @@ Bad input is told in one sentence that names the argument, its value and what is
 """
 import hashlib
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 
@@ -43,6 +43,23 @@ def check_arguments(router, slots: int | None, **functions) -> None:
             raise TypeError(f"{name}={function!r}: expected a function, or None")
     if slots is not None:
         check_count("slots", slots)
+
+
+def check_policies(policy, threshold, back, threshold_back, tau_back, seed: int | None) -> None:
+    """ValueError for thresholds that are no probabilities or do not fit the nets of a PolicyRouter and its
+    seed, and for a net whose dropout is on."""
+    for name, p, net in (("threshold", threshold, policy), ("threshold_back", threshold_back, back)):
+        if not (isinstance(p, Real) and 0 <= p <= 1):
+            raise ValueError(f"{name}={p!r}: expected a probability in [0, 1]")
+        if seed is not None and p != 0.5:
+            raise ValueError(f"{name}={p!r} with seed={seed!r}: expected 0.5, actions are sampled")
+        if net is not None and any(isinstance(m, torch.nn.Dropout) and m.training and m.p
+                                   for m in net.modules()):
+            raise ValueError("a net with dropout is in training mode: call .eval() first")
+    if back is None and threshold_back != 0.5:
+        raise ValueError(f"threshold_back={threshold_back!r}: expected a policy `back`, whose it is")
+    if back is not None and tau_back is not None:
+        raise ValueError(f"tau_back={tau_back!r} with a policy `back`: expected one of them")
 
 
 def check_scores(name: str, scores, logits: torch.Tensor) -> None:
