@@ -181,9 +181,9 @@ def test_the_figures_of_the_readme_are_the_committed_ones():
     """The real pair's right answers and shares, and its loss; all of the pocket pair's."""
     methods = real.world_of(figures.load_real())
     names = {"SLM alone": "slm", "LLM alone": "llm", "R-Stitch, tau 0.02": "tau=0.02",
-             "R-Stitch, tau 0.05": "tau=0.05", "random calls": "random"}
+             "R-Stitch, tau 0.005": "tau=0.005", "R-Stitch, tau 0.05": "tau=0.05", "random calls": "random"}
     rows = table(README, "## What came of it")
-    assert len(rows) == 5
+    assert len(rows) == 6
     for method, n, right, share, _ in rows:
         answers = methods[real.resolve(methods, names[method])]
         x = real.figures_of(answers)
