@@ -99,7 +99,10 @@ def test_answers_of_unlike_machines_are_not_put_together(tmp_path, monkeypatch):
 def test_ctrl_c_ends_with_a_line_and_keeps_the_rows(tmp_path):
     path = tmp_path / "answers.jsonl"
     command = f"-m analysis.answers --methods llm --rows 2 --out {path}".split()
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    # A job in the background, as a test run may be one, would hand on that SIGINT is ignored.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=heard) as process:
         while not read_rows(path) and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)

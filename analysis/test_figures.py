@@ -443,7 +443,7 @@ def real_pair_commands() -> list[list[str]]:
 HERE = {"SMALL": "slm", "LARGE": "llm", "JUDGE": "answer", "cuda": "cpu", "bfloat16": "float32", "8192": "10"}
 QUICK = {"latency": "--max-len 80 --rounds 2 --per-round 2", "frontier": "", "label": "", "figures": "",
          "train_r2r": "--width 8 --blocks 1 --top-k 5 --epochs 2",
-         "train_policy": "--iterations 4 --dev 4 --forks 8",
+         "train_policy": "--iterations 4 --dev 4",
          "collect": "--every 3 --sampled 20 --samples 3 --continued 2", "compare": "--judge answer"}
 
 

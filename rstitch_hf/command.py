@@ -30,7 +30,7 @@ from rstitch import (
     stitch,
 )
 from rstitch_hf.loading import check_question, encode, load_pair
-from rstitch_hf.ranks import begin, check_alone, world
+from rstitch_hf.ranks import begin, check_alone, end, world
 from rstitch_hf.serving import device_of
 
 POCKET = Path(__file__).parent.parent / "analysis" / "pocket" / "models"
@@ -301,5 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C; what was written stands on the screen
+    finally:
+        end()
     if built_in:
         print("\nEvery method on 200 problems, in a table, two minutes: python -m analysis.demo")

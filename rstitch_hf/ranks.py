@@ -56,6 +56,12 @@ def begin() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 
 
+def end() -> None:
+    """Take leave of the other ranks: a process that exits while their connections are open may be aborted."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def check_alone(what: str) -> None:
     """ValueError under torchrun for what one process does."""
     if world() > 1:
@@ -76,3 +82,5 @@ def start(main: Callable[[], object], shared: bool = False) -> None:
     except KeyboardInterrupt:
         print("\nstopped; what was written stays", file=sys.stderr)
         sys.exit(130)
+    finally:
+        end()
