@@ -50,7 +50,7 @@ from analysis.instruments.task import (
     measure,
     wall_clock,
 )
-from analysis.train_policy import ABOVE, RUNS, Price, answer
+from analysis.train_policy import ABOVE, N_TIMED, RUNS, Price, answer
 from rstitch_hf.ranks import start
 
 FIXED = {
@@ -63,7 +63,6 @@ FIXED = {
        for tau in (0.01, 0.02, 0.03, 0.05, 0.1) for back in (0.2, 1.0)},
     "SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
 }
-N_NETS = 20  # problems that the time of the nets is taken on
 KAPPAS = ("0.1", "0.35", "0.8")
 ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
@@ -75,20 +74,20 @@ ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
                                 "advantages-std", "dynamic-accuracy"))]
 
 
+def made(task: Task, name: str) -> dict:
+    """How a policy was made."""
+    return rstitch.made_of(task.path("policies") / name)
+
+
 def made_with(task: Task, kind: str, name: str) -> str:
     """Changes where a row of this kind and name has to be computed anew: with the task, and with a policy's
     weights and thresholds."""
     if kind == "fixed":
         return digest_of(task)
     also = f"{N_CALIBRATION} {ABOVE}" if kind == "calibrated" else ""
-    if (own := made(task, name).get("thresholds")):
+    if own := made(task, name).get("thresholds"):
         also += f"{own}"
     return digest_of(task, task.path("policies") / name / "policy.safetensors", also=also)
-
-
-def made(task: Task, name: str) -> dict:
-    """How a policy was made."""
-    return rstitch.made_of(task.path("policies") / name)
 
 
 def policy_of(task: Task, name: str, above: float | None = None) -> rstitch.PolicyRouter:
@@ -99,9 +98,9 @@ def policy_of(task: Task, name: str, above: float | None = None) -> rstitch.Poli
 
 def nets_row(task: Task, names: list[str]) -> dict:
     """Milliseconds that a decision of each net of some policies takes, policies in turn."""
-    ms = decision_ms(task, {name: policy_of(task, name) for name in names}, N_NETS)
+    ms = decision_ms(task, {name: policy_of(task, name) for name in names}, N_TIMED)
     return {"kind": "router times", "name": "router times", "ms": ms,
-            **provenance(SEED, N_NETS, task.device, task.dtype)}
+            **provenance(SEED, N_TIMED, task.device, task.dtype)}
 
 
 def row_of(task: Task, kind: str, name: str, n: int, p: float | None = None,

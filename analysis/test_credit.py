@@ -54,7 +54,7 @@ def test_a_branch_is_the_answer_that_differs_in_one_decision(pocket):
     options = dict(progress=False, max_new_tokens=60, seed=0)
     solved = solve(pocket, todo, router, **options)
     limit = 0.0005 * np.log(128)
-    forks = [Fork(i, call.position, call.model, "", ())
+    forks = [Fork(i, call.position, call.model, ())
              for i, s in enumerate(solved) for call in s["calls"]
              if call.model == rstitch.LLM or call.entropy > limit][::3]
     assert {fork.model for fork in forks} == {0, 1} and len(forks) > 20
@@ -131,7 +131,7 @@ def test_each_fork_is_paid_for_its_own_branches():
     """Forks of both nets in turn."""
     policies = torch.nn.ModuleDict({"call": rstitch.Policy(4), "back": rstitch.Policy(4)})
     state = torch.zeros(1, 4), torch.ones(1), torch.ones(1)
-    forks = [Fork(0, k, k % 2, ("call", "back")[k % 2], state) for k in range(4)]
+    forks = [Fork(0, k, k % 2, state) for k in range(4)]
     call, back = train_policy.credit_of_forks(policies, forks, np.array([1.0, 2.0, 3.0, 4.0]))
     assert (call.net, call.advantage.tolist()) == ("call", [1, 3, -1, -3])
     assert (back.net, back.advantage.tolist()) == ("back", [2, 4, -2, -4])
@@ -159,7 +159,7 @@ def test_the_better_branch_becomes_likelier():
     state's logit is -(A x 0.5 + (-A) x (-0.5)) / 4 = -A / 4."""
     policies = torch.nn.ModuleDict({"call": rstitch.Policy(4, 16)})
     states = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]])
-    forks = [Fork(i, 0, rstitch.SLM, "call", (states[i:i + 1], torch.ones(1), torch.full((1,), 100)))
+    forks = [Fork(i, 0, rstitch.SLM, (states[i:i + 1], torch.ones(1), torch.full((1,), 100)))
              for i in range(2)]
     part, = train_policy.credit_of_forks(policies, forks, np.array([0.5, -0.5]))
     assert part.action.tolist() == [True, True, False, False]

@@ -34,7 +34,7 @@ from scipy.special import expit
 
 import rstitch
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
-from analysis.instruments.credit import Fork, branches, chosen_forks, differences, gathered
+from analysis.instruments.credit import Fork, branches, chosen_forks, decisions_of, differences
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.problems import content_of
 from analysis.instruments.progress import progress
@@ -125,10 +125,11 @@ class Config:
     def unread(self) -> set[str]:
         """The options that this run does not look at."""
         small = self.net == "policy" or self.hand_back
-        return {*(() if self.calibrate else ("calibration",)),
-                *(("scale", "eps", "dynamic") if self.credit == "branch" else ("forks",)),
-                *(() if small else ("width", "start", "use_entropy", "use_context")),
-                *(("tau_back",) if self.hand_back else ()), *(("kappa",) if self.lam else ())}
+        read = ((self.credit == "answer", ("scale", "eps", "dynamic")), (self.credit == "branch", ("forks",)),
+                (small, ("width", "start", "use_entropy", "use_context")),
+                (not self.hand_back, ("tau_back",)), (not self.lam, ("kappa",)),
+                (self.calibrate, ("calibration",)))
+        return {name for there, names in read if not there for name in names}
 
 
 # Kappa at which latency costs what it buys between the SLM alone and the LLM alone (without the gate), on the
@@ -231,13 +232,11 @@ class Part(NamedTuple):
 def credit_of_answers(router, advantages: torch.Tensor, keep: torch.Tensor) -> list[Part]:
     """Every decision has its answer's advantage, as in the paper. advantages: (P, G), keep: (P,)."""
     G, parts = advantages.shape[1], []
-    asked = {"call": router.decisions} | ({"back": router.back.decisions} if router.back else {})
-    for name, decisions in asked.items():
-        if d := gathered(decisions):
-            rows = torch.tensor(d.rows)
-            use = keep[rows // G]
-            parts.append(Part(name, [x[use] for x in d.state], d.action[use], d.logp[use].detach(),
-                              advantages.flatten()[rows][use].to(d.logp)))
+    for name, d in decisions_of(router).items():
+        rows = torch.tensor(d.rows)
+        use = keep[rows // G]
+        parts.append(Part(name, [x[use] for x in d.state], d.action[use], d.logp[use].detach(),
+                          advantages.flatten()[rows][use].to(d.logp)))
     return parts
 
 

@@ -25,14 +25,21 @@ def recounted(prompt: int, calls: Sequence[rstitch.Call]) -> list[rstitch.Call]:
     return out
 
 
+NETS = ("call", "back")  # that decide when the SLM and when the LLM is left
+
+
 class Fork(NamedTuple):
     """A decision of an answer, to be taken both ways."""
 
     row: int  # whose answer
     position: int  # of its token
     model: int  # that was asked about
-    net: str  # "call" or "back"
     state: tuple[torch.Tensor, ...]  # what the net was shown, (1, ...) each
+
+    @property
+    def net(self) -> str:
+        """That was asked."""
+        return NETS[self.model]
 
 
 class Forced:
@@ -52,10 +59,14 @@ class Forced:
         return self.forced(rstitch.LLM, step, self.router.leave_llm(step))
 
 
-def gathered(decisions: Sequence[rstitch.Decisions]) -> rstitch.Decisions | None:
-    """All decisions of a net in one, by row and position: whatever shared a call. None if there are none."""
-    if not decisions:
-        return None
+def decisions_of(router: rstitch.PolicyRouter) -> dict[str, rstitch.Decisions]:
+    """What a sampling router's nets have decided, of each that was asked."""
+    found = {"call": router.decisions, "back": router.back.decisions if router.back else []}
+    return {net: gathered(decisions) for net, decisions in found.items() if decisions}
+
+
+def gathered(decisions: Sequence[rstitch.Decisions]) -> rstitch.Decisions:
+    """All decisions of a net in one, by row and position: whatever shared a call."""
     rows, positions = [row for d in decisions for row in d.rows], [t for d in decisions for t in d.position]
     order = sorted(range(len(rows)), key=lambda k: (rows[k], positions[k]))
     state = tuple(torch.cat(part)[order] for part in zip(*(d.state for d in decisions)))
@@ -68,12 +79,10 @@ def chosen_forks(router: rstitch.PolicyRouter, n: int, rng: np.random.Generator)
     undecided ones. With both actions learnt from, that is about the direction of the policy gradient, either
     action being worth what the router earns that goes on with likelier actions."""
     forks, p = [], []
-    for net, model, decisions in (("call", rstitch.SLM, router.decisions),
-                                  ("back", rstitch.LLM, router.back.decisions if router.back else [])):
-        if d := gathered(decisions):
-            forks += [Fork(row, d.position[k], model, net, tuple(x[k:k + 1] for x in d.state))
-                      for k, row in enumerate(d.rows)]
-            p += d.logp.exp().tolist()
+    for net, d in decisions_of(router).items():
+        forks += [Fork(row, d.position[k], NETS.index(net), tuple(x[k:k + 1] for x in d.state))
+                  for k, row in enumerate(d.rows)]
+        p += d.logp.exp().tolist()
     weight = np.multiply(p, np.subtract(1, p))
     n = min(n, np.count_nonzero(weight))
     picked = rng.choice(len(forks), n, replace=False, p=weight / weight.sum()) if n else []

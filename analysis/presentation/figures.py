@@ -509,10 +509,12 @@ def load_frontier() -> tuple[list[dict], list[dict]]:
                   ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
     for r in (*methods, *runs):
         family = "R-Stitch+" if r["kind"] in ("policy", "calibrated") else r.get("family")
-        counted = r["latency_ms"] - sum(r["spent_ms"].values()) if r.get("nets_ms") else None
-        net = net_time(r | {"family": family}, net_ms) if counted is None else 0.0
+        if r.get("nets_ms"):
+            r["spent_ms"]["router"] = r["latency_ms"] - sum(r["spent_ms"].values())
+            continue
+        net = net_time(r | {"family": family}, net_ms)
         r["latency_ms"] += net
-        r["spent_ms"]["router"] = net if counted is None else counted
+        r["spent_ms"]["router"] = net
         r["outcomes"] = [[*o[:3], o[3] + net] for o in r["outcomes"]]
     return methods, runs
 
