@@ -8,9 +8,11 @@ Rows: the file that --out names.
 Feeds: what is said of real pairs.
 
 A method is `slm`, `llm`, `random=P`, or `tau=T`, with `back=T` and `window=N` behind a comma:
-`tau=0.02,back=1` makes visits of one token. A row holds the tokens, who wrote each, its entropy, the
-proposals that were discarded, and whether the answer is right; `calls_of` makes the forward passes of it
-again. The problem's text is not kept. A run that was killed goes on with the answers that are missing.
+`tau=0.02,back=1` makes visits of one token. `r2r` and `policy` are the trained routers of --router and
+--policies at their own threshold, `r2r=T` and `policy=T` at another. A row holds the tokens, who wrote each,
+its entropy, the proposals that were discarded, and whether the answer is right; `calls_of` makes the forward
+passes of it again. The problem's text is not kept. A run that was killed goes on with the answers that are
+missing.
 """
 import argparse
 import hashlib
@@ -29,12 +31,37 @@ from analysis.instruments.task import SEED, Task, encode_problems, ends_of, grad
 from rstitch_hf.ranks import start
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
+# of the trained routers
+FOLDERS = {"r2r": lambda task: task.needed("router"),
+           "policy": lambda task: task.policy() or task.needed("policies")}
 
 
-def router_of(method: str):
-    """The router that a method names. ValueError for what names none."""
+def trained(method: str) -> tuple[str, float | None] | None:
+    """(name, threshold or None for its own) of a trained router; None for a method that is none. ValueError
+    for a threshold that is none."""
+    name, given, value = method.partition("=")
+    if name not in FOLDERS:
+        return None
+    try:
+        threshold = float(value) if given else None
+    except ValueError:
+        threshold = -1.0
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"--methods {method}: expected {name} or {name}=T, a threshold in [0, 1]")
+    return name, threshold
+
+
+def router_of(method: str, task: Task):
+    """The router that a method names. ValueError for what names none, or for a trained one that the task has
+    no folder of."""
     if method in ("slm", "llm"):
         return rstitch.SLMOnly() if method == "slm" else rstitch.LLMOnly()
+    if net := trained(method):
+        (name, threshold), (slm, llm, *_) = net, task.load()
+        if name == "policy":
+            return rstitch.PolicyRouter.load(FOLDERS[name](task), slm, llm, threshold=threshold)
+        router = rstitch.R2RRouter.load(FOLDERS[name](task), slm, llm)
+        return router if threshold is None else rstitch.R2RRouter(router.net, threshold)
     try:
         options = dict(part.split("=") for part in method.split(","))
         if options.keys() == {"random"}:
@@ -42,8 +69,17 @@ def router_of(method: str):
         return rstitch.EntropyRouter(**{KINDS[name][0]: KINDS[name][1](value)
                                         for name, value in options.items()})
     except (ValueError, KeyError) as error:
-        raise ValueError(f"--methods {method}: expected slm, llm, random=P or tau=T[,back=T][,window=N] "
-                         f"({error})") from None
+        raise ValueError(f"--methods {method}: expected slm, llm, random=P, r2r[=T], policy[=T] or "
+                         f"tau=T[,back=T][,window=N] ({error})") from None
+
+
+def net_of(method: str, task: Task) -> str | None:
+    """Tells one net from another; None for a method that has none."""
+    if not (net := trained(method)):
+        return None
+    folder = FOLDERS[net[0]](task)
+    files = *folder.glob("*.safetensors"), folder / "made.json"  # which holds its own threshold
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def row_of(calls: Sequence[rstitch.Call]) -> dict:
@@ -102,7 +138,9 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
     seeds = rstitch.row_seeds(SEED, len(chosen))
 
     named = ("method", "problem", "sample", "question")
-    store = Rows(path, lambda row: tuple(row[name] for name in named), lambda key: world)
+    nets = {method: net_of(method, task) for method in methods}
+    store = Rows(path, lambda row: tuple(row[name] for name in named),
+                 lambda key: world | {"net": nets.get(key[0])})
     keys = {method: [(method, i // samples, i % samples, one) for i, one in enumerate(digests)]
             for method in methods}
     changed = False
@@ -116,7 +154,7 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
                             **provenance(SEED, n, task.device, task.dtype)})
 
         if todo:
-            answer(task, router_of(method), [chosen[i] for i in todo], [seeds[i] for i in todo], save,
+            answer(task, router_of(method, task), [chosen[i] for i in todo], [seeds[i] for i in todo], save,
                    temperature, method)
         changed = changed or bool(todo)
     have = store.settle([key for method in methods for key in keys[method]], changed)
@@ -156,7 +194,7 @@ def main() -> None:
         for name in ("n", "samples"):
             rstitch.check_count(f"--{name}", getattr(args, name))
         for method in args.methods:
-            router_of(method)
+            router_of(method, task)
         if not args.out:
             raise ValueError("--out is missing: expected a file for the rows")
         rows = run(task, args.methods, args.split, args.n, Path(args.out), args.temperature, args.samples)

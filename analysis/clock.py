@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import rstitch
-from analysis.answers import digest, router_of
+from analysis.answers import digest, net_of, router_of
 from analysis.compare import assisted, generated
 from analysis.instruments.options import add_options, given
 from analysis.instruments.problems import PARTS
@@ -52,7 +52,7 @@ def ways(task: Task, methods: Sequence[str], lms: Sequence[rstitch.CachedLM]) ->
 
     others = {"generate": lambda ids: (generated(pair, ids, limit), 1.0),
               "assisted": lambda ids: (assisted(pair, ids, limit)[0], None)}
-    return {name: others[name] if name in others else stitched(router_of(name)) for name in methods}
+    return {name: others[name] if name in others else stitched(router_of(name, task)) for name in methods}
 
 
 def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path) -> list[dict]:
@@ -63,7 +63,9 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path) -> l
     longest = max(REFERENCE[1] + 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens)
     world = made_by(task) | {"machine": machine(task.device), "split": split,
                              "threads": torch.get_num_threads()}
-    store = Rows(path, lambda row: (row["method"], row["problem"], row["question"]), lambda key: world)
+    nets = {method: net_of(method, task) for method in methods}
+    store = Rows(path, lambda row: (row["method"], row["problem"], row["question"]),
+                 lambda key: world | {"net": nets.get(key[0])})
     keys = [(name, i, digest(problem)) for i, problem in enumerate(chosen)
             for name in rotated(list(methods), i)]
     todo = store.missing(keys)
@@ -144,7 +146,7 @@ def main() -> None:
         rstitch.check_count("--n", args.n)
         for method in args.methods:
             if method not in OTHERS:
-                router_of(method)
+                router_of(method, task)
         if len(set(args.methods)) < len(args.methods):
             raise ValueError(f"--methods {' '.join(args.methods)}: expected each once")
         if not args.out:

@@ -1,6 +1,8 @@
 """Answers as rows: their forward passes come back, a run that was killed goes on, a method that is none is
 refused."""
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,14 @@ from analysis.instruments.rows import read_rows
 from analysis.instruments.task import SEED, Task, solve
 
 ROOT = Path(__file__).parent.parent
-METHODS = ["slm", "llm", "tau=0.001", "tau=0.02,back=1,window=3", "random=0.3"]
+METHODS = ["slm", "llm", "tau=0.001", "tau=0.02,back=1,window=3", "random=0.3", "r2r", "policy=0.4"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_calls_of_gives_back_every_forward_pass(method):
     """All fields as stitch told them; entropies to the four digits that a row keeps."""
-    task, router = Task(), answers.router_of(method)
+    task = Task()
+    router = answers.router_of(method, task)
     for solved in solve(task.load(), task.split("dev", 6), router, seed=SEED, progress=False):
         back = answers.calls_of(json.loads(json.dumps(answers.row_of(solved["calls"]))))
         assert [call[:5] + call[6:] for call in back] == [call[:5] + call[6:] for call in solved["calls"]]
@@ -75,10 +78,42 @@ def test_an_answer_that_the_limit_cut_off_says_so(tmp_path):
     assert all(not r["finished"] and not r["correct"] and len(r["tokens"]) == 4 for r in rows)
 
 
-@pytest.mark.parametrize("method", ["", "tau", "tau=2", "tau=x", "back=1,speed=3", "random=1.5", "entropy"])
+@pytest.mark.parametrize("method", ["", "tau", "tau=2", "tau=x", "back=1,speed=3", "random=1.5", "entropy",
+                                    "r2r,back=1"])
 def test_a_method_that_is_none_is_refused_in_one_sentence(method):
-    with pytest.raises(ValueError, match=r"^--methods .*: expected slm, llm, random=P or tau=T"):
-        answers.router_of(method)
+    with pytest.raises(ValueError, match=r"^--methods .*: expected slm, llm, random=P, r2r\[=T\], policy"):
+        answers.router_of(method, Task())
+
+
+@pytest.mark.parametrize("method", ["r2r=2", "r2r=x", "policy=", "policy=nan"])
+def test_a_threshold_that_is_none_is_refused(method):
+    with pytest.raises(ValueError, match=f"^--methods {method}: expected .*=T, a threshold in"):
+        answers.router_of(method, Task())
+
+
+def test_trained_routers_stand_at_their_own_threshold_or_another():
+    task = Task()
+    own = rstitch.R2RRouter.load(task.path("router"), *task.load()[:2]).threshold
+    assert answers.router_of("r2r", task).threshold == own != 0.125
+    assert answers.router_of("r2r=0.125", task).threshold == 0.125
+    assert answers.router_of("policy", task).limit == 0.0
+    assert answers.router_of("policy=0.125", task).limit == pytest.approx(-math.log(7))  # odds of 1 to 7
+    with pytest.raises(ValueError, match="--router is missing: expected a folder"):
+        answers.router_of("r2r", Task(slm=task.llm))
+
+
+def test_answers_by_another_net_do_not_count(tmp_path):
+    """The same threshold and the same problems, but a router whose threshold or weights are not those."""
+    path, folder = tmp_path / "answers.jsonl", tmp_path / "router"
+    shutil.copytree(Task().path("router"), folder)
+    task = Task(router=str(folder))
+    own = answers.run(task, ["r2r", "slm"], "dev", 2, path)
+    assert answers.run(task, ["r2r", "slm"], "dev", 2, path) == own and len(read_rows(path)) == 4
+    made = json.loads((folder / "made.json").read_text())
+    (folder / "made.json").write_text(json.dumps(made | {"threshold": 0.9}))
+    answers.run(task, ["r2r", "slm"], "dev", 2, path)
+    nets = [row.get("net") for row in read_rows(path)]
+    assert len(nets) == 6 and nets.count(None) == 2 and len(set(nets)) == 3
 
 
 def test_answers_of_unlike_machines_are_not_put_together(tmp_path, monkeypatch):

@@ -107,6 +107,29 @@ def test_random_calls_are_those_of_the_nearest_share():
     assert real.difference(rows, "llm", "tau=0.02") is None
 
 
+def test_r2r_and_one_token_entropy_at_equal_share_by_hand():
+    """8 problems of 4 tokens. The SLM alone gets 2 right, one-token entropy 6 at 50 %: 4 at 25 %, on the line
+    between. R2R gets 5 at 25 %: one of 8 more, 12.5 points. At 75 % no entropy reaches it."""
+    rows = [row for name, right, writer in (("slm", "11000000", "SSSS"),
+                                            ("tau=0.02,back=1", "11111100", "SSLL"))
+            for row in rights(name, right, writer)]
+    r2r = [one | {"net": "a1"} for one in rights("r2r=0.5", "11111000", "SSSL")]
+    r2r += [one | {"net": "a1"} for one in rights("r2r=0.1", "11111111", "SLLL")]
+    found = real.at_equal_share(real.worlds(rows + r2r)[0])
+    assert list(found) == ["r2r=0.5 by a1"]
+    points, low, high, n, share = found["r2r=0.5 by a1"]
+    assert points == pytest.approx(12.5) and low < points < high and (n, share) == (8, 0.25)
+    assert real.at_equal_share(real.worlds(rows)[0]) == {} == real.at_equal_share(real.worlds(r2r)[0])
+    assert real.at_equal_share(real.worlds(rows + r2r)[0], first=8) == {}
+    line = real.equal_share_table(real.worlds(rows + r2r)[0]).splitlines()[1]
+    assert re.search(rf"by a1 +25\.0 +\+12\.5 .* 8 +{real.MISSING} +0 +undecided", line)  # none past the 64th
+
+
+def test_a_router_that_was_trained_anew_is_another_method():
+    rows = [one | {"net": net} for net in ("old", "new") for one in rights("r2r=0.5", "10", "SSSL")]
+    assert list(real.worlds(rows)[0]) == ["r2r=0.5 by old", "r2r=0.5 by new"]
+
+
 def test_what_never_shares_a_table():
     rows = [
         row(),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.instruments import stats
 from analysis.instruments.rows import read_rows
 from analysis.instruments.stats import auroc, bootstrap, ratio_of_means, signed, table, wilson, with_interval
 
@@ -34,6 +35,8 @@ NAMES = {
 COMPARISONS = (("llm", "tau=0.02"), ("tau=0.02", "random"), ("tau=0.02", "slm"), ("llm", "tau=0.005"),
                ("llm", "tau=0.05"), ("tau=0.02", "tau=0.02,back=1"))
 
+BY = " by "  # between a trained router's threshold and its net
+
 Interval = tuple[float, float, float]  # a figure and its 95 % interval
 
 
@@ -42,12 +45,14 @@ Interval = tuple[float, float, float]  # a figure and its 95 % interval
 
 def worlds(rows: Iterable[dict]) -> list[dict[str, list[dict]]]:
     """The answers by method, apart for each pair, dtype, limit, split, temperature and prompt: these never
-    share a table. An answer that stands twice, as from two machines, counts once, as it was first."""
+    share a table. An answer that stands twice, as from two machines, counts once, as it was first. A trained
+    router's name tells its net."""
     found: dict[str, dict[str, dict[tuple, dict]]] = {}
     for row in rows:
         if row["what"] == "answer":
             methods = found.setdefault(repr([row.get(name) for name in WORLD]), {})
-            methods.setdefault(row["method"], {}).setdefault((row["problem"], row["sample"]), row)
+            name = row["method"] + (BY + row["net"] if "net" in row else "")
+            methods.setdefault(name, {}).setdefault((row["problem"], row["sample"]), row)
     return [{method: list(answers.values()) for method, answers in methods.items()}
             for methods in found.values()]
 
@@ -213,6 +218,33 @@ def difference(methods: dict[str, list[dict]], a: str, b: str,
     return paired(methods[a], methods[b], first) if a and b else None
 
 
+def at_equal_share(methods: dict[str, list[dict]], first: int = 0) -> dict[str, tuple]:
+    """How much more often R2R is right than entropy with visits of one token that calls the LLM as often: by
+    run of R2R (points, low, high, n, LLM share), over the problems that all have answered. At exactly its
+    share: on the lines between the runs of a family, the SLM alone being everybody's at share 0. Without the
+    runs whose share no other reaches."""
+    one = [name for name in methods if name.endswith(",back=1")]
+    runs = [name for name in methods if name.split("=")[0].split(BY)[0] == "r2r"]
+    if not (one and runs and "slm" in methods):
+        return {}
+    answers = {name: by_problem(methods[name], first) for name in ["slm", *one, *runs]}
+    problems = sorted(set.intersection(*map(set, answers.values())))
+
+    def outcomes(name: str) -> dict:
+        return {"outcomes": [[np.mean([row["correct"] for row in answers[name][i]]),
+                              *(np.mean([f(row["writer"]) for row in answers[name][i]])
+                                for f in (len, lambda writer: writer.count("L")))] for i in problems]}
+
+    found = {}
+    for run in runs if problems else []:
+        mine = [name for name in runs if name.partition(BY)[2] == run.partition(BY)[2]]
+        share = llm_share(row for i in problems for row in answers[run][i])
+        families = [list(map(outcomes, ["slm", *family])) for family in (mine, one)]
+        if share <= max(llm_share(row for i in problems for row in answers[name][i]) for name in one):
+            found[run] = *stats.difference(*families, share, len(problems)), len(problems), share
+    return found
+
+
 def decided(name: str, x: tuple[float, float, float, int] | None) -> str:
     """What a difference says, and, where it says nothing, how many problems would."""
     if x is None:
@@ -233,6 +265,19 @@ def differences_table(methods: dict[str, list[dict]]) -> str:
         cells = [(signed(x[:3]), str(x[3])) if x else (MISSING, "0") for x in (all_of, unseen)]
         lines.append((f"{NAMES[a]} - {NAMES[b]}", *cells[0], *cells[1], decided(a, all_of)))
     return table(lines)
+
+
+def equal_share_table(methods: dict[str, list[dict]]) -> str:
+    """Right answers of R2R minus those of one-token entropy at the same LLM share."""
+    every, unseen = (at_equal_share(methods, first) for first in (0, SEEN))
+    lines = [("R2R - one-token entropy at its LLM share, points", "LLM tokens, %", "all problems", "n",
+              f"without the first {SEEN}", "n", "on all problems")]
+    for run, x in every.items():
+        y = unseen.get(run)
+        lines.append((run, f"{100 * x[4]:.1f}", signed(x[:3]), str(x[3]), *((signed(y[:3]), str(y[3])) if y
+                                                                           else (MISSING, "0")),
+                      decided(run, x[:4])))
+    return table(lines) if every else f"{lines[0][0]}: {MISSING}"
 
 
 def signal_table(rows: Sequence[dict]) -> str:
@@ -267,7 +312,7 @@ def show(rows: Sequence[dict], vocab: int = VOCAB) -> str:
         head = ", ".join(f"{name} {every[0][name]}" for name in WORLD[2:] if every and name in every[0])
         machines = "; ".join(sorted({f"{row['machine']}, {row['rows']} rows" for row in every}))
         title = f"{head}\non {machines}" if every else MISSING
-        parts += [title, methods_table(methods), differences_table(methods)]
+        parts += [title, methods_table(methods), differences_table(methods), equal_share_table(methods)]
     return "\n\n".join([*parts, signal_table(rows), taus_table(rows, vocab)])
 
 
