@@ -127,8 +127,24 @@ def test_labels_against_the_paper_by_hand():
     said = figures.label_claims(labels, checked)
     assert [line[4] for line in said] == [f"pocket pair: {x}" if x else "" for x in (
         "same size", "same size", "far less", "", "raised; same size", "")]  # 0.05 / 0.005 is ten times
-    assert said[-1][0] == "labels wrong, of 2 checked by hand" and said[-1][3].startswith("50.0 [")
+    assert said[-1][0] == "labels of differing tokens wrong, by hand"
+    assert said[-1][3].startswith("50.0 [") and said[-1][3].endswith("n = 2")
     assert len(figures.label_claims(labels, [])) == 5
+
+
+def test_labels_of_the_real_pair_decide_by_hand():
+    """Of five positions that were read one cannot be told; of the others the judge is wrong on one, neutral
+    where the meaning differs."""
+    pocket, other = ({"shares": {"identical": [x] * 3, "neutral": [0.06] * 3, "divergent": [0.05] * 3,
+                                 "unjudged": [0.0] * 3}, "entropy_ratio": [ratio] * 3}
+                     for x, ratio in ((0.9, 40.0), (0.3, 4.0)))
+    read = [{"label": label, "same": same} for label, same in
+            (("N", True), ("D", False), ("N", False), ("N", None), ("D", False))]
+    said = {line[0]: line[2:] for line in figures.label_claims(pocket, [], other, read)}
+    assert said["identical, %"] == ("30.00 [30.00, 30.00]", "90.00 [90.00, 90.00]", "less")  # 0.89 / 0.3
+    assert said["SLM entropy, divergent over others"][2] == "raised; same size"
+    assert said["labels of differing tokens wrong, by hand"][0].startswith("25.0 [")
+    assert said["labels of differing tokens wrong, by hand"][0].endswith("%, n = 4")
 
 
 def answer(problem: int, right: int, H: list[float], writer: str = "SSSS", method: str = "slm") -> dict:
@@ -218,7 +234,8 @@ def test_tables_of_verdicts_have_eight_rows_at_most():
     """Of the committed rows; the real pair's are made up."""
     rows, made = figures.load_answers()
     answers = [answer(i, i % 3, [0.1] * 4, writer, method) for i in range(90)
-               for method, writer in (("slm", "SSSS"), ("llm", "LLLL"), ("tau=0.02", "SSSL"))]
+               for method, writer in (("slm", "SSSS"), ("llm", "LLLL"), ("tau=0.02", "SSSL"),
+                                      ("r2r=0.5", "SSSL"), ("tau=0.02,back=1", "SSLL"))]
     few = lambda rows: [r | {"outcomes": r["outcomes"][:100]} for r in rows]  # noqa: E731
     frontier, runs = map(few, figures.load_frontier())
     claims = figures.frontier_claims(frontier, runs)
@@ -231,7 +248,10 @@ def test_tables_of_verdicts_have_eight_rows_at_most():
     ]
     assert [len(table) for table in tables] == [8, 8, 6, 8, 7]
     assert [line[0] for line in verdicts if line[2] != "not yet measured"] == [
-        "R-Stitch at tau 0.02: right against the LLM, pp; speed-up"]
+        "R-Stitch at tau 0.02: right against the LLM, pp; speed-up",
+        "R2R against entropy, one token, 10 % LLM, pp"]
+    assert next(line for line in verdicts if line[0].startswith("R2R against entropy"))[2:5:2] == (
+        "+0.0 [+0.0, +0.0], 25 % LLM, n = 90", "undecided")
     assert next(line for line in verdicts if "0.02: right" in line[0])[2:5:2] == (
         "+0.0 [+0.0, +0.0], n = 90", "a loss of 5 points excluded")
     every = {claim for claim, *_ in claims}

@@ -403,21 +403,29 @@ def draw_positions(ax, rows: list[dict]):
 LABELS = {"identical": SLM_COLOUR, "neutral": THIRD, "divergent": LLM_COLOUR, "unjudged": "#CC79A7"}
 
 
-def label_claims(labels: dict, checked: list[dict]) -> list[tuple[str, ...]]:
-    """What notebook 3 ends with, from the figures of `analysis.label` and the positions checked by hand: a
-    table of `PAIRS`."""
-    shares, ratio = labels["shares"], labels["entropy_ratio"]
-    out = [line(f"{name}, %", f"{100 * paper:g}", (percent(shares[name], 2), sized(shares[name], paper)))
-           for name, paper in PAPER_LABELS.items()]
-    out.append(line("unjudged, %", "not given", (percent(shares["unjudged"], 2), "")))
-    found = with_interval(ratio, " x", 1), f"{verdict(ratio, 1)}; {sized(ratio, 3.8)}"
-    out.append(line("SLM entropy, divergent over others", "3.8 x", found))
-    drawn = [row["right"] for row in checked if row["drawn"].startswith("of all")]
-    if drawn:
-        errors = drawn.count(False)
-        wrong = percent((errors / len(drawn), *wilson(errors, len(drawn)))) + " %"
-        out.append(line(f"labels wrong, of {len(drawn)} checked by hand", "not given", (wrong, "")))
-    return out
+def label_findings(labels: dict, checked: Sequence[bool]) -> list[Finding | None]:
+    """What one pair's labels say: the shares, the entropy's ratio, and how many of those that were drawn of
+    all and checked by hand are wrong."""
+    shares, ratio, n = labels["shares"], labels["entropy_ratio"], len(checked)
+    wrong = checked.count(False)
+    error = percent((wrong / n, *wilson(wrong, n))) + f" %, n = {n}" if n else ""
+    return [*((percent(shares[name], 2), sized(shares[name], paper)) for name, paper in PAPER_LABELS.items()),
+            (percent(shares["unjudged"], 2), ""),
+            (with_interval(ratio, " x", 1), f"{verdict(ratio, 1)}; {sized(ratio, 3.8)}"),
+            (error, "") if n else None]
+
+
+def label_claims(labels: dict, checked: list[dict], decisive: dict | None = None,
+                 read: Sequence[dict] = ()) -> list[tuple[str, ...]]:
+    """What notebook 3 ends with, from the figures of `analysis.label` and the positions checked by hand, and
+    those of the real pair: a table of `PAIRS`."""
+    claims = [*((f"{name}, %", f"{100 * paper:g}") for name, paper in PAPER_LABELS.items()),
+              ("unjudged, %", "not given"), ("SLM entropy, divergent over others", "3.8 x"),
+              ("labels of differing tokens wrong, by hand", "not given")]
+    own = label_findings(labels, [row["right"] for row in checked if row["drawn"].startswith("of all")])
+    told = [(row["label"] == "N") == row["same"] for row in read if row["same"] is not None]
+    other = label_findings(decisive, told) if decisive else [None] * len(claims)
+    return [line(*claim, *found) for claim, *found in zip(claims, own, other) if any(found)]
 
 
 def draw_labels(ax, figures: dict):
@@ -464,6 +472,14 @@ def load_answers(folder: str = "") -> tuple[list[dict], dict]:
     """Trajectories joined with interventions, and how they were made."""
     parts = (read_rows(results(folder + name)) for name in ("trajectories.jsonl", "interventions.jsonl"))
     return [a | b for a, b in zip(*parts)], load_json(folder + "collect.json")
+
+
+def load_real_labels() -> tuple[dict | None, list[dict]]:
+    """The figures of the real pair's labels, and the positions that were read, with their labels; none before
+    they are made."""
+    if not results("real/labels.json").exists():
+        return None, []
+    return load_json("real/labels.json"), read_rows(results("real/judged_by_hand.jsonl"))
 
 
 def load_measured() -> list[dict]:
@@ -701,7 +717,9 @@ def frontier_verdicts(claims: list[tuple[str, str, str, str]], frontier: list[di
     if of(runs, "R2R"):
         at = f"R2R at {100 * nearest(runs, 'R2R', 0.1)['llm_share']:.1f} %"
         chosen = [*chosen[:2], *(c for c in claims if c[0].startswith(at))]
-        out.append(share_claim(runs, "R2R", "entropy, one token", 0.1, "better"))
+        equal = real.at_equal_share(methods).values()
+        found = [(f"{signed(x[:3])}, {100 * x[4]:.0f} % LLM, n = {x[3]}", better(x)) for x in equal]
+        out.append(share_claim(runs, "R2R", "entropy, one token", 0.1, "better", *found[:1]))
     chosen += [c for c in claims if c[0].startswith("speculative")]
     return [*out, *(line(*c[:2], c[2:]) for c in chosen)]
 
