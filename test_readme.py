@@ -8,7 +8,7 @@ import sys
 import textwrap
 import warnings
 from contextlib import redirect_stdout
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from analysis import demo
+from analysis.answers import milliseconds
+from analysis.instruments.stats import with_interval
+from analysis.instruments.task import load_latency
 from analysis.presentation import figures, real
 from conftest import words
 from rstitch import LLM, SLM
@@ -181,11 +184,15 @@ def test_the_figures_of_the_readme_are_the_committed_ones():
     """The real pair's right answers and shares, and its loss; all of the pocket pair's."""
     methods = real.world_of(figures.load_real())
     names = {"SLM alone": "slm", "LLM alone": "llm", "R-Stitch, tau 0.02": "tau=0.02",
-             "R-Stitch, tau 0.005": "tau=0.005", "R-Stitch, tau 0.05": "tau=0.05", "random calls": "random"}
+             "R-Stitch, tau 0.005": "tau=0.005", "R-Stitch, tau 0.05": "tau=0.05", "random calls": "random",
+             "R-Stitch, tau 0.02, visits of one token": "tau=0.02,back=1"}
     rows = table(README, "## What came of it")
-    assert len(rows) == 6
-    for method, n, right, share, _ in rows:
+    models = load_latency(figures.results("real/latency.json"))
+    assert len(rows) == 7
+    for method, n, right, share, speed in rows:
         answers = methods[real.resolve(methods, names[method])]
+        fitted = real.speed(answers, methods["llm"], partial(milliseconds, models=models))
+        assert speed == with_interval(fitted[:3], " x", 2), method
         x = real.figures_of(answers)
         assert (right, share) == (real.percent(x["right"]), f"{100 * x['llm_share'][0]:.1f}"), method
         assert int(n) == len(real.by_problem(answers)), method

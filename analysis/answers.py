@@ -103,6 +103,22 @@ def calls_of(row: dict) -> list[rstitch.Call]:
     return recounted(row["prompt"], calls)
 
 
+def milliseconds(row: dict, models: tuple[rstitch.LatencyModel, rstitch.LatencyModel]) -> float:
+    """What a row's answer would take alone, by the fitted latency of both models; without the time of a
+    trained router's net."""
+    return rstitch.trajectory_latency(calls_of(row), *models)
+
+
+def with_ratio(models: tuple[rstitch.LatencyModel, rstitch.LatencyModel],
+               ratio: float | None) -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
+    """A projection: the models as they are, but for an LLM whose step with nothing cached takes `ratio` times
+    the SLM's, and whose other times are longer by the same factor."""
+    slm, llm = models
+    factor = ratio * slm.decode(0) / llm.decode(0) if ratio else 1.0
+    return slm, rstitch.LatencyModel(*([factor * x for x in llm.coefficients[kind]]
+                                       for kind in ("prefill", "decode")))
+
+
 def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Callable[[int, dict], None],
            temperature: float = 0.0, label: str = "") -> None:
     """Call save(index into todo, row) with each answer as it ends."""
@@ -178,7 +194,7 @@ def show(method: str, rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, Task)
+    add_options(parser, Task, unread=("latency", "control"))
     parser.add_argument("--methods", nargs="+", default=["llm", "tau=0.02", "slm"],
                         help="(default: llm tau=0.02 slm)")
     parser.add_argument("--split", choices=PARTS, default="test", help="(default: %(default)s)")

@@ -135,7 +135,7 @@ def show(rows: Sequence[dict], methods: Sequence[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, Task)
+    add_options(parser, Task, unread=("rows", "latency", "control"))
     parser.add_argument("--methods", nargs="+", default=["llm", "slm", "tau=0.02", "assisted"],
                         help="(default: llm slm tau=0.02 assisted)")
     parser.add_argument("--split", choices=PARTS, default="test", help="(default: %(default)s)")

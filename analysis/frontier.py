@@ -319,7 +319,7 @@ def ablations(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, Task)
+    add_options(parser, Task, unread=("router", "control"))
     add = parser.add_argument
     add("--n", type=int, default=1000, help="test problems (default: %(default)s)")
     add("--wall-clock", type=int, default=200,

@@ -93,7 +93,7 @@ def show(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, Task)
+    add_options(parser, Task, unread=("rows", "latency", "policies", "router", "control"))
     parser.add_argument("--n", type=int, default=32,
                         help="problems, which are also the batch (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")

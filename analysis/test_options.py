@@ -2,9 +2,31 @@
 
 import pytest
 
-from analysis import bench, collect, compare, frontier, label, latency, train_policy, train_r2r
+from analysis import (
+    answers,
+    bench,
+    clock,
+    collect,
+    compare,
+    frontier,
+    label,
+    latency,
+    rounding,
+    train_policy,
+    train_r2r,
+)
 from analysis.pocket import pair
 from analysis.presentation import figures
+
+
+@pytest.mark.parametrize("module, option", [
+    (answers, "latency"), (answers, "control"), (clock, "rows"), (rounding, "router"), (frontier, "router"),
+    (train_policy, "out")])
+def test_options_that_a_command_does_not_look_at_are_refused(module, option, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["module", f"--{option}", "1"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert f"unrecognized arguments: --{option}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [collect, compare, figures, label, latency, pair, train_policy, train_r2r,

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rstitch
 from analysis import answers
-from analysis.instruments.task import Task
+from analysis.instruments.rows import RESULTS
+from analysis.instruments.task import Task, load_latency
 from analysis.pocket.weights import MODELS
 from analysis.presentation import real
 
@@ -125,6 +127,18 @@ def test_r2r_and_one_token_entropy_at_equal_share_by_hand():
     assert re.search(rf"by a1 +25\.0 +\+12\.5 .* 8 +{real.MISSING} +0 +undecided", line)  # none past the 64th
 
 
+def test_speed_by_hand():
+    """A token of the SLM takes 1 ms and one of the LLM 10. Of three problems the LLM has answered two, at 40
+    ms each, where R-Stitch takes 22."""
+    cost = lambda row: sum({"S": 1.0, "L": 10.0}[x] for x in row["writer"])  # noqa: E731
+    rows = [*rights("llm", "1-1", "LLLL"), *rights("tau=0.02", "111", "SSLL")]
+    x = real.speed(*(real.worlds(rows)[0][name] for name in ("tau=0.02", "llm")), cost)
+    assert x == pytest.approx((40 / 22, 40 / 22, 40 / 22, 2))
+    table = real.speeds_table(real.worlds(rows)[0], cost)
+    assert re.search(r"tau 0\.02 +22 +1\.82 x \[1\.82, 1\.82\] +2$", table, re.M)
+    assert real.MISSING in real.speeds_table(real.worlds(rows[2:])[0], cost)
+
+
 def test_a_router_that_was_trained_anew_is_another_method():
     rows = [one | {"net": net} for net in ("old", "new") for one in rights("r2r=0.5", "10", "SSSL")]
     assert list(real.worlds(rows)[0]) == ["r2r=0.5 by old", "r2r=0.5 by new"]
@@ -199,8 +213,10 @@ def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path,
     path = tmp_path / "answers.jsonl"
     answers.run(Task(), ["slm", "tau=0.005", "random=0.1"], "test", 3, path)
     path.write_text(path.read_text() + path.read_text()[:50])  # a row that is being written
-    other = [path, "--vocab"]
-    for argv, code in (([path], 0), ([*other, 128], 0), ([tmp_path / "none"], 2), ([*other, 1], 2)):
+    other, fit = [path, "--vocab"], [path, "--latency"]
+    for argv, code in (([path], 0), ([*other, 128], 0), ([tmp_path / "none"], 2), ([*other, 1], 2),
+                       ([*fit, RESULTS / "latency.json", "--ratio", 5], 0), ([*fit, path], 2),
+                       ([path, "--ratio", 5], 2), ([*fit, RESULTS / "latency.json", "--ratio", 0], 2)):
         monkeypatch.setattr(sys, "argv", ["real", *map(str, argv)])
         if code:
             with pytest.raises(SystemExit):
@@ -208,12 +224,23 @@ def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path,
         else:
             real.main()
     out, err = capsys.readouterr()
-    assert "dtype float32, limit 320, split test, temperature 0.0" in out and out.count("random=0.1") == 2
+    assert "dtype float32, limit 320, split test, temperature 0.0" in out
+    assert out.count("random=0.1") == 5  # in three tables, and two of speeds
     assert "there is no such file" in err and "--vocab=1: expected 2 or more" in err
     assert re.search(r"^0.02 +0\.097", out, re.M) and re.search(r"^0.02 +0\.239", out, re.M)
     rows = [row for row in real.read_rows(path) if row["method"] == "tau=0.005"]
     right, large = 100 * real.share(rows, "correct")[0], 100 * real.llm_share(rows)
     assert re.search(rf"R-Stitch, tau 0.005 +3 +{right:.1f} \[.*?\] +{large:.1f} \[", out)
+    assert "expected a file of analysis.latency" in err and err.count("expected numbers above 0") == 2
+    models = load_latency()
+    slower = answers.with_ratio(models, 5)
+    assert slower[1].decode(0) == pytest.approx(5 * models[0].decode(0)) and slower[0] is models[0]
+    assert slower[1].prefill(9, 4) / models[1].prefill(9, 4) == pytest.approx(slower[1].decode(7)
+                                                                             / models[1].decode(7))
+    projected = np.mean([answers.milliseconds(row, slower) for row in rows])
+    assert re.search(rf"projection, an LLM's step 5 x (.*\n)*R-Stitch, tau 0\.005 +{projected:,.0f} ", out)
+    mean = np.mean([rstitch.trajectory_latency(answers.calls_of(row), *models) for row in rows])
+    assert re.search(rf"R-Stitch, tau 0\.005 +{mean:,.0f} +{real.MISSING} +0", out)
 
 
 def test_needs_no_torch_and_no_pictures():

@@ -500,7 +500,7 @@ def main() -> None:
                         help="CPU threads (default: %(default)s)")
     parser.add_argument("--checkpoints", type=Path, default=FOLDER,
                         help="folder of unfinished runs (default: %(default)s)")
-    add_options(parser, Task)
+    add_options(parser, Task, unread=("control", "out"))
     add_options(parser, Config)
     args = parser.parse_args()
     changes = given(args, Config)

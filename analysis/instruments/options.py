@@ -1,5 +1,6 @@
 """Settings as dataclasses, and their fields as options of a command line."""
 import argparse
+from collections.abc import Sequence
 from dataclasses import field, fields
 
 from rstitch_hf.command import template_option, usable_device
@@ -10,10 +11,13 @@ def option(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
-def add_options(parser: argparse.ArgumentParser, config, what: str = "", **others) -> None:
-    """An argument for each field of a config; left out it is None. `others`: defaults of another config, to
-    tell of beside the first."""
+def add_options(parser: argparse.ArgumentParser, config, what: str = "", unread: Sequence[str] = (),
+                **others) -> None:
+    """An argument for each field of a config but those that the command does not look at; left out it is
+    None. `others`: defaults of another config, to tell of beside the first."""
     for f in fields(config):
+        if f.name in unread:
+            continue
         default = f"{f.default}" * (f.default not in ("", None,
                                                       ())) + "".join(f", {name} {getattr(other, f.name)}"
                                                                      for name, other in others.items()
@@ -30,5 +34,5 @@ def add_options(parser: argparse.ArgumentParser, config, what: str = "", **other
 
 def given(args: argparse.Namespace, config) -> dict:
     """The fields of a config that the command line names."""
-    named = {f.name: getattr(args, f.name) for f in fields(config) if getattr(args, f.name) is not None}
+    named = {f.name: value for f in fields(config) if (value := getattr(args, f.name, None)) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}

@@ -2,6 +2,7 @@
 above each tau. No torch.
 
     python -m analysis.presentation.real analysis/results/real/answers.jsonl
+    python -m analysis.presentation.real answers.jsonl --latency latency.json      and what they take
 
 It prints tables, and feeds notebooks 1 to 4.
 
@@ -12,7 +13,8 @@ over problems, whose samples stay together.
 """
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +282,29 @@ def equal_share_table(methods: dict[str, list[dict]]) -> str:
     return table(lines) if every else f"{lines[0][0]}: {MISSING}"
 
 
+def speed(rows: list[dict], llm: list[dict], ms: Callable[[dict], float]) -> tuple[float, float, float, int]:
+    """How many times as fast answers are as those of the LLM alone, by what each takes, over the n problems
+    that both have answered: (ratio of means, low, high, n); NaN for none."""
+    a, b = by_problem(rows), by_problem(llm)
+    both = sorted(a.keys() & b.keys())
+    own, alone = (np.array([np.mean([ms(row) for row in answers[problem]]) for problem in both])
+                  for answers in (a, b))
+    if not both:
+        return math.nan, math.nan, math.nan, 0
+    return ratio_of_means(alone, own), *bootstrap(ratio_of_means, alone, own), len(both)
+
+
+def speeds_table(methods: dict[str, list[dict]], ms: Callable[[dict], float],
+                 title: str = "as fitted, at batch 1") -> str:
+    """A line a method: the milliseconds of an answer, and its speed."""
+    lines = [(title, "ms per answer", "speed, LLM alone = 1", "n")]
+    for method, rows in methods.items():
+        x = speed(rows, methods["llm"], ms) if "llm" in methods else None
+        lines.append((NAMES.get(method, method), f"{np.mean([ms(row) for row in rows]):,.0f}",
+                      *((with_interval(x[:3], " x", 2), str(x[3])) if x and x[3] else (MISSING, "0"))))
+    return table(lines)
+
+
 def signal_table(rows: Sequence[dict]) -> str:
     """Whether the mean entropy of the SLM's answers tells the wrong ones: AUROC, 0.5 being no signal."""
     answers = trajectories(rows)
@@ -304,8 +329,10 @@ def taus_table(rows: Sequence[dict], vocab: int = VOCAB) -> str:
     return table(lines)
 
 
-def show(rows: Sequence[dict], vocab: int = VOCAB) -> str:
-    """All tables: methods and differences of each world, then what the SLM's test answers tell."""
+def show(rows: Sequence[dict], vocab: int = VOCAB,
+         costs: dict[str, Callable[[dict], float]] | None = None) -> str:
+    """All tables: methods and differences of each world, what answers take by each of the titled `costs`, ms
+    of a row, then what the SLM's test answers tell."""
     parts = []
     for methods in worlds(rows) or [{}]:
         every = [row for answers in methods.values() for row in answers]
@@ -313,6 +340,7 @@ def show(rows: Sequence[dict], vocab: int = VOCAB) -> str:
         machines = "; ".join(sorted({f"{row['machine']}, {row['rows']} rows" for row in every}))
         title = f"{head}\non {machines}" if every else MISSING
         parts += [title, methods_table(methods), differences_table(methods), equal_share_table(methods)]
+        parts += [speeds_table(methods, ms, title) for title, ms in (costs or {}).items()]
     return "\n\n".join([*parts, signal_table(rows), taus_table(rows, vocab)])
 
 
@@ -323,12 +351,30 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="JSONL of analysis.answers, finished or not")
     parser.add_argument("--vocab", type=int, default=VOCAB,
                         help="logit columns of the pair (default: %(default)s)")
+    parser.add_argument("--latency", type=Path, help="fitted latency of the pair, of analysis.latency: what "
+                                                     "answers take, but for the nets of trained routers")
+    parser.add_argument("--ratio", type=float, nargs="+", default=[], metavar="R",
+                        help="with --latency, a projection: as if a step of the LLM took R times the SLM's")
     args = parser.parse_args()
     if not args.file.is_file():
         parser.error(f"{args.file}: there is no such file; expected the rows of analysis.answers")
     if args.vocab < 2:
         parser.error(f"--vocab={args.vocab}: expected 2 or more")
-    print(show(read_rows(args.file), args.vocab))
+    if args.ratio and not (args.latency and all(0 < ratio < math.inf for ratio in args.ratio)):
+        parser.error(f"--ratio {' '.join(map(str, args.ratio))}: expected numbers above 0, and --latency")
+    costs = {}
+    if args.latency:
+        from analysis.answers import milliseconds, with_ratio  # needs torch
+        from analysis.instruments.task import load_latency
+        try:
+            models = load_latency(args.latency)
+            costs["as fitted, at batch 1"] = partial(milliseconds, models=models)
+            costs |= {f"projection, an LLM's step {ratio:g} x": partial(milliseconds,
+                                                                       models=with_ratio(models, ratio))
+                      for ratio in args.ratio}
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--latency {args.latency}: expected a file of analysis.latency ({error})")
+    print(show(read_rows(args.file), args.vocab, costs))
 
 
 if __name__ == "__main__":
