@@ -315,6 +315,10 @@ def test_the_real_pairs_picture_by_hand():
     (share, right, low, high), = routers[0].points
     assert (share, right) == (37.5, 50.0) and low < 50 < high and routers[1].points == routers[0].points
     assert models[0].points[0][:2] == (100.0, 100.0)
+    for more in ("tau=0.02,back=1", "r2r=0.5 by a1"):
+        methods[more] = methods["tau=0.02"]
+        named = {"tau=0.02,back=1": "one-token visits", "r2r=0.5 by a1": "R2R"}[more]
+        assert [s.name for s in figures.real_series(methods)[0]] == ["R-Stitch", "random calls", named]
 
 
 def test_what_a_chosen_tau_came_to_on_answers_of_either_length():

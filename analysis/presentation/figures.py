@@ -939,7 +939,8 @@ def pocket_series(runs: list[dict]) -> tuple[list[Series], list[Series]]:
 
 
 def real_series(methods: dict[str, list[dict]]) -> tuple[list[Series], list[Series]]:
-    """The real pair's routers, and the models alone, for `draw_readme`; n may differ from point to point."""
+    """The real pair's routers, and the models alone, for `draw_readme`; n may differ from point to point.
+    Visits of one token make way for R2R, so that there are no more than five."""
     def series(name: str, colour: str, belongs: Callable[[str], bool], marker: str = "o") -> Series:
         found = [real.figures_of(rows) for method, rows in methods.items() if belongs(method)]
         points = [(100 * x["llm_share"][0], *(100 * y for y in x["right"])) for x in found]
@@ -947,7 +948,9 @@ def real_series(methods: dict[str, list[dict]]) -> tuple[list[Series], list[Seri
 
     routers = [series("R-Stitch", "black", lambda m: m.startswith("tau=") and "," not in m),
                series("random calls", "#777777", lambda m: m.startswith("random="), "x"),
-               series("one-token visits", THIRD, lambda m: m.endswith(",back=1"), "D")]
+               series("R2R", THIRD, lambda m: m.startswith("r2r"), "D")]
+    if not routers[-1].points:
+        routers[-1] = series("one-token visits", THIRD, lambda m: m.endswith(",back=1"), "D")
     models = [series("SLM alone", SLM_COLOUR, lambda m: m == "slm"),
               series("LLM alone", LLM_COLOUR, lambda m: m == "llm")]
     return [s for s in routers if s.points], [s for s in models if s.points]
