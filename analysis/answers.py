@@ -16,6 +16,7 @@ missing.
 """
 import argparse
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -78,8 +79,9 @@ def net_of(method: str, task: Task) -> str | None:
     if not (net := trained(method)):
         return None
     folder = FOLDERS[net[0]](task)
-    files = *folder.glob("*.safetensors"), folder / "made.json"  # which holds its own threshold
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    made, weights = rstitch.made_of(folder), next(folder.glob("*.safetensors")).read_bytes()
+    own = [made.get("threshold"), made.get("thresholds")]
+    return hashlib.sha256(weights + json.dumps(own).encode()).hexdigest()[:12]
 
 
 def row_of(calls: Sequence[rstitch.Call]) -> dict:

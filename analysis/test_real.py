@@ -121,6 +121,10 @@ def test_r2r_and_one_token_entropy_at_equal_share_by_hand():
     assert list(found) == ["r2r=0.5 by a1"]
     points, low, high, n, share = found["r2r=0.5 by a1"]
     assert points == pytest.approx(12.5) and low < points < high and (n, share) == (8, 0.25)
+    begun = [one | {"net": "a1"} for one in rights("r2r=0.9", "1", "SSSL")]  # leaves the other as it is
+    assert real.at_equal_share(real.worlds(rows + r2r + begun)[0])["r2r=0.5 by a1"] == found["r2r=0.5 by a1"]
+    other = [one | {"net": "b2"} for one in rights("r2r=0.5", "00000000", "SSSL")]
+    assert len(real.at_equal_share(real.worlds(rows + r2r + other)[0])) == 2  # a net has lines of its own
     assert real.at_equal_share(real.worlds(rows)[0]) == {} == real.at_equal_share(real.worlds(r2r)[0])
     assert real.at_equal_share(real.worlds(rows + r2r)[0], first=8) == {}
     line = real.equal_share_table(real.worlds(rows + r2r)[0]).splitlines()[1]

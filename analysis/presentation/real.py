@@ -220,30 +220,38 @@ def difference(methods: dict[str, list[dict]], a: str, b: str,
     return paired(methods[a], methods[b], first) if a and b else None
 
 
+def outcomes(answers: dict[int, list[dict]], problems: Sequence[int]) -> dict:
+    """A run as `stats.difference` takes it: right answers, tokens, LLM tokens of each problem."""
+    def of(rows: list[dict]) -> list[float]:
+        each = [(row["correct"], len(row["writer"]), row["writer"].count("L")) for row in rows]
+        return list(np.mean(each, 0))
+
+    return {"outcomes": [of(answers[problem]) for problem in problems]}
+
+
+def net_of(method: str) -> str | None:
+    """The net of a trained router by the method's name; None for a method that has none."""
+    return method.partition(BY)[2] or None
+
+
 def at_equal_share(methods: dict[str, list[dict]], first: int = 0) -> dict[str, tuple]:
     """How much more often R2R is right than entropy with visits of one token that calls the LLM as often: by
-    run of R2R (points, low, high, n, LLM share), over the problems that all have answered. At exactly its
-    share: on the lines between the runs of a family, the SLM alone being everybody's at share 0. Without the
-    runs whose share no other reaches."""
-    one = [name for name in methods if name.endswith(",back=1")]
-    runs = [name for name in methods if name.split("=")[0].split(BY)[0] == "r2r"]
-    if not (one and runs and "slm" in methods):
-        return {}
-    answers = {name: by_problem(methods[name], first) for name in ["slm", *one, *runs]}
-    problems = sorted(set.intersection(*map(set, answers.values())))
-
-    def outcomes(name: str) -> dict:
-        return {"outcomes": [[np.mean([row["correct"] for row in answers[name][i]]),
-                              *(np.mean([f(row["writer"]) for row in answers[name][i]])
-                                for f in (len, lambda writer: writer.count("L")))] for i in problems]}
-
+    run of R2R (points, low, high, n, LLM share), over the problems that it and the SLM alone have answered.
+    At exactly its share: on the lines between the runs of a family that have answered them all, too, the SLM
+    alone being everybody's at share 0. Without the runs whose share no other reaches."""
     found = {}
-    for run in runs if problems else []:
-        mine = [name for name in runs if name.partition(BY)[2] == run.partition(BY)[2]]
-        share = llm_share(row for i in problems for row in answers[run][i])
-        families = [list(map(outcomes, ["slm", *family])) for family in (mine, one)]
-        if share <= max(llm_share(row for i in problems for row in answers[name][i]) for name in one):
-            found[run] = *stats.difference(*families, share, len(problems)), len(problems), share
+    answers = {name: by_problem(rows, first) for name, rows in methods.items()}
+    for run in (name for name in methods if net_of(name) is not None and name.startswith("r2r")):
+        problems = sorted(answers.get("slm", {}).keys() & answers[run].keys())
+        there = [name for name in methods if problems and answers[name].keys() >= set(problems)]
+        mine = [name for name in there if name.startswith("r2r") and net_of(name) == net_of(run)]
+        one = [name for name in there if name.endswith(",back=1")]
+        shares = {name: llm_share(row for i in problems for row in answers[name][i]) for name in there}
+        if one and shares[run] <= max(shares[name] for name in one):
+            families = [[outcomes(answers[name], problems) for name in ("slm", *family)]
+                        for family in (mine, one)]
+            points = stats.difference(*families, shares[run], len(problems))
+            found[run] = *points, len(problems), shares[run]
     return found
 
 
