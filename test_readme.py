@@ -184,7 +184,8 @@ def test_the_figures_of_the_readme_are_the_committed_ones():
     """The real pair's right answers and shares, and its loss; all of the pocket pair's."""
     methods = real.world_of(figures.load_real())
     names = {"SLM alone": "slm", "LLM alone": "llm", "R-Stitch, tau 0.02": "tau=0.02",
-             "R-Stitch, tau 0.005": "tau=0.005", "R-Stitch, tau 0.05": "tau=0.05", "R2R, its net retrained": "r2r=0.4174 by ce4dc9c6bf7d",
+             "R-Stitch, tau 0.005": "tau=0.005", "R-Stitch, tau 0.05": "tau=0.05",
+             "R2R, its net retrained": "r2r=0.4174 by ce4dc9c6bf7d",
              "R-Stitch, tau 0.02, visits of one token": "tau=0.02,back=1"}
     rows = table(README, "## What came of it")
     models = load_latency(figures.results("real/latency.json"))
