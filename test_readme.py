@@ -185,14 +185,15 @@ def test_the_figures_of_the_readme_are_the_committed_ones():
     methods = real.world_of(figures.load_real())
     names = {"SLM alone": "slm", "LLM alone": "llm", "R-Stitch, tau 0.02": "tau=0.02",
              "R-Stitch, tau 0.005": "tau=0.005", "R-Stitch, tau 0.05": "tau=0.05",
-             "R2R, its net retrained": "r2r=0.4174 by ce4dc9c6bf7d",
+             "R2R, its net's time left out": "r2r=0.4174 by ce4dc9c6bf7d",
              "R-Stitch, tau 0.02, visits of one token": "tau=0.02,back=1"}
     rows = table(README, "## What came of it")
     models = load_latency(figures.results("real/latency.json"))
     assert len(rows) == 7
     for method, n, right, share, speed in rows:
         answers = methods[real.resolve(methods, names[method])]
-        fitted = real.speed(answers, methods["llm"], partial(milliseconds, models=models))
+        ms = partial(milliseconds, models=models)
+        fitted = real.speed(*(real.priced(found, ms) for found in (answers, methods["llm"])))
         assert speed == with_interval(fitted[:3], " x", 2), method
         x = real.figures_of(answers)
         assert (right, share) == (real.percent(x["right"]), f"{100 * x['llm_share'][0]:.1f}"), method

@@ -28,20 +28,29 @@ from analysis.instruments.progress import progress
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson
-from analysis.instruments.task import SEED, Task, encode_problems, ends_of, graded, made_by
+from analysis.instruments.task import (
+    SEED,
+    Task,
+    encode_problems,
+    ends_of,
+    graded,
+    made_by,
+    net_file,
+    policy_router,
+    r2r_router,
+)
 from rstitch_hf.ranks import start
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
-# of the trained routers
-FOLDERS = {"r2r": lambda task: task.needed("router"),
-           "policy": lambda task: task.policy() or task.needed("policies")}
+# trained routers: whose net, and what makes one at a threshold
+TRAINED = {"r2r": ("router", r2r_router), "policy": ("policies", policy_router)}
 
 
 def trained(method: str) -> tuple[str, float | None] | None:
     """(name, threshold or None for its own) of a trained router; None for a method that is none. ValueError
     for a threshold that is none."""
     name, given, value = method.partition("=")
-    if name not in FOLDERS:
+    if name not in TRAINED:
         return None
     try:
         threshold = float(value) if given else None
@@ -58,11 +67,8 @@ def router_of(method: str, task: Task):
     if method in ("slm", "llm"):
         return rstitch.SLMOnly() if method == "slm" else rstitch.LLMOnly()
     if net := trained(method):
-        (name, threshold), (slm, llm, *_) = net, task.load()
-        if name == "policy":
-            return rstitch.PolicyRouter.load(FOLDERS[name](task), slm, llm, threshold=threshold)
-        router = rstitch.R2RRouter.load(FOLDERS[name](task), slm, llm)
-        return router if threshold is None else rstitch.R2RRouter(router.net, threshold)
+        name, threshold = net
+        return TRAINED[name][1](task, threshold)
     try:
         options = dict(part.split("=") for part in method.split(","))
         if options.keys() == {"random"}:
@@ -75,13 +81,20 @@ def router_of(method: str, task: Task):
 
 
 def net_of(method: str, task: Task) -> str | None:
-    """Tells one net from another; None for a method that has none."""
+    """Tells one net from another, by weights and own thresholds; None for a method that has none."""
     if not (net := trained(method)):
         return None
-    folder = FOLDERS[net[0]](task)
-    made, weights = rstitch.made_of(folder), next(folder.glob("*.safetensors")).read_bytes()
+    file = net_file(task, TRAINED[net[0]][0])
+    made = rstitch.made_of(file.parent)
     own = [made.get("threshold"), made.get("thresholds")]
-    return hashlib.sha256(weights + json.dumps(own).encode()).hexdigest()[:12]
+    return hashlib.sha256(file.read_bytes() + json.dumps(own).encode()).hexdigest()[:12]
+
+
+def with_net(world: dict, methods: Sequence[str], task: Task) -> Callable[[tuple], dict]:
+    """What rows of these methods are made with, by their keys, which begin with the method: the world, and
+    the net if they have one."""
+    nets = {method: net_of(method, task) for method in methods}
+    return lambda key: world | {"net": nets.get(key[0])}
 
 
 def row_of(calls: Sequence[rstitch.Call]) -> dict:
@@ -112,11 +125,11 @@ def milliseconds(row: dict, models: tuple[rstitch.LatencyModel, rstitch.LatencyM
 
 
 def with_ratio(models: tuple[rstitch.LatencyModel, rstitch.LatencyModel],
-               ratio: float | None) -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
+               ratio: float) -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
     """A projection: the models as they are, but for an LLM whose step with nothing cached takes `ratio` times
     the SLM's, and whose other times are longer by the same factor."""
     slm, llm = models
-    factor = ratio * slm.decode(0) / llm.decode(0) if ratio else 1.0
+    factor = ratio * slm.decode(0) / llm.decode(0)
     return slm, rstitch.LatencyModel(*([factor * x for x in llm.coefficients[kind]]
                                        for kind in ("prefill", "decode")))
 
@@ -156,9 +169,7 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
     seeds = rstitch.row_seeds(SEED, len(chosen))
 
     named = ("method", "problem", "sample", "question")
-    nets = {method: net_of(method, task) for method in methods}
-    store = Rows(path, lambda row: tuple(row[name] for name in named),
-                 lambda key: world | {"net": nets.get(key[0])})
+    store = Rows(path, lambda row: tuple(row[name] for name in named), with_net(world, methods, task))
     keys = {method: [(method, i // samples, i % samples, one) for i, one in enumerate(digests)]
             for method in methods}
     changed = False

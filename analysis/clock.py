@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import rstitch
-from analysis.answers import digest, net_of, router_of
+from analysis.answers import digest, router_of, with_net
 from analysis.compare import assisted, generated
 from analysis.instruments.options import add_options, given
 from analysis.instruments.problems import PARTS
@@ -63,9 +63,8 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path) -> l
     longest = max(REFERENCE[1] + 1, max(ids.shape[1] for ids in prompts) + task.max_new_tokens)
     world = made_by(task) | {"machine": machine(task.device), "split": split,
                              "threads": torch.get_num_threads()}
-    nets = {method: net_of(method, task) for method in methods}
     store = Rows(path, lambda row: (row["method"], row["problem"], row["question"]),
-                 lambda key: world | {"net": nets.get(key[0])})
+                 with_net(world, methods, task))
     keys = [(name, i, digest(problem)) for i, problem in enumerate(chosen)
             for name in rotated(list(methods), i)]
     todo = store.missing(keys)

@@ -63,6 +63,9 @@ from analysis.instruments.task import (
     ends_of,
     graded,
     measure,
+    net_file,
+    policy_router,
+    r2r_router,
     same_width,
     solve,
     summarise,
@@ -78,15 +81,6 @@ WANTED = {"share": (0.05, 0.1, 0.2), "latency": (1.5, 2.0, 4.0)}
 # family, LLM share
 TIMED = (("R2R", 0.1), ("R2R", 0.2), ("R-Stitch", 0.15), ("R-Stitch", 0.3), ("R-Stitch+", 0.04))
 N_TEST, N_LIVE, N_TIMED = 1000, 300, 100
-
-
-def r2r_router(task: Task, x: float):
-    return rstitch.R2RRouter(rstitch.R2RRouter.load(task.path("router"), *task.load()[:2]).net, expit(x))
-
-
-def policy_router(task: Task, x: float):
-    """R-Stitch+ that calls the LLM where its policy's logit exceeds x; 0 is the policy as trained."""
-    return rstitch.PolicyRouter.load(task.policy(), *task.load()[:2], threshold=expit(x))
 
 
 def gap(logits: torch.Tensor) -> torch.Tensor:
@@ -131,13 +125,15 @@ def logs(low: float, high: float, n: int = 18) -> tuple[float, ...]:
 
 
 FAMILIES = {
-    "R2R": Family(r2r_router, tuple(np.linspace(-12, 10, 18).tolist()), "router"),
+    "R2R": Family(lambda task, x: r2r_router(task, expit(x)),
+                  tuple(np.linspace(-12, 10, 18).tolist()), "router"),
     "R-Stitch": Family(lambda task, x: rstitch.EntropyRouter(math.exp(x)), logs(0.0004, 0.5)),
     "entropy, one token": Family(lambda task, x: rstitch.EntropyRouter(math.exp(x), tau_back=1.0),
                                  logs(0.0004, 0.5)),
     "top-2 gap": Family(lambda task, x: SignalRouter(gap, math.exp(x)), logs(0.0005, 0.98)),
     "varentropy": Family(lambda task, x: SignalRouter(varentropy, math.exp(x)), logs(0.002, 2.0)),
-    "R-Stitch+": Family(policy_router, (-30.0, *np.linspace(-6, 6, 12).tolist()), "policies"),
+    "R-Stitch+": Family(lambda task, x: policy_router(task, expit(x)),
+                        (-30.0, *np.linspace(-6, 6, 12).tolist()), "policies"),
     "random": Family(lambda task, x: rstitch.RandomRouter(x, seed=SEED),
                      tuple(np.linspace(0.01, 0.32, 6).tolist())),
 }
@@ -381,13 +377,11 @@ def choose_taus(task: Task, n: int) -> list[dict]:
 def made_with(task: Task, family: str | None, judge: str = "") -> str:
     """Changes where rows of this family have to be computed anew: with the task, and with the family's own
     net, or the judge of live labels."""
-    nets = {"router": lambda: task.path("router") / "router.safetensors",
-            "policies": lambda: task.policy() / "policy.safetensors"}
     if family in FAMILIES:
         needs = [FAMILIES[family].needs]
     else:
         needs = [f.needs for f in families_of(task).values()] if family is None else []
-    files = [nets[need]() for need in sorted(set(needs) - {""})]
+    files = [net_file(task, need) for need in sorted(set(needs) - {""})]
     return digest_of(task, *files, also={"control": lambda: fingerprint(control_of(task)),
                                          "live labels": lambda: judge}.get(family, str)())
 

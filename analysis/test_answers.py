@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import rstitch
 from analysis import answers
@@ -112,8 +113,12 @@ def test_answers_by_another_net_do_not_count(tmp_path):
     made = json.loads((folder / "made.json").read_text())
     (folder / "made.json").write_text(json.dumps(made | {"threshold": 0.9}))
     answers.run(task, ["r2r", "slm"], "dev", 2, path)
+    weights = load_file(folder / "router.safetensors")
+    weights["head.bias"] += 1e-3
+    save_file(weights, folder / "router.safetensors")
+    answers.run(task, ["r2r", "slm"], "dev", 2, path)
     nets = [row.get("net") for row in read_rows(path)]
-    assert len(nets) == 6 and nets.count(None) == 2 and len(set(nets)) == 3
+    assert len(nets) == 8 and nets.count(None) == 2 and len(set(nets)) == 4
 
 
 def test_answers_of_unlike_machines_are_not_put_together(tmp_path, monkeypatch):

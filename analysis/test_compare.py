@@ -167,11 +167,11 @@ def test_live_labels_call_where_a_sentence_would_change(pocket):
 
 def test_the_comparison_runs_resumes_and_shows(tmp_path, pocket, monkeypatch):
     monkeypatch.setattr(compare, "FAMILIES",
-                        {"R2R": compare.Family(compare.r2r_router, (-12.0, 12.0), "router"),
+                        {"R2R": compare.Family(compare.FAMILIES["R2R"].build, (-12.0, 12.0), "router"),
                          "random": compare.Family(compare.FAMILIES["random"].build, (0.01, 0.9)),
-                                              "R-Stitch+": compare.Family(compare.policy_router, (-30.0, 6.0),
-                                                                          "policies"),
-                                              "R-Stitch": compare.FAMILIES["R-Stitch"]})
+                         "R-Stitch+": compare.Family(compare.FAMILIES["R-Stitch+"].build, (-30.0, 6.0),
+                                                     "policies"),
+                         "R-Stitch": compare.FAMILIES["R-Stitch"]})
     monkeypatch.setattr(compare, "SHARES", (0.1, 0.5))
     again = lambda: compare.run(Task(out=str(tmp_path)), n_calibration=4, n_test=4, n_live=2, n_timed=2,
                                 judge="statement", workers=1)  # noqa: E731

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import rstitch
 from analysis import answers
 from analysis.instruments.rows import RESULTS
+from analysis.instruments.stats import difference
 from analysis.instruments.task import Task, load_latency
 from analysis.pocket.weights import MODELS
 from analysis.presentation import real
@@ -124,11 +125,33 @@ def test_r2r_and_one_token_entropy_at_equal_share_by_hand():
     begun = [one | {"net": "a1"} for one in rights("r2r=0.9", "1", "SSSL")]  # leaves the other as it is
     assert real.at_equal_share(real.worlds(rows + r2r + begun)[0])["r2r=0.5 by a1"] == found["r2r=0.5 by a1"]
     other = [one | {"net": "b2"} for one in rights("r2r=0.5", "00000000", "SSSL")]
-    assert len(real.at_equal_share(real.worlds(rows + r2r + other)[0])) == 2  # a net has lines of its own
+    assert list(real.at_equal_share(real.worlds(rows + r2r + other)[0])) == ["r2r=0.5 by b2"]  # trained anew
+    longer = [one | {"net": "a1"} for one in rights("r2r=0.5", "11111000" + "1" * 5, "SSSL")]
+    both = real.at_equal_share(real.worlds(rows + longer)[0])["r2r=0.5 by a1"]
+    assert both == found["r2r=0.5 by a1"]  # over the 8 problems that entropy has answered, too
+    few = [one for one in rows if one["method"] == "slm" or one["problem"] < 3]  # entropy has but begun
+    assert real.at_equal_share(real.worlds(few + r2r)[0]) == {}
     assert real.at_equal_share(real.worlds(rows)[0]) == {} == real.at_equal_share(real.worlds(r2r)[0])
     assert real.at_equal_share(real.worlds(rows + r2r)[0], first=8) == {}
     line = real.equal_share_table(real.worlds(rows + r2r)[0]).splitlines()[1]
     assert re.search(rf"by a1 +25\.0 +\+12\.5 .* 8 +{real.MISSING} +0 +undecided", line)  # none past the 64th
+
+
+def test_equal_share_is_that_of_each_draw():
+    """Whatever the LLM writes is right, and nothing else: entropy lets it write half of the problems, R2R
+    half of those. So at R2R's share entropy is as often right in every draw, and the interval is 0 wide.
+    With one share for all draws it is not: where R2R calls a little less often it is held against more
+    calls."""
+    def run(method: str, every: int, **more) -> list[dict]:
+        return [row(method, i, i % every == 0, "LLLL" if i % every == 0 else "SSSS", **more)
+                for i in range(400)]
+
+    rows = run("slm", 401)[1:] + run("tau=0.02,back=1", 2) + run("r2r=0.5", 4, net="a1")
+    x, = real.at_equal_share(real.worlds(rows)[0]).values()
+    assert x[:3] == pytest.approx((0, 0, 0), abs=1e-9)
+    small, entropy, r2r = (real.outcomes(real.by_problem(rows[k:k + 399]), range(1, 400))
+                           for k in (0, 400, 800))
+    assert difference([small, r2r], [small, entropy], x[4], 399)[1] < -0.1
 
 
 def test_speed_by_hand():
@@ -136,7 +159,7 @@ def test_speed_by_hand():
     ms each, where R-Stitch takes 22."""
     cost = lambda row: sum({"S": 1.0, "L": 10.0}[x] for x in row["writer"])  # noqa: E731
     rows = [*rights("llm", "1-1", "LLLL"), *rights("tau=0.02", "111", "SSLL")]
-    x = real.speed(*(real.worlds(rows)[0][name] for name in ("tau=0.02", "llm")), cost)
+    x = real.speed(*(real.priced(real.worlds(rows)[0][name], cost) for name in ("tau=0.02", "llm")))
     assert x == pytest.approx((40 / 22, 40 / 22, 40 / 22, 2))
     table = real.speeds_table(real.worlds(rows)[0], cost)
     assert re.search(r"tau 0\.02 +22 +1\.82 x \[1\.82, 1\.82\] +2$", table, re.M)
@@ -220,6 +243,8 @@ def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path,
     other, fit = [path, "--vocab"], [path, "--latency"]
     for argv, code in (([path], 0), ([*other, 128], 0), ([tmp_path / "none"], 2), ([*other, 1], 2),
                        ([*fit, RESULTS / "latency.json", "--ratio", 5], 0), ([*fit, path], 2),
+                       ([*fit, RESULTS / "real" / "labels.json"], 2),
+                       ([*fit, RESULTS / "real" / "latency.json"], 2),
                        ([path, "--ratio", 5], 2), ([*fit, RESULTS / "latency.json", "--ratio", 0], 2)):
         monkeypatch.setattr(sys, "argv", ["real", *map(str, argv)])
         if code:
@@ -235,7 +260,9 @@ def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path,
     rows = [row for row in real.read_rows(path) if row["method"] == "tau=0.005"]
     right, large = 100 * real.share(rows, "correct")[0], 100 * real.llm_share(rows)
     assert re.search(rf"R-Stitch, tau 0.005 +3 +{right:.1f} \[.*?\] +{large:.1f} \[", out)
-    assert "expected a file of analysis.latency" in err and err.count("expected numbers above 0") == 2
+    assert err.count("expected a file of analysis.latency") == 2
+    assert "latency.json is of bfloat16: expected that of the answers, float32" in err
+    assert err.count("expected numbers above 0") == 2
     models = load_latency()
     slower = answers.with_ratio(models, 5)
     assert slower[1].decode(0) == pytest.approx(5 * models[0].decode(0)) and slower[0] is models[0]

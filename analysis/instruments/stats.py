@@ -49,29 +49,56 @@ def net_time(row: dict, ms: dict[str, float]) -> float:
     return row["asked"] * ms.get(row["family"], 0.0)
 
 
-def at_share(rows: list[dict], target: float, weights: np.ndarray) -> np.ndarray:
-    """(draws,) accuracy at exactly this LLM share, on the line between the neighbouring runs of one family,
-    for weights (draws, n) of the problems. NaN where no run has as large a share."""
+def by_draw(rows: list[dict], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(LLM share, accuracy) of k runs, (draws, k) each, for weights (draws, n) of the problems."""
     # (k, n) each
     right, tokens, large = (np.array([[o[k] for o in r["outcomes"][:weights.shape[1]]] for r in rows], float)
                             for k in (0, 1, 2))
-    shares, accuracies = weights @ large.T / (weights @ tokens.T), weights @ right.T  # (draws, k)
+    return weights @ large.T / (weights @ tokens.T), weights @ right.T
+
+
+def on_line(target: np.ndarray, shares: np.ndarray, accuracies: np.ndarray) -> np.ndarray:
+    """(draws,) accuracy at exactly these LLM shares (draws,), on the line between the neighbouring of k runs
+    (draws, k). NaN where no run has as large a share."""
     out = []
-    for share, accuracy in zip(shares, accuracies):
+    for x, share, accuracy in zip(target, shares, accuracies):
         order = np.argsort(share, kind="stable")
-        out.append(np.interp(target, share[order], accuracy[order], right=accuracy[order][-1]
-                             if target <= share.max() + 0.005 else np.nan))
+        out.append(np.interp(x, share[order], accuracy[order], right=accuracy[order][-1]
+                             if x <= share.max() + 0.005 else np.nan))
     return np.array(out)
+
+
+def at_share(rows: list[dict], target: float, weights: np.ndarray) -> np.ndarray:
+    """(draws,) accuracy of one family at exactly this LLM share, by `on_line`, for weights (draws, n) of the
+    problems."""
+    return on_line(np.full(len(weights), target), *by_draw(rows, weights))
+
+
+def draws_of(n: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """(1 + draws, n) weights of n problems: all alike, then bootstrap samples."""
+    return np.vstack([np.full(n, 1 / n),
+                      np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])
+
+
+def in_points(delta: np.ndarray) -> tuple[float, float, float]:
+    """A difference of accuracies over `draws_of`, in percentage points, with its 95 % interval."""
+    return float(100 * delta[0]), *(100 * np.nanpercentile(delta[1:], [2.5, 97.5])).tolist()
 
 
 def difference(a: list[dict], b: list[dict], target: float, n: int, draws: int = 1000,
                seed: int = 0) -> tuple[float, float, float]:
     """Accuracy of family a minus that of b at the same share, over the first n problems, in percentage
     points, with a paired 95 % interval."""
-    weights = np.vstack([np.full(n, 1 / n),
-                         np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])
-    delta = 100 * (at_share(a, target, weights) - at_share(b, target, weights))
-    return float(delta[0]), *map(float, np.nanpercentile(delta[1:], [2.5, 97.5]))
+    weights = draws_of(n, draws, seed)
+    return in_points(at_share(a, target, weights) - at_share(b, target, weights))
+
+
+def at_own_share(run: dict, family: list[dict], n: int, draws: int = 1000,
+                 seed: int = 0) -> tuple[float, float, float]:
+    """Accuracy of one run minus that of a family at the run's share, which is another one in every draw;
+    otherwise as `difference`."""
+    shares, accuracies = by_draw([run, *family], draws_of(n, draws, seed))
+    return in_points(accuracies[:, 0] - on_line(shares[:, 0], shares[:, 1:], accuracies[:, 1:]))
 
 
 def with_interval(x: Sequence[float], unit: str = "", digits: int = 3) -> str:

@@ -179,6 +179,26 @@ class Task(Pair):
         return next((path for path in there if path.name == BASE), there[0] if there else None)
 
 
+def net_file(task: Task, trained: str) -> Path:
+    """The weights of the trained router: R2R's ("router"), or the policy that stands for R-Stitch+
+    ("policies"). ValueError where the task has none."""
+    if trained == "router":
+        return task.needed("router") / "router.safetensors"
+    return (task.policy() or task.needed("policies")) / "policy.safetensors"
+
+
+def r2r_router(task: Task, threshold: float | None = None) -> rstitch.R2RRouter:
+    """R2R at its own threshold, or at another one, which is no reason to warn here."""
+    router = rstitch.R2RRouter.load(net_file(task, "router").parent, *task.load()[:2])
+    return router if threshold is None else rstitch.R2RRouter(router.net, threshold)
+
+
+def policy_router(task: Task, threshold: float | None = None) -> rstitch.PolicyRouter:
+    """R-Stitch+ as it was trained, or calling the LLM above another probability."""
+    return rstitch.PolicyRouter.load(net_file(task, "policies").parent, *task.load()[:2],
+                                     threshold=threshold)
+
+
 @lru_cache(maxsize=None)
 def control_of(task: Task):
     """The model that is shown beside the LLM, once per process."""

@@ -717,7 +717,7 @@ def frontier_verdicts(claims: list[tuple[str, str, str, str]], frontier: list[di
     if of(runs, "R2R"):
         at = f"R2R at {100 * nearest(runs, 'R2R', 0.1)['llm_share']:.1f} %"
         chosen = [*chosen[:2], *(c for c in claims if c[0].startswith(at))]
-        equal = real.at_equal_share(methods).values()
+        equal = sorted(real.at_equal_share(methods).values(), key=lambda x: abs(x[4] - 0.1))
         found = [(f"{signed(x[:3])}, {100 * x[4]:.0f} % LLM, n = {x[3]}", better(x)) for x in equal]
         out.append(share_claim(runs, "R2R", "entropy, one token", 0.1, "better", *found[:1]))
     chosen += [c for c in claims if c[0].startswith("speculative")]
@@ -948,7 +948,7 @@ def real_series(methods: dict[str, list[dict]]) -> tuple[list[Series], list[Seri
 
     routers = [series("R-Stitch", "black", lambda m: m.startswith("tau=") and "," not in m),
                series("random calls", "#777777", lambda m: m.startswith("random="), "x"),
-               series("R2R", THIRD, lambda m: m.startswith("r2r"), "D")]
+               series("R2R", THIRD, lambda m: m in real.runs_of_r2r(methods), "D")]
     if not routers[-1].points:
         routers[-1] = series("one-token visits", THIRD, lambda m: m.endswith(",back=1"), "D")
     models = [series("SLM alone", SLM_COLOUR, lambda m: m == "slm"),

@@ -12,6 +12,7 @@ normalised, the entropy divided by log V. Intervals are 95 %: Wilson for shares 
 over problems, whose samples stay together.
 """
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -229,29 +230,30 @@ def outcomes(answers: dict[int, list[dict]], problems: Sequence[int]) -> dict:
     return {"outcomes": [of(answers[problem]) for problem in problems]}
 
 
-def net_of(method: str) -> str | None:
-    """The net of a trained router by the method's name; None for a method that has none."""
-    return method.partition(BY)[2] or None
+def runs_of_r2r(methods: Iterable[str]) -> list[str]:
+    """The runs of R2R's router; once it was trained anew, those of the net that ran last."""
+    runs = [name for name in methods if name.startswith("r2r")]
+    return [name for name in runs if name.partition(BY)[2] == runs[-1].partition(BY)[2]]
 
 
 def at_equal_share(methods: dict[str, list[dict]], first: int = 0) -> dict[str, tuple]:
     """How much more often R2R is right than entropy with visits of one token that calls the LLM as often: by
-    run of R2R (points, low, high, n, LLM share), over the problems that it and the SLM alone have answered.
-    At exactly its share: on the lines between the runs of a family that have answered them all, too, the SLM
-    alone being everybody's at share 0. Without the runs whose share no other reaches."""
-    found = {}
-    answers = {name: by_problem(rows, first) for name, rows in methods.items()}
-    for run in (name for name in methods if net_of(name) is not None and name.startswith("r2r")):
-        problems = sorted(answers.get("slm", {}).keys() & answers[run].keys())
-        there = [name for name in methods if problems and answers[name].keys() >= set(problems)]
-        mine = [name for name in there if name.startswith("r2r") and net_of(name) == net_of(run)]
-        one = [name for name in there if name.endswith(",back=1")]
-        shares = {name: llm_share(row for i in problems for row in answers[name][i]) for name in there}
-        if one and shares[run] <= max(shares[name] for name in one):
-            families = [[outcomes(answers[name], problems) for name in ("slm", *family)]
-                        for family in (mine, one)]
-            points = stats.difference(*families, shares[run], len(problems))
-            found[run] = *points, len(problems), shares[run]
+    run of R2R (points, low, high, n, LLM share), over the problems that all have answered. At exactly the
+    run's share: on the line between entropy's runs, or from the SLM alone to the first. Runs of entropy that
+    have answered less than half of R2R's problems are left out, and so are those of R2R whose share no other
+    reaches."""
+    found, answers = {}, {name: by_problem(rows, first) for name, rows in methods.items()}
+    for run in runs_of_r2r(methods) if "slm" in methods else ():
+        family = ["slm", *(name for name in methods if name.endswith(",back=1")
+                           and 2 * len(answers[name].keys() & answers[run].keys()) >= len(answers[run]) > 0)]
+        problems = sorted(answers[run].keys() & set.intersection(*(set(answers[name]) for name in family)))
+        if not problems:
+            continue
+        own, *others = (llm_share(row for i in problems for row in answers[name][i])
+                        for name in (run, *family))
+        if own <= max(others):
+            one, *rest = (outcomes(answers[name], problems) for name in (run, *family))
+            found[run] = *stats.at_own_share(one, rest, len(problems)), len(problems), own
     return found
 
 
@@ -290,26 +292,31 @@ def equal_share_table(methods: dict[str, list[dict]]) -> str:
     return table(lines) if every else f"{lines[0][0]}: {MISSING}"
 
 
-def speed(rows: list[dict], llm: list[dict], ms: Callable[[dict], float]) -> tuple[float, float, float, int]:
-    """How many times as fast answers are as those of the LLM alone, by what each takes, over the n problems
-    that both have answered: (ratio of means, low, high, n); NaN for none."""
-    a, b = by_problem(rows), by_problem(llm)
-    both = sorted(a.keys() & b.keys())
-    own, alone = (np.array([np.mean([ms(row) for row in answers[problem]]) for problem in both])
-                  for answers in (a, b))
+def priced(rows: list[dict], ms: Callable[[dict], float]) -> dict[int, float]:
+    """By problem, what an answer takes on average, `ms` telling it of a row."""
+    return {problem: float(np.mean(list(map(ms, answers)))) for problem, answers in by_problem(rows).items()}
+
+
+def speed(own: dict[int, float], llm: dict[int, float]) -> tuple[float, float, float, int]:
+    """How many times as fast answers are as those of the LLM alone, from what they take by problem, over the
+    n problems that both have answered: (ratio of means, low, high, n); NaN for none."""
+    both = sorted(own.keys() & llm.keys())
     if not both:
         return math.nan, math.nan, math.nan, 0
-    return ratio_of_means(alone, own), *bootstrap(ratio_of_means, alone, own), len(both)
+    a, b = (np.array([x[problem] for problem in both]) for x in (llm, own))
+    return ratio_of_means(a, b), *bootstrap(ratio_of_means, a, b), len(both)
 
 
 def speeds_table(methods: dict[str, list[dict]], ms: Callable[[dict], float],
                  title: str = "as fitted, at batch 1") -> str:
     """A line a method: the milliseconds of an answer, and its speed."""
     lines = [(title, "ms per answer", "speed, LLM alone = 1", "n")]
-    for method, rows in methods.items():
-        x = speed(rows, methods["llm"], ms) if "llm" in methods else None
-        lines.append((NAMES.get(method, method), f"{np.mean([ms(row) for row in rows]):,.0f}",
-                      *((with_interval(x[:3], " x", 2), str(x[3])) if x and x[3] else (MISSING, "0"))))
+    prices = {method: priced(rows, ms) for method, rows in methods.items()}
+    for method, own in prices.items():
+        x = speed(own, prices.get("llm", {}))
+        name = NAMES.get(method, method) + (", without its net" if BY in method else "")
+        lines.append((name, f"{np.mean(list(own.values())):,.0f}",
+                      *((with_interval(x[:3], " x", 2), str(x[3])) if x[3] else (MISSING, "0"))))
     return table(lines)
 
 
@@ -370,19 +377,21 @@ def main() -> None:
         parser.error(f"--vocab={args.vocab}: expected 2 or more")
     if args.ratio and not (args.latency and all(0 < ratio < math.inf for ratio in args.ratio)):
         parser.error(f"--ratio {' '.join(map(str, args.ratio))}: expected numbers above 0, and --latency")
-    costs = {}
+    rows, costs = read_rows(args.file), {}
     if args.latency:
         from analysis.answers import milliseconds, with_ratio  # needs torch
         from analysis.instruments.task import load_latency
         try:
-            models = load_latency(args.latency)
-            costs["as fitted, at batch 1"] = partial(milliseconds, models=models)
-            costs |= {f"projection, an LLM's step {ratio:g} x": partial(milliseconds,
-                                                                       models=with_ratio(models, ratio))
-                      for ratio in args.ratio}
-        except (OSError, ValueError, KeyError) as error:
+            models, dtype = load_latency(args.latency), json.loads(args.latency.read_text())["dtype"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"--latency {args.latency}: expected a file of analysis.latency ({error})")
-    print(show(read_rows(args.file), args.vocab, costs))
+        if others := {row["dtype"] for row in rows} - {dtype}:
+            parser.error(f"--latency {args.latency} is of {dtype}: expected that of the answers, "
+                         f"{', '.join(sorted(others))}")
+        fits = {"as fitted, at batch 1": models} | {
+            f"projection, an LLM's step {ratio:g} x": with_ratio(models, ratio) for ratio in args.ratio}
+        costs = {title: partial(milliseconds, models=fit) for title, fit in fits.items()}
+    print(show(rows, args.vocab, costs))
 
 
 if __name__ == "__main__":
