@@ -47,7 +47,7 @@ from analysis.instruments.options import add_options, given
 from analysis.instruments.problems import question
 from analysis.instruments.provenance import provenance
 from analysis.instruments.runs import Rows
-from analysis.instruments.stats import at_share, difference, net_time, signed, with_interval
+from analysis.instruments.stats import at_own_share, at_share, difference, net_time, signed, with_interval
 from analysis.instruments.task import (
     N_CALIBRATION,
     SEED,
@@ -498,13 +498,13 @@ def show(rows: list[dict], parameters: tuple[int, int], usage: Callable[[float],
                          f"{r['llm_catch_up_tokens']:>9.1f}{offline}"
                          + (f"   n = {r['n']}" if r["kind"] == "assisted" else ""))
     for live in (r for r in rows if r["kind"] == "live labels"):
+        lead = at_own_share(live, runs["R2R"], live["n"]) if "R2R" in runs else (math.nan,) * 3
         lines.append(f"live labels: {right(live)} % right, {cut_off(live)} % cut off, at "
                      f"{100 * live['llm_share']:.1f} % LLM tokens, {live['tokens']:.1f} tokens, "
                      f"{activated(live, parameters) / 1e6:.3f} M activated (the labels' own work not "
                      f"counted), n = {live['n']}; a reference point, not a bound"
-                     + ("; on these problems at this share R2R is right more often by "
-                        f"{signed(difference(runs['R2R'], [live], live['llm_share'], live['n']))} pp"
-                        if "R2R" in runs else ""))
+                     + ("" if math.isnan(lead[0]) else "; on these problems right more often than R2R at "
+                        f"this share by {signed(lead)} pp"))
     for r in (r for r in rows if r["kind"] == "chosen"):
         lines.append(f"tau {r['tau']:.3g}, from the SLM's answers of up to {r['median_tokens']:g} tokens for "
                      f"{r['wanted']} {r['value']:g}: predicted {100 * r['predicted_share']:.1f} % LLM tokens "

@@ -59,6 +59,9 @@ def test_routers_are_compared_at_the_same_share():
     assert lead == pytest.approx(2.0) and least <= lead <= most  # 4 % of the way from 25 to 75, against 25
     assert compare.difference([low, high], [low, high], 0.05, 4) == (0, 0, 0)
     assert compare.difference([low, high], [low, high], 0.05, 2)[0] == 0  # over the first two only
+    # A run held against its family at the share that the run has in each draw: itself, whatever the draw.
+    assert compare.at_own_share(high, [low, high], 4) == (0, 0, 0)
+    assert compare.at_own_share(high, [low], 4) == pytest.approx((np.nan,) * 3, nan_ok=True)
 
 
 def test_signals_by_hand():
@@ -197,6 +200,8 @@ def test_the_comparison_runs_resumes_and_shows(tmp_path, pocket, monkeypatch):
 def test_the_results_page_shows_the_committed_comparison():
     rows, readme = read_rows(RESULTS / "compare.jsonl"), (RESULTS / "README.md").read_text()
     assert compare.table(rows) in readme
+    # 100.0 % of 300, where R2R at 4.5 % LLM tokens has 58.3 %
+    assert "right more often than R2R at this share by +41.7 [" in compare.show(rows, (1, 1), lambda t: 0.1)
     assert {r["family"] for r in rows if r["kind"] == "test"} == {*compare.FAMILIES, *compare.ALONE}
     assert all(r["source"] == "measured" and r["n"] == 1000 for r in rows if r["kind"] == "test")
     made, labels = (json.loads((MODELS / "r2r" / "made.json").read_text()),

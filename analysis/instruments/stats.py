@@ -81,7 +81,9 @@ def draws_of(n: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
 
 
 def in_points(delta: np.ndarray) -> tuple[float, float, float]:
-    """A difference of accuracies over `draws_of`, in percentage points, with its 95 % interval."""
+    """A difference of accuracies over `draws_of`, in percentage points, with its 95 % interval, or NaN."""
+    if np.isnan(delta[0]):
+        return (np.nan,) * 3
     return float(100 * delta[0]), *(100 * np.nanpercentile(delta[1:], [2.5, 97.5])).tolist()
 
 
