@@ -149,7 +149,7 @@ def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Calla
                 row = row_of(calls[i])
                 verdict = graded(tokenizer, ends, todo[i], row["tokens"])
                 save(i, {"correct": verdict["correct"], "finished": verdict["finished"], **row})
-            bar.update(ended)
+                bar.update()
 
         rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=task.max_new_tokens,
                        temperature=temperature, seed=list(seeds), slots=task.rows, on_token=count)

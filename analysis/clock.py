@@ -75,7 +75,6 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path) -> l
             answer(prompts[0][:, -8:])
         with progress(len(todo), "by the clock", "answer") as bar:
             for name, i, question in todo:
-                bar.update(0)
                 calm, begun = reference_ms(lms[1]), now(llm.device)
                 tokens, share = by_name[name](prompts[i])
                 ms = 1e3 * (now(llm.device) - begun)

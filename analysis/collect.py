@@ -29,10 +29,11 @@ from analysis.answers import digest
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
 from analysis.instruments.problems import Stated, question, read_problems, verify
+from analysis.instruments.progress import progress
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.runs import run_stage, settle
-from analysis.instruments.task import Pair, branches_together, common_vocab, decoder, made_by
+from analysis.instruments.task import Pair, branches_together, common_vocab, counter, decoder, made_by
 from analysis.label import read_along
 from analysis.pocket.domain import problems, verify_number
 from rstitch import fingerprint
@@ -80,7 +81,7 @@ def write_on(settings: Settings, router, prompts: list[list[int]], temperature: 
              seeds: list[int] | None = None,
              heads: list[list[int]] | None = None) -> list[list[rstitch.Call]]:
     """The kept calls of each prompt's answer; of an answer that begins with its head, the rest."""
-    slm, llm, *_ = settings.load()
+    slm, llm, _, eos = settings.load()
     heads = heads or [[] for _ in prompts]
     out: list[list[rstitch.Call]] = [[] for _ in prompts]
     if not prompts:
@@ -88,9 +89,11 @@ def write_on(settings: Settings, router, prompts: list[list[int]], temperature: 
     order = branches_together(range(len(prompts)), prompts, list(map(len, heads)))
     ids, mask = left_padded([prompts[k] + heads[k] for k in order])
     room = [settings.max_new_tokens - len(heads[k]) for k in order]
-    stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=room,
-                              temperature=temperature, slots=settings.rows,
-                              seed=0 if seeds is None else [seeds[k] for k in order])
+    with progress(len(order), "answers of a block", inner=True) as bar:
+        stitched = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=room,
+                                  temperature=temperature, slots=settings.rows,
+                                  seed=0 if seeds is None else [seeds[k] for k in order],
+                                  on_token=counter(bar, eos, room))
     for k, kept in zip(order, stitched.kept):
         out[k] = kept
     return out

@@ -236,7 +236,7 @@ def live_row(task: Task, judge: str, n: int) -> dict:
     for at in range(0, len(chosen), size):
         part = chosen[at:at + size]
         router = LiveLabels(settings, [question(p) for p in part])
-        solved += solve(pair, part, router, batch_size=len(part), seed=SEED, progress=False,
+        solved += solve(pair, part, router, batch_size=len(part), seed=SEED,
                         max_new_tokens=task.max_new_tokens, settings=task)
         router.lm.close()
     row = summarise(task, solved)
@@ -351,7 +351,7 @@ def choose_taus(task: Task, n: int) -> list[dict]:
     pair, models = task.load(), task.latencies()
     log_vocab = math.log(common_vocab(pair))
     solved = solve(pair, task.split("calibration", n), rstitch.SLMOnly(), batch_size=task.rows,
-                   progress=False, max_new_tokens=task.max_new_tokens)
+                   max_new_tokens=task.max_new_tokens)
     half = float(np.median([s["tokens"] for s in solved]))
     answers = [s["calls"] for s in solved if s["tokens"] <= half]
     H = np.concatenate([[call.entropy for call in calls] for calls in answers])

@@ -63,8 +63,7 @@ def pair(llm: str, device: str):
 
 
 def answer(method: Method, chosen: list, seed: int, device: str) -> list[dict]:
-    return solve(pair(method.llm, device), chosen, method.router, batch_size=len(chosen), seed=seed,
-                 progress=False)
+    return solve(pair(method.llm, device), chosen, method.router, batch_size=len(chosen), seed=seed)
 
 
 def latencies(methods: list[Method], problem, i: int, seed: int, device: str) -> list[tuple[float, int]]:

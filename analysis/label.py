@@ -37,11 +37,12 @@ from analysis.instruments.judges import ENCODED, JUDGES, Case, build_judge, cont
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
 from analysis.instruments.problems import question, read_problems, split_of
+from analysis.instruments.progress import progress, tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS
 from analysis.instruments.runs import by_place, run_stage, settle
 from analysis.instruments.stats import PAPER_LABELS, bootstrap, kind_of, ratio_of_means
-from analysis.instruments.task import Pair, branches_together, common_vocab, decoder
+from analysis.instruments.task import Pair, branches_together, common_vocab, counter, decoder
 from analysis.pocket.domain import problems
 from rstitch import fingerprint
 from rstitch_hf.loading import left_padded, load_tokenizer
@@ -123,10 +124,12 @@ def opening(starts: list[int], t: int) -> int:
 
 def answers(settings: Settings, rows: list[dict]) -> list[dict]:
     """What the LLM says to each question."""
-    slm, llm, tokenizer, _ = settings.load()
+    slm, llm, tokenizer, eos = settings.load()
     ids, mask = settings.encode(tokenizer, *(row["question"] for row in rows))
-    out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask,
-                         max_new_tokens=settings.max_new_tokens, seed=0, slots=settings.rows)
+    with progress(len(rows), "answers of a block", inner=True) as bar:
+        out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask,
+                             max_new_tokens=settings.max_new_tokens, seed=0, slots=settings.rows,
+                             on_token=counter(bar, eos, settings.max_new_tokens))
     return [{**row, "prompt": prompt, "answer": [call.token for call in calls]}
             for row, prompt, calls in zip(rows, rstitch.unpadded(ids, mask), out.calls)]
 
@@ -162,7 +165,7 @@ def readings(settings: Settings, rows: list[dict]) -> list[dict]:
     """The SLM's choice and its entropy (nats) at every token of the LLM's answers."""
     slm, *_ = pair = settings.load()
     vocab, out = common_vocab(pair), []
-    for row in rows:
+    for row in tracked(rows, "readings of a block", inner=True):
         choice, H = read_along(slm, row["prompt"], row["answer"], vocab)
         out.append({"slm": choice, "entropy": [float(f"{h:.4g}") for h in H]})
     return out
@@ -193,12 +196,15 @@ def go_on(settings: Settings, todo: list[tuple[list[int], list[int], int]]) -> l
 
     def complete(b: int, more: list[int]) -> bool:
         _, answer, start = todo[open_ones[b]]
-        return closed(decode(answer[start:] + more), before[b])
+        done = closed(decode(answer[start:] + more), before[b])
+        bar.update(done)
+        return done
 
     limits = [max(1, length - len(todo[k][1])) if whole else length for k in open_ones]
-    stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0,
-                              max_new_tokens=limits, slots=settings.rows,
-                              stop=None if whole else complete)
+    with progress(len(open_ones), "branches of a block", inner=True) as bar:
+        stitched = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask, seed=0,
+                                  max_new_tokens=limits, slots=settings.rows,
+                                  stop=None if whole else complete, on_token=counter(bar, eos, limits))
     for k, calls in zip(open_ones, stitched.calls):
         _, answer, start = todo[k]
         line = answer + [call.token for call in calls]

@@ -14,7 +14,6 @@ turns a token, and everything behind it may follow. Greedy answers to test probl
 answer, and a run that was killed goes on with the first that is missing.
 """
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +34,12 @@ METHODS = {"SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly(),
            "R-Stitch, tau 0.02": rstitch.EntropyRouter(0.02)}
 
 
-def answer(task: Task, method: str, chosen: list, tick: Callable[..., object]) -> list[list[int]]:
-    """The tokens of each answer, all problems in one batch; tick is called with each."""
+def answer(task: Task, method: str, chosen: list) -> list[list[int]]:
+    """The tokens of each answer, all problems in one batch."""
     slm, llm, tokenizer, _ = task.load()
     ids, mask = encode_problems(tokenizer, chosen, task)
     result = rstitch.stitch(slm, llm, ids, METHODS[method], attention_mask=mask,
-                            max_new_tokens=task.max_new_tokens, seed=SEED, on_token=tick)
+                            max_new_tokens=task.max_new_tokens, seed=SEED)
     return [[call.token for call in kept] for kept in result.kept]
 
 
@@ -58,8 +57,7 @@ def run(task: Task, methods: list[str], n: int, path: Path) -> list[dict]:
             and any((*job[:2], i) not in have for i in job[2])]
     with progress(len(todo), "answers") as bar:
         for method, batch, part in todo:
-            for i, tokens in zip(part, answer(task, method, [chosen[i] for i in part],
-                                              lambda *_: bar.update(0))):
+            for i, tokens in zip(part, answer(task, method, [chosen[i] for i in part])):
                 store.add((method, batch, i), {"what": "rounding", "method": method, "batch": batch,
                                                "problem": i, "tokens": tokens,
                                                **provenance(SEED, n, task.device, task.dtype)})

@@ -27,7 +27,7 @@ def test_calls_of_gives_back_every_forward_pass(method):
     """All fields as stitch told them; entropies to the four digits that a row keeps."""
     task = Task()
     router = answers.router_of(method, task)
-    for solved in solve(task.load(), task.split("dev", 6), router, seed=SEED, progress=False):
+    for solved in solve(task.load(), task.split("dev", 6), router, seed=SEED):
         back = answers.calls_of(json.loads(json.dumps(answers.row_of(solved["calls"]))))
         assert [call[:5] + call[6:] for call in back] == [call[:5] + call[6:] for call in solved["calls"]]
         assert [call.entropy for call in back] == pytest.approx([call.entropy for call in solved["calls"]],
@@ -47,7 +47,7 @@ def test_rows_are_those_of_solve_whatever_the_batch_and_a_kill(tmp_path):
     assert told == [(r["problem"], r["sample"], r["tokens"], r["writer"], r["correct"]) for r in rows]
     assert [(r["problem"], r["sample"]) for r in rows] == [(i, k) for i in range(6) for k in range(2)]
     chosen = [problem for problem in task.split("dev", 6) for _ in range(2)]
-    solved = solve(task.load(), chosen, rstitch.EntropyRouter(0.005), seed=SEED, progress=False,
+    solved = solve(task.load(), chosen, rstitch.EntropyRouter(0.005), seed=SEED,
                    temperature=1.5)
     assert [r["tokens"] for r in rows] == [[call.token for call in s["calls"] if call.kept] for s in solved]
     assert any(a["tokens"] != b["tokens"] for a, b in zip(rows[::2], rows[1::2]))  # samples of a problem

@@ -51,7 +51,7 @@ def test_a_branch_is_the_answer_that_differs_in_one_decision(pocket):
     policies, config = policies_of_any_mind(task), train_policy.Config(hand_back=True, tau=0.0005)
     todo = task.split("dev", 3)
     router = train_policy.build_router(policies, config)
-    options = dict(progress=False, max_new_tokens=60, seed=0)
+    options = dict(max_new_tokens=60, seed=0)
     solved = solve(pocket, todo, router, **options)
     limit = 0.0005 * np.log(128)
     forks = [Fork(i, call.position, call.model, ())
@@ -75,7 +75,7 @@ def test_a_branch_is_the_answer_that_differs_in_one_decision(pocket):
 
 
 def test_recounting_gives_back_what_stitch_counted(pocket):
-    solved = solve(pocket, Task().split("dev", 3), rstitch.EntropyRouter(0.005), progress=False)
+    solved = solve(pocket, Task().split("dev", 3), rstitch.EntropyRouter(0.005))
     for s in solved:
         prompt = s["calls"][0].n_inf
         bare = [call._replace(n_inf=0, n_kv=0) for call in s["calls"]]

@@ -1,8 +1,12 @@
 """How far a long piece of work is, on a terminal and in a log file."""
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
+from analysis.instruments import progress as instrument
 from analysis.instruments.progress import progress, tracked
 
 
@@ -25,11 +29,43 @@ def test_a_log_file_gets_a_line_every_half_minute(clock, capsys):
     assert not any("\r" in line for line in lines)
 
 
-def test_a_bar_that_is_only_asked_tells_the_time(clock, capsys):
+def test_a_log_file_hears_of_work_that_counts_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(instrument, "LINE", 0.5)
     with progress(10, "slow") as bar:
-        clock[0] += 31
+        bar.update(4)
+        time.sleep(2.5)  # told once a second
+        assert "slow: 4 of 10, 00:01 gone, 00:0" in capsys.readouterr().err  # with an estimate
+    time.sleep(1.5)
+    assert capsys.readouterr().err.count("slow") == 1  # the last state; nothing once it is closed
+
+
+def test_the_estimate_is_not_spoilt_by_lines_that_only_tell_the_time(clock, capsys):
+    with progress(10, "slow") as bar:
+        clock[0] += 100
         bar.update(0)
-    assert "slow: 0 of 10, 00:31 gone" in capsys.readouterr().err
+        bar.update(5)
+        clock[0] += 100
+        bar.update(0)
+    # 5 in 200 s
+    assert "slow: 5 of 10, 03:20 gone, 03:20 left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds, lines", [(29, 0), (31, 1)])
+def test_a_step_of_longer_work_shows_if_it_takes_long(clock, capsys, seconds, lines):
+    with progress(10, "step", inner=True) as bar:
+        clock[0] += seconds
+        bar.update()
+    assert capsys.readouterr().err.count("step: 1 of 10") == lines
+
+
+def test_worker_processes_tell_nothing(capfd):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(list_of_letters).result() == ["a", "b", "c"]
+    assert "letters" not in capfd.readouterr().err
+
+
+def list_of_letters() -> list[str]:
+    return list(tracked("abc", "letters"))
 
 
 def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
@@ -40,4 +76,4 @@ def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
 
 
 def test_tracked_hands_out_every_item():
-    assert list(tracked("abc", "letters")) == ["a", "b", "c"]
+    assert list_of_letters() == ["a", "b", "c"]

@@ -101,7 +101,7 @@ def test_the_second_net_learns_where_the_first_would_call_again(tmp_path, pocket
     policies["call"].load_state_dict(rstitch.weights_of(task.path("router"), "router.safetensors"))
     train_policy.teach_back(policies, config, task)
     router = train_policy.HandingBack(train_policy.build_router(policies, config))
-    solved = solve(pocket, task.split("dev", 12), router, progress=False)
+    solved = solve(pocket, task.split("dev", 12), router)
     kept = {(i, c.position): c.kept for i, s in enumerate(solved) for c in s["calls"]
             if c.model == rstitch.SLM}
     known = [(policies["back"](*state).item(), kept[row, t + 1]) for row, t, state in router.seen

@@ -37,7 +37,7 @@ from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resum
 from analysis.instruments.credit import Fork, branches, chosen_forks, decisions_of, differences
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.problems import content_of
-from analysis.instruments.progress import progress
+from analysis.instruments.progress import progress, tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import append_row, read_rows, write_rows
 from analysis.instruments.runs import settle
@@ -288,7 +288,7 @@ def update(policies, optimizer, parts: list[Part], config: Config, generator) ->
 
 def answer(task: Task, todo, router, price: Price, **options) -> tuple[list[dict], np.ndarray, dict]:
     """Solve problems; (solved, reward of each, mean figures)."""
-    solved = solve(task.load(), todo, router, progress=False, batch_size=task.rows,
+    solved = solve(task.load(), todo, router, batch_size=task.rows,
                    max_new_tokens=task.max_new_tokens, settings=task, **options)
     total, latency = price(solved, router)
     tokens = sum(s["tokens"] for s in solved)
@@ -305,7 +305,8 @@ def best_limits(policies, config: Config, task: Task, price: Price, chosen: Sequ
     limits, curves = {}, {}
     for name in policies:
         curves[name] = [[x, answer(task, chosen, build_router(policies, config, limits=limits | {name: x}),
-                                   price)[2]["reward"]] for x in points[name]]
+                                   price)[2]["reward"]]
+                        for x in tracked(points[name], f"limits of {name}", inner=True)]
         limits[name] = max(curves[name], key=lambda point: (point[1], -abs(point[0])))[0]
     return limits, curves
 
@@ -358,7 +359,7 @@ def teach_back(policies, config: Config, task: Task) -> None:
     at hand-back, too: cross entropy on one batch of answers that hand back after every token."""
     router = HandingBack(build_router(policies, config))
     solved = solve(task.load(), task.split("router-train", 8 * config.prompts, config.seed), router,
-                   progress=False, batch_size=task.rows, max_new_tokens=task.max_new_tokens, settings=task)
+                   batch_size=task.rows, max_new_tokens=task.max_new_tokens, settings=task)
     kept = {(i, call.position): call.kept for i, s in enumerate(solved) for call in s["calls"]
             if call.model == rstitch.SLM}
     known = [(state, kept[row, t + 1]) for row, t, state in router.seen if (row, t + 1) in kept]

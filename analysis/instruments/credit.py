@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 import rstitch
-from analysis.instruments.task import Task, branches_together, encode_problems, graded
+from analysis.instruments.progress import progress
+from analysis.instruments.task import Task, branches_together, counter, encode_problems, graded
 from rstitch_hf.loading import left_padded
 
 
@@ -105,9 +106,11 @@ def branches(task: Task, todo: Sequence, solved: Sequence[dict], forks: Sequence
             continue
         leave = [i % 2 == 1 for i in range(len(order))]
         ids, mask = left_padded([prompts[forks[k].row] + kept[k][:forks[k].position] for k in order])
-        stitched = rstitch.stitch(slm, llm, ids, Forced(router, model, leave), attention_mask=mask,
-                                  max_new_tokens=[task.max_new_tokens - forks[k].position for k in order],
-                                  seed=0, slots=task.rows)
+        room = [task.max_new_tokens - forks[k].position for k in order]
+        with progress(len(order), "branches", inner=True) as bar:
+            stitched = rstitch.stitch(slm, llm, ids, Forced(router, model, leave), attention_mask=mask,
+                                      max_new_tokens=room, seed=0, slots=task.rows,
+                                      on_token=counter(bar, ends, room))
         for k, left, calls in zip(order, leave, stitched.calls):
             fork = forks[k]
             calls = joined(len(prompts[fork.row]), solved[fork.row]["calls"], fork, calls)

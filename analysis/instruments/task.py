@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
@@ -19,8 +19,7 @@ import torch
 import rstitch
 from analysis.instruments.options import option
 from analysis.instruments.problems import Stated, content_of, question, read_problems, split_of, verify
-from analysis.instruments.progress import progress as progress_bar
-from analysis.instruments.progress import tracked
+from analysis.instruments.progress import progress, tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import RESULTS
 from analysis.instruments.stats import bootstrap, ratio_of_means, wilson
@@ -223,7 +222,16 @@ def graded(tokenizer, ends: Sequence[int], problem, tokens: Sequence[int]) -> di
     return {"text": text, "correct": verify(problem, text, finished), "finished": finished}
 
 
-def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = "", progress: bool = True,
+def counter(bar, ends: Collection[int], limits: int | Sequence[int]) -> Callable[[int, rstitch.Call], None]:
+    """An `on_token` of stitch that counts the answers which end, at an end token or at their limit."""
+    def count(row: int, call: rstitch.Call) -> None:
+        limit = limits if isinstance(limits, int) else limits[row]
+        bar.update(call.kept and (call.token in ends or call.position + 1 == limit))
+
+    return count
+
+
+def solve(pair, chosen: Sequence, router, batch_size: int = 256,
           seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, settings: Prompting = Prompting(),
           **options) -> list[dict]:
     """Answer every problem, `batch_size` of them at a time. Per problem: text, correct, finished, tokens,
@@ -232,14 +240,10 @@ def solve(pair, chosen: Sequence, router, batch_size: int = 256, label: str = ""
     slm, llm, tokenizer, *_ = pair
     out, ends = [], ends_of(pair)
     ids, mask = encode_problems(tokenizer, chosen, settings)
-    with progress_bar(len(chosen), label, "problem", leave=False, disable=not progress) as bar:
-
-        def count(row: int, call: rstitch.Call) -> None:
-            bar.update(call.kept and (call.token in ends or call.position + 1 == max_new_tokens))
-
+    with progress(len(chosen), "answers", "problem", inner=True) as bar:
         result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                seed=rstitch.row_seeds(seed, len(chosen)),
-                                slots=batch_size, on_token=count if progress else None, **options)
+                                seed=rstitch.row_seeds(seed, len(chosen)), slots=batch_size,
+                                on_token=counter(bar, ends, max_new_tokens), **options)
     for problem, calls, kept in zip(chosen, result.calls, result.kept):
         out.append({**graded(tokenizer, ends, problem, [call.token for call in kept]), "tokens": len(kept),
                     "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
@@ -353,8 +357,7 @@ def measure(task: Task, router, split: str, n: int, pair=None,
             nets_ms: dict[str, float] | None = None) -> dict:
     """One router over the first n problems of a split, greedy. `pair` takes the place of the task's."""
     solved = solve(pair or task.load(), task.split(split, n), router, batch_size=task.rows, seed=SEED,
-                   progress=False, max_new_tokens=task.max_new_tokens,
-                   settings=task)
+                   max_new_tokens=task.max_new_tokens, settings=task)
     return summarise(task, solved, router, nets_ms)
 
 
