@@ -166,6 +166,24 @@ def test_speed_by_hand():
     assert real.MISSING in real.speeds_table(real.worlds(rows[2:])[0], cost)
 
 
+def test_time_against_a_mix_by_hand():
+    """A token of the SLM takes 1 ms and one of the LLM 10: their answers take 4 and 40 ms, of the same 4
+    problems 1 and 3 are right. A mix that is right on 2 takes 22 ms; stitched ones that are take 13."""
+    cost = lambda row: sum({"S": 1.0, "L": 10.0}[x] for x in row["writer"])  # noqa: E731
+    rows = [*rights("slm", "1000"), *rights("llm", "1110", "LLLL"), *rights("tau=0.02", "1100", "SSSL")]
+    methods = real.worlds(rows)[0]
+    prices = {name: real.priced(answers, cost) for name, answers in methods.items()}
+    x = real.saved(methods, prices, "tau=0.02")
+    assert x[0] == pytest.approx(100 * (1 - 13 / 22)) and x[1] <= x[0] <= x[2]
+    assert f"{x[0]:+.1f} [" in real.speeds_table(methods, cost)
+    # paid for by the problems that all three have answered: the LLM is right on 1 of these, like the others
+    rows = [*rights("slm", "1---"), *rights("llm", "1110", "LLLL"), *rights("tau=0.02", "1100", "SSSL")]
+    assert real.saved(real.worlds(rows)[0], prices, "tau=0.02")[0] == pytest.approx(100 * (1 - 13 / 4))
+    assert real.saved(methods, prices, "slm") is None
+    assert real.saved({"llm": methods["llm"], "tau=0.02": methods["tau=0.02"]},
+                      {"llm": prices["llm"], "tau=0.02": prices["tau=0.02"]}, "tau=0.02") is None
+
+
 def test_a_router_that_was_trained_anew_is_another_method():
     rows = [one | {"net": net} for net in ("old", "new") for one in rights("r2r=0.5", "10", "SSSL")]
     assert list(real.worlds(rows)[0]) == ["r2r=0.5 by old", "r2r=0.5 by new"]

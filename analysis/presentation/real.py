@@ -307,16 +307,31 @@ def speed(own: dict[int, float], llm: dict[int, float]) -> tuple[float, float, f
     return ratio_of_means(a, b), *bootstrap(ratio_of_means, a, b), len(both)
 
 
+def saved(methods: dict[str, list[dict]], prices: dict[str, dict[int, float]],
+          name: str) -> tuple[float, float, float] | None:
+    """How much less time answers of a method take, in %, than those of a mix that is right as often, in which
+    every whole problem goes to either model alone at random; None without both models' answers."""
+    if not {"slm", "llm"} <= prices.keys() or name in ("slm", "llm"):
+        return None
+    trio = [by_problem(methods[one]) for one in (name, "slm", "llm")]
+    problems = sorted(set.intersection(*map(set, trio)))
+    own, *ends = ([[np.mean([row["correct"] for row in answers[i]]), prices[one][i]] for i in problems]
+                  for one, answers in zip((name, "slm", "llm"), trio))
+    gap = stats.gap_with_interval(np.array([own], float), np.array(ends, float), True) if problems else None
+    return gap and tuple(100 * x for x in gap)
+
+
 def speeds_table(methods: dict[str, list[dict]], ms: Callable[[dict], float],
                  title: str = "as fitted, at batch 1") -> str:
-    """A line a method: the milliseconds of an answer, and its speed."""
-    lines = [(title, "ms per answer", "speed, LLM alone = 1", "n")]
+    """A line a method: the milliseconds of an answer, its speed, and what it saves against a mix."""
+    lines = [(title, "ms per answer", "speed, LLM alone = 1", "n", "less time than a mix as right, %")]
     prices = {method: priced(rows, ms) for method, rows in methods.items()}
     for method, own in prices.items():
         x = speed(own, prices.get("llm", {}))
         name = NAMES.get(method, method) + (", without its net" if BY in method else "")
         lines.append((name, f"{np.mean(list(own.values())):,.0f}",
-                      *((with_interval(x[:3], " x", 2), str(x[3])) if x[3] else (MISSING, "0"))))
+                      *((with_interval(x[:3], " x", 2), str(x[3])) if x[3] else (MISSING, "0")),
+                      signed(mix) if (mix := saved(methods, prices, method)) else ""))
     return table(lines)
 
 
