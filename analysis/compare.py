@@ -351,7 +351,7 @@ def choose_taus(task: Task, n: int) -> list[dict]:
     pair, models = task.load(), task.latencies()
     log_vocab = math.log(common_vocab(pair))
     solved = solve(pair, task.split("calibration", n), rstitch.SLMOnly(), batch_size=task.rows,
-                   max_new_tokens=task.max_new_tokens)
+                   max_new_tokens=task.max_new_tokens, settings=task)
     half = float(np.median([s["tokens"] for s in solved]))
     answers = [s["calls"] for s in solved if s["tokens"] <= half]
     H = np.concatenate([[call.entropy for call in calls] for calls in answers])

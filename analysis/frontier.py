@@ -25,7 +25,7 @@ from scipy.special import expit
 import rstitch
 from analysis.instruments.options import add_options, given
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import read_rows
+from analysis.instruments.rows import current, read_rows
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import (
     bootstrap,
@@ -278,7 +278,9 @@ def against_r2r(rows: list[dict], compared: list[dict]) -> str:
     """Latency saved against R2R's runs at the same accuracy, the time of its net in them on average, by
     recipe; R2R's runs and the models alone are the frontier."""
     ms = next((r["ms"] for r in reversed(compared) if r["kind"] == "router times"), {})
-    runs = [r for r in compared if r["kind"] == "test" and r["family"] in ("R2R", "SLM alone", "LLM alone")]
+    runs = current([r for r in compared if r["kind"] == "test"
+                    and r["family"] in ("R2R", "SLM alone", "LLM alone")], ("family", "target"),
+                   lambda r: r["family"])
     n = min((len(r["outcomes"]) for r in (*runs, *rows) if "outcomes" in r), default=0)
     if not any(r["family"] == "R2R" for r in runs) or not n:
         return ""

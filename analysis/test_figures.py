@@ -342,10 +342,10 @@ def test_rows_that_something_else_made_are_passed_over():
     ]
     keys = ("kind", "family", "target")
     assert [(r["family"], r["target"], r["knob"])
-            for r in figures.newest(rows[:-1], keys, lambda r: r["family"])] == [("R2R", 0.1, 2),
+            for r in figures.current(rows[:-1], keys, lambda r: r["family"])] == [("R2R", 0.1, 2),
                                                                                  ("R2R", 0.2, None),
                                                                                  ("random", 0.1, None)]
-    assert [r["n"] for r in figures.newest(rows, keys, lambda r: r["family"])
+    assert [r["n"] for r in figures.current(rows, keys, lambda r: r["family"])
             ] == [1, 2]  # the last was over more problems
 
 

@@ -95,7 +95,10 @@ def test_the_gap_against_r2r_has_the_time_of_its_net():
     """R2R: 75 % in 150 ms, and 10 decisions of 5 ms; ours 75 % in 150 ms: 1 - 150 / 200 = 25 %."""
     ours = [[1, 9, 1, 150.0], [1, 9, 1, 150.0], [1, 9, 1, 150.0], [0, 9, 1, 150.0]] * 2
     rows = rows_with(**{"labels-kappa0.35-seed0": ours})
-    compared = [{"kind": "test", "family": "R2R", "asked": 10.0, "outcomes": ours},
+    older = [[1, 9, 1, 1.0]] * 8
+    r2r = {"kind": "test", "family": "R2R", "asked": 10.0, "n": 8}
+    compared = [r2r | {"outcomes": older, "made_with": "an older net"},
+                r2r | {"outcomes": ours, "made_with": "the net"},
                 {"kind": "router times", "ms": {"R2R": 5.0}}]
     assert "| from labels, kappa 0.35 | +25.0 [" in frontier.against_r2r(rows, compared)
     assert frontier.against_r2r(rows, []) == "" == frontier.against_r2r([], compared)

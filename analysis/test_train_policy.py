@@ -120,6 +120,17 @@ def test_a_policy_takes_the_thresholds_that_calibration_set(tmp_path, pocket, mo
     best = {name: max(curve, key=lambda point: (point[1], -abs(point[0])))[0]
             for name, curve in made["earned"].items()}
     assert made["thresholds"] == {name: pytest.approx(expit(x)) for name, x in best.items()}
+    price = train_policy.settled_price(config, task, tmp_path / "run")
+    for name, limits in (("call", [{"call": x} for x in (-1.0, 1.0)]),
+                         ("back", [{"call": best["call"], "back": x} for x in (-2.0, 2.0)])):
+        routers = [train_policy.build_router(policies, config, limits=x) for x in limits]
+        assert [reward for _, reward in made["earned"][name]] == pytest.approx([
+            train_policy.answer(task, task.split("calibration", 5), router, price)[1].mean()
+            for router in routers])
+    monkeypatch.setattr(train_policy, "answer", None)  # nothing is answered again
+    train_policy.export(config, task, policies, tmp_path / "run", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "made.json").read_text())
+    assert again["thresholds"] == made["thresholds"] and again["earned"] == made["earned"]
     assert made["nets_ms"]["call"] > 0 and made["nets_ms"]["back"] > 0
     load = lambda **options: rstitch.PolicyRouter.load(tmp_path / "out", *pocket[:2],  # noqa: E731
                                                        **options)
@@ -148,7 +159,8 @@ def test_an_exported_policy_routes_as_it_did_and_refuses_another_pair(tmp_path, 
 def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
     """`update` against a loop over single decisions: 4 prompts of 3 answers, one group dropped, two policies,
     drifted probabilities."""
-    config = train_policy.Config(hand_back=True, epochs=1, minibatches=minibatches)
+    config = train_policy.Config(hand_back=True, epochs=1, minibatches=minibatches, eps_low=0.6,
+                                 eps_high=1.5)
     generator = torch.Generator().manual_seed(0)
     policies = torch.nn.ModuleDict({name: rstitch.Policy(4, 8) for name in ("call", "back")})
     for p in policies.parameters():
@@ -178,7 +190,7 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
         for i in part.tolist():
             name, state, call, old, a = single[i]
             ratio = (rstitch.log_probability(naive[name](*state), call)[0] - old).exp()
-            loss = loss - min(ratio * a, ratio.clamp(0.8, 1.28) * a) / len(part)
+            loss = loss - min(ratio * a, ratio.clamp(0.4, 2.5) * a) / len(part)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(naive.parameters(), 1.0)
@@ -202,6 +214,44 @@ def test_a_group_is_one_problem(tmp_path, pocket, monkeypatch):
     assert len(rollouts) == 2 and all(len(todo) == 6 for todo in rollouts)
     groups = [todo[2 * g:2 * g + 2] for todo in rollouts for g in range(3)]
     assert all(a == b for a, b in groups) and len({a for a, _ in groups}) == 6  # and no problem comes twice
+
+
+@pytest.mark.parametrize("options", [{}, dict(scale="none", dynamic="off"),
+                                     dict(eps=0.5, dynamic="accuracy")])
+def test_an_answer_is_credited_within_its_group(tmp_path, pocket, monkeypatch, options):
+    """Rewards 0, 1, 2, ... of 3 problems with 4 answers each: a group is what follows one another."""
+    config, task = dataclasses.replace(FAST, rollouts=4, **options), timed(tmp_path)
+    answer, seen = train_policy.answer, []
+
+    def rewarded(*args, **options):
+        solved, total, row = answer(*args, **options)
+        for k, one in enumerate(solved):
+            one["correct"] = k % 4 == 1 and k < 8
+        return solved, np.arange(len(total), dtype=float) ** 2, row
+
+    monkeypatch.setattr(train_policy, "answer", rewarded)
+    monkeypatch.setattr(train_policy, "credit_of_answers", lambda *a: seen.append(a[1:]) or [])
+    policies = train_policy.build_policies(config, task)
+    optimizer = torch.optim.Adam(policies.parameters())
+    train_policy.iterate(policies, optimizer, config, task, task.split("router-train", 3),
+                         train_policy.Price(0.001, MODELS_MS, 128), 0)
+    ((A, keep),) = seen
+    R = torch.tensor([[0, 1, 4, 9], [16, 25, 36, 49], [64, 81, 100, 121]], dtype=torch.float64)
+    torch.testing.assert_close(A, rstitch.group_advantages(R, config.eps, config.scale))
+    # of the last group no answer is right
+    assert keep.tolist() == [True, True, config.dynamic != "accuracy"]
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_run_settles_what_its_answers_earn(tmp_path, little, gate):
+    config, task = train_policy.Config(gate=gate, nets=True, kappa=0.8, dev=4), timed(tmp_path)
+    price = train_policy.settled_price(config, task, tmp_path / "run")
+    settled = json.loads((tmp_path / "run" / "config.json").read_text())
+    *_, alone = train_policy.answer(task, task.split("dev", 4, 1), rstitch.LLMOnly(),
+                                    train_policy.Price(0.0, MODELS_MS, 128))
+    assert price.gate is gate and settled["llm_ms"] == pytest.approx(alone["latency_ms"])
+    assert price.lam == pytest.approx(0.8 / alone["latency_ms"])
+    assert price.nets_ms == settled["nets_ms"] and price.nets_ms["call"] > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -236,13 +286,17 @@ def test_a_batch_of_forks_is_paid_by_what_its_branches_earn(tmp_path, pocket, mo
     config, task = train_policy.Config(**LABELS, prompts=3, nets=True, kappa=0.8), timed(tmp_path)
     price = train_policy.Price(0.001, MODELS_MS, 128, nets_ms={"call": 0.5, "back": 0.25})
     seen, branches, credit = [], train_policy.branches, train_policy.credit_of_forks
-    monkeypatch.setattr(train_policy, "branches", lambda *a: seen.append(branches(*a)) or seen[-1])
+    asked_of = []
+    monkeypatch.setattr(train_policy, "branches",
+                        lambda *a: asked_of.append(a[-1]) or seen.append(branches(*a)) or seen[-1])
     monkeypatch.setattr(train_policy, "credit_of_forks", lambda *a: seen.append(a) or credit(*a))
     policies = train_policy.build_policies(config, task)
     policies["call"].load_state_dict(rstitch.weights_of(task.path("router"), "router.safetensors"))
     optimizer = torch.optim.Adam(policies.parameters(), lr=1e-3)
     train_policy.iterate(policies, optimizer, config, task, task.split("router-train", 3), price, 0)
     pairs, (_, forks, worth) = seen
+    (went_on,) = asked_of
+    assert went_on.seed is went_on.back.seed is None  # by likelier actions, not by draws
 
     def earned(answer):
         calls = answer["calls"]
@@ -270,11 +324,14 @@ def test_options_that_mean_nothing_are_refused(tmp_path, monkeypatch, capsys):
     for options, name in (("--forks 3", "--forks"), ("--calibration 9", "--calibration"),
                           ("--recipe labels --scale none", "--scale"),
                           ("--recipe labels --tau-back 0.1", "--tau-back"),
+                          ("--recipe labels --iterations 0 --lr 1", "--lr"),
+                          ("--recipe labels --iterations 0 --forks 9", "--forks"),
+                          ("--scale none --eps 1", "--eps"), ("--router somewhere", "--router somewhere"),
                           ("--lam 0.1 --kappa 1", "--kappa"), ("--net r2r --width 8", "--width")):
         monkeypatch.setattr("sys.argv", ["train_policy", "--name", "x", *options.split()])
         with pytest.raises(SystemExit):
             train_policy.main()
-        assert f"{name} means nothing beside the other options" in capsys.readouterr().err
+        assert f"{name} means nothing beside" in capsys.readouterr().err
 
 
 def test_dynamic_sampling_by_hand():

@@ -71,7 +71,8 @@ class Config:
     tau: float = option(0.02, "the policy is asked where the SLM's entropy exceeds it, in [0, 1]: entropy in "
                               "nats divided by log V")
     tau_back: float = option(0.02, "the LLM hands back where its entropy does not exceed it, in [0, 1]")
-    prompts: int = option(32, "problems per iteration")
+    prompts: int = option(32, "problems per iteration; a second net of a warm start is taught by eight times "
+                              "as many")
     rollouts: int = option(8, "answers per problem")
     iterations: int = option(32, "batches of rollouts")
     epochs: int = option(2, "passes over the decisions of a batch")
@@ -125,10 +126,13 @@ class Config:
     def unread(self) -> set[str]:
         """The options that this run does not look at."""
         small = self.net == "policy" or self.hand_back
-        read = ((self.credit == "answer", ("scale", "eps", "dynamic")), (self.credit == "branch", ("forks",)),
-                (small, ("width", "start", "use_entropy", "use_context")),
-                (not self.hand_back, ("tau_back",)), (not self.lam, ("kappa",)),
-                (self.calibrate, ("calibration",)))
+        read = (
+            (self.iterations, ("rollouts", "epochs", "minibatches", "lr", "eps_low", "eps_high", "dev_every",
+                               "credit", "forks", "scale", "eps", "dynamic")),
+            (self.iterations or self.hand_back, ("prompts",)), (self.credit == "branch", ("forks",)),
+            (self.credit == "answer", ("scale", "eps", "dynamic")), (self.scale == "std", ("eps",)),
+            (small, ("width", "start", "use_entropy", "use_context")), (not self.hand_back, ("tau_back",)),
+            (not self.lam, ("kappa",)), (self.calibrate, ("calibration",)))
         return {name for there, names in read if not there for name in names}
 
 
@@ -299,14 +303,18 @@ def answer(task: Task, todo, router, price: Price, **options) -> tuple[list[dict
 
 
 def best_limits(policies, config: Config, task: Task, price: Price, chosen: Sequence,
-                points: dict[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, list]]:
+                points: dict[str, Sequence[float]], tried: Path) -> tuple[dict[str, float], dict[str, list]]:
     """The logit above which each net leaves its model that earns most on the chosen problems, one net after
-    the other; and what every one that was tried earned."""
+    the other; and what every one that was tried earned: a row each in `tried`, not computed again."""
+    known = {(row["net"], row["limit"]): row["reward"] for row in read_rows(tried)}
     limits, curves = {}, {}
     for name in policies:
-        curves[name] = [[x, answer(task, chosen, build_router(policies, config, limits=limits | {name: x}),
-                                   price)[2]["reward"]]
-                        for x in tracked(points[name], f"limits of {name}", inner=True)]
+        for x in tracked(points[name], f"limits of {name}", inner=True):
+            if (name, x) not in known:
+                router = build_router(policies, config, limits=limits | {name: x})
+                known[name, x] = answer(task, chosen, router, price)[2]["reward"]
+                append_row(tried, {"net": name, "limit": x, "reward": known[name, x]})
+        curves[name] = [[x, known[name, x]] for x in points[name]]
         limits[name] = max(curves[name], key=lambda point: (point[1], -abs(point[0])))[0]
     return limits, curves
 
@@ -377,14 +385,14 @@ def teach_back(policies, config: Config, task: Task) -> None:
         optimizer.step()
 
 
-def warm_start(policies, config: Config, task: Task, price: Price) -> None:
+def warm_start(policies, config: Config, task: Task, price: Price, folder: Path) -> None:
     """The first net becomes R2R's, the second learns from it where to stay. Labels of another class weight
     would have moved all logits alike: the weight that earns most on dev problems goes into the bias."""
     policies["call"].load_state_dict(rstitch.weights_of(task.needed("router"), "router.safetensors"))
     if config.hand_back:
         teach_back(policies, config, task)
     limits, _ = best_limits(policies, config, task, price, task.split("dev", min(N_WARM, config.dev), 1),
-                            COARSE)
+                            COARSE, folder / "warm.jsonl")
     for name, net in policies.items():
         (net.head if name == "call" else net.mlp[-1]).bias.data -= limits[name]
 
@@ -402,9 +410,10 @@ def iterate(policies, optimizer, config: Config, task: Task, todo: list, price: 
     if config.credit == "branch":
         forks = chosen_forks(router, config.forks, np.random.default_rng(seed))
         greedy = build_router(policies, config)
-        worth = differences(branches(task, batch, solved, forks, greedy),
-                            lambda answers: price(answers, greedy)[0])
-        row |= {"forks": len(forks), "turned": float(np.mean(abs(worth) > 0.5)) if len(worth) else None}
+        pairs = branches(task, batch, solved, forks, greedy)
+        worth = differences(pairs, lambda answers: price(answers, greedy)[0])
+        turned = [stay["correct"] != leave["correct"] for stay, leave in pairs]
+        row |= {"forks": len(forks), "turned": float(np.mean(turned)) if turned else None}
         parts = credit_of_forks(policies, forks, worth)
     else:
         R = torch.tensor(total).view(config.prompts, config.rollouts)
@@ -445,7 +454,7 @@ def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
 
     if config.warm and not (folder / "last.safetensors").exists():
         write_rows(log, [])
-        warm_start(policies, config, task, price)
+        warm_start(policies, config, task, price, folder)
         row = {"iteration": -1, "dev": earned(0)}
         append_row(log, row | row["dev"] | {"seconds": time.perf_counter() - begun})
         save_checkpoint(folder / "last.safetensors", policies, optimizer, 0)
@@ -466,12 +475,13 @@ def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
 
 def export(config: Config, task: Task, policies, folder: Path, target: Path) -> None:
     """Write a trained policy as safetensors, and how it was made beside it, with thresholds that were set on
-    calibration problems if the config says so."""
+    calibration problems if the config says so; `dev` is what it earned before."""
     log, settled = read_rows(folder / "log.jsonl"), json.loads((folder / "config.json").read_text())
     begun, calibrated = time.perf_counter(), {}
     if config.calibrate:
         limits, curves = best_limits(policies, config, task, settled_price(config, task, folder),
-                                     task.split("calibration", config.calibration), FINE)
+                                     task.split("calibration", config.calibration), FINE,
+                                     folder / "calibration.jsonl")
         calibrated = {"thresholds": {name: float(expit(x)) for name, x in limits.items()}, "earned": curves}
     seconds = sum(row["seconds"] for row in log) + time.perf_counter() - begun
     evaluated = [row for row in log if "dev" in row]
@@ -506,7 +516,7 @@ def main() -> None:
     args = parser.parse_args()
     changes = given(args, Config)
     try:
-        task = Task(**given(args, Task))
+        task = Task(**(asked_for := given(args, Task)))
         rstitch.check_count("--threads", args.threads)
         unknown = [name for name in args.run if name not in RUNS]
         if unknown or bool(args.run) == bool(args.name) or args.run and (changes or args.recipe):
@@ -520,6 +530,8 @@ def main() -> None:
             raise ValueError(f"--{ignored[0].replace('_', '-')} means nothing beside the other options of "
                              "this run: leave it out")
         runs = [(name, RUNS[name]) for name in args.run] or [(args.name, own)]
+        if "router" in asked_for and not any(config.net == "r2r" for _, config in runs):
+            raise ValueError(f"--router {task.router} means nothing beside --net policy: leave it out")
         for _, config in runs:
             r2r_sizes(config, task)
         for split in ("router-train", "dev", *(["calibration"] if any(c.calibrate or c.nets for _, c in runs)

@@ -78,7 +78,8 @@ def gathered(decisions: Sequence[rstitch.Decisions]) -> rstitch.Decisions:
 def chosen_forks(router: rstitch.PolicyRouter, n: int, rng: np.random.Generator) -> list[Fork]:
     """At most n of the decisions that a sampling router has taken, drawn in proportion to p (1 - p): the
     undecided ones. With both actions learnt from, that is about the direction of the policy gradient, either
-    action being worth what the router earns that goes on with likelier actions."""
+    action being worth what the router earns that goes on with likelier actions. Where n is no small part of
+    the decisions, none being drawn twice, it leans towards the decided ones."""
     forks, p = [], []
     for net, d in decisions_of(router).items():
         forks += [Fork(row, d.position[k], NETS.index(net), tuple(x[k:k + 1] for x in d.state))

@@ -1,6 +1,7 @@
 """Files of results, a row of JSON a line. No torch: figures read them."""
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -40,3 +41,11 @@ def newest(path: Path, **wanted) -> dict | None:
     """The last row that has all of these."""
     rows = (row for row in reversed(read_rows(path)) if all(row.get(name) == x for name, x in wanted.items()))
     return next(rows, None)
+
+
+def current(rows: list[dict], key: tuple[str, ...], group: Callable[[dict], str]) -> list[dict]:
+    """The last row of each key, and of a group those only that were made with the same, over as many
+    problems, as its last: what older nets or problems left in the file is passed over."""
+    made = {group(r): (r["made_with"], r["n"]) for r in rows}
+    current = [r for r in rows if (r["made_with"], r["n"]) == made[group(r)]]
+    return list({tuple(r.get(name) for name in key): r for r in current}.values())

@@ -155,10 +155,7 @@ def gap_with_interval(methods: np.ndarray, fixed: np.ndarray, mixtures: bool = F
     """Mean gap over methods (seeds of one recipe), with a 95 % interval: (m, n, 2) and (k, n, 2) outcomes of
     the same n problems, (correct, ms) each. Problems are drawn with replacement, for methods and frontier
     alike, and the frontier is built anew."""
-    n = fixed.shape[1]
-    # (1 + draws, n)
-    weights = np.vstack([np.full(n, 1 / n),
-                         np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws) / n])
+    weights = draws_of(fixed.shape[1], draws, seed)
     points, own = (np.einsum("dn,knc->dkc", weights, outcomes) for outcomes in (fixed, methods))
     gaps = [np.mean([frontier_gap(tuple(method), points[d], mixtures) for method in own[d]])
             for d in range(draws + 1)]

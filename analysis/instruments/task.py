@@ -168,8 +168,11 @@ class Task(Pair):
         return found[:n]
 
     def latencies(self) -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
-        """(SLM's, LLM's)."""
-        return load_latency(self.needed("latency"))
+        """(SLM's, LLM's). ValueError for those of another dtype."""
+        path = self.needed("latency")
+        if (dtype := json.loads(path.read_text()).get("dtype", self.dtype)) != self.dtype:
+            raise ValueError(f"--latency {path} is of {dtype}: expected that of --dtype {self.dtype}")
+        return load_latency(path)
 
     def policy(self) -> Path | None:
         """The policy that stands for R-Stitch+, else the first there is."""
@@ -310,10 +313,13 @@ def answer_ms(calls: Sequence[rstitch.Call], models, vocab: int, router=None,
             + sum(nets_ms[name] * times for name, times in nets.items() if times))
 
 
+TIMED_TOKENS = 64  # of an answer: a net takes as long at its beginning as at its end
+
+
 def decision_ms(task: Task, routers: dict[str, object], n: int) -> dict[str, dict[str, float]]:
     """Milliseconds that one decision of a router's nets takes at batch 1, where it is made: medians over the
-    answers to calibration problems, routers in turn. By router, then "call" or "back". A policy leaves
-    wherever it is asked, so that both nets are asked often, whatever they say."""
+    beginnings of answers to calibration problems, routers in turn. By router, then "call" or "back". A policy
+    leaves wherever it is asked, so that both nets are asked often, whatever they say."""
     slm, llm, tokenizer, _ = task.load()
     times: dict[str, dict[str, list[float]]] = {name: {} for name in routers}
 
@@ -334,7 +340,8 @@ def decision_ms(task: Task, routers: dict[str, object], n: int) -> dict[str, dic
     for problem in task.split("calibration", n):
         ids, _ = encode_problems(tokenizer, [problem], task)
         for router in routers.values():
-            rstitch.stitch(slm, llm, ids, router, max_new_tokens=task.max_new_tokens, seed=SEED)
+            rstitch.stitch(slm, llm, ids, router, max_new_tokens=min(TIMED_TOKENS, task.max_new_tokens),
+                           seed=SEED)
     return {name: {net: float(np.median(ms)) for net, ms in by_net.items() if ms}
             for name, by_net in times.items()}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.instruments.rows import RESULTS, read_rows
+from analysis.instruments.rows import RESULTS, current, read_rows
 from analysis.instruments.stats import (
     PAPER_LABELS,
     bootstrap,
@@ -516,12 +516,12 @@ def load_frontier() -> tuple[list[dict], list[dict]]:
     """(rows of fixed rules and policies, every run of the comparison on test problems), the newest of each.
     `latency_ms` and the times of the outcomes get what a router's own net takes, on average, where it is not
     in them; so does `spent_ms`, as "router"."""
-    methods = newest([r for r in read_rows(results("frontier.jsonl"))
+    methods = current([r for r in read_rows(results("frontier.jsonl"))
                       if r["kind"] not in ("router times", "wall-clock")],
                      ("kind", "name"), lambda r: "fixed" if r["kind"] == "fixed" else r["kind"] + r["name"])
     rows = read_rows(results("compare.jsonl"))
     net_ms = [r["ms"] for r in rows if r["kind"] == "router times"][-1]
-    runs = newest([r for r in rows if r["kind"] not in ("calibration", "router times", "wall-clock")],
+    runs = current([r for r in rows if r["kind"] not in ("calibration", "router times", "wall-clock")],
                   ("kind", "family", "target", "wanted", "value"), lambda r: r["family"])
     for r in (*methods, *runs):
         family = "R-Stitch+" if r["kind"] in ("policy", "calibrated") else r.get("family")
@@ -554,14 +554,6 @@ def timed_against_fitted(wall: dict, runs: list[dict]) -> list[tuple[str, str, s
         fitted = with_interval(speed_up(cut, large), " x", 2) if cut else ""
         out.append((name, with_interval(clock, " x", 2), fitted))
     return out
-
-
-def newest(rows: list[dict], key: tuple[str, ...], group: Callable[[dict], str]) -> list[dict]:
-    """The last row of each key, and of a group those only that were made with the same, over as many
-    problems, as its last: what older nets or problems left in the file is passed over."""
-    made = {group(r): (r["made_with"], r["n"]) for r in rows}
-    current = [r for r in rows if (r["made_with"], r["n"]) == made[group(r)]]
-    return list({tuple(r.get(name) for name in key): r for r in current}.values())
 
 
 def of(runs: list[dict], family: str) -> list[dict]:
