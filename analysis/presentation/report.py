@@ -36,7 +36,7 @@ def method_row(method: str, tau: float | None, n: int, p: float | None = None) -
         "SLM": rstitch.SLMOnly, "LLM": rstitch.LLMOnly, "LLM-short": rstitch.LLMOnly,
         "R-Stitch": lambda: rstitch.EntropyRouter(tau), "random": lambda: rstitch.RandomRouter(p, seed=SEED)
     }[method]()
-    solved = solve(pair, problems("test", n, SEED), router, label=method, seed=SEED)
+    solved = solve(pair, problems("test", n, SEED), router, seed=SEED)
     row = {"what": "method", "method": method, "tau": tau, "p": p, **describe(solved), **provenance(SEED, n)}
     if method in ("SLM", "LLM"):
         row["outcomes"] = [[int(s["correct"]), s["tokens"]] for s in solved]
