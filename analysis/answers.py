@@ -11,8 +11,9 @@ A method is `slm`, `llm`, `random=P`, or `tau=T`, with `back=T` and `window=N` b
 `tau=0.02,back=1` makes visits of one token. `r2r` and `policy` are the trained routers of --router and
 --policies at their own threshold, `r2r=T` and `policy=T` at another. A row holds the tokens, who wrote each,
 its entropy, the proposals that were discarded, and whether the answer is right; `calls_of` makes the forward
-passes of it again. The problem's text is not kept. A run that was killed goes on with the answers that are
-missing.
+passes of it again. The problem's text is not kept. Of a trained router a row says how often its nets were
+asked, and one of its own, "net", how long a decision of each takes. A run that was killed goes on with the
+answers that are missing.
 """
 import argparse
 import hashlib
@@ -31,6 +32,9 @@ from analysis.instruments.stats import wilson
 from analysis.instruments.task import (
     SEED,
     Task,
+    asked,
+    common_vocab,
+    decision_ms,
     encode_problems,
     ends_of,
     graded,
@@ -42,6 +46,7 @@ from analysis.instruments.task import (
 from rstitch_hf.ranks import start
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
+N_TIMED = 20  # problems that the time of a net is taken on
 # trained routers: whose net, and what makes one at a threshold
 TRAINED = {"r2r": ("router", r2r_router), "policy": ("policies", policy_router)}
 
@@ -118,10 +123,13 @@ def calls_of(row: dict) -> list[rstitch.Call]:
     return recounted(row["prompt"], calls)
 
 
-def milliseconds(row: dict, models: tuple[rstitch.LatencyModel, rstitch.LatencyModel]) -> float:
-    """What a row's answer would take alone, by the fitted latency of both models; without the time of a
-    trained router's net."""
-    return rstitch.trajectory_latency(calls_of(row), *models)
+def milliseconds(row: dict, models: tuple[rstitch.LatencyModel, rstitch.LatencyModel],
+                 nets_ms: dict[str, dict[str, float]] | None = None) -> float:
+    """What a row's answer would take alone, by the fitted latency of both models and, where nets_ms has the
+    row's net, what a decision of it takes."""
+    own = (nets_ms or {}).get(row.get("net"), {})
+    return (rstitch.trajectory_latency(calls_of(row), *models)
+            + sum(own.get(name, 0.0) * times for name, times in row.get("asked", {}).items()))
 
 
 def with_ratio(models: tuple[rstitch.LatencyModel, rstitch.LatencyModel],
@@ -139,6 +147,7 @@ def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Calla
     """Call save(index into todo, row) with each answer as it ends."""
     slm, llm, tokenizer, *_ = task.load()
     ends, (ids, mask) = ends_of((slm, llm)), encode_problems(tokenizer, todo, task)
+    vocab = common_vocab(task.load())
     calls: list[list[rstitch.Call]] = [[] for _ in todo]
     with progress(len(todo), label, "answer") as bar:
 
@@ -148,6 +157,8 @@ def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Calla
             if ended:
                 row = row_of(calls[i])
                 verdict = graded(tokenizer, ends, todo[i], row["tokens"])
+                nets = asked(router, calls[i], vocab)
+                row |= {"asked": nets} if any(nets.values()) else {}
                 save(i, {"correct": verdict["correct"], "finished": verdict["finished"], **row})
                 bar.update()
 
@@ -169,10 +180,16 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
     seeds = rstitch.row_seeds(SEED, len(chosen))
 
     named = ("method", "problem", "sample", "question")
-    store = Rows(path, lambda row: tuple(row[name] for name in named), with_net(world, methods, task))
+    store = Rows(path, lambda row: tuple(row.get(name) for name in named), with_net(world, methods, task))
     keys = {method: [(method, i // samples, i % samples, one) for i, one in enumerate(digests)]
             for method in methods}
-    changed = False
+    timed = [(method, None, None, None) for method in methods if trained(method)]
+    todo = store.missing(timed)
+    for key in todo:  # alone: nothing is answered meanwhile
+        ms = decision_ms(task, {"it": router_of(key[0], task)}, chosen[:N_TIMED])["it"]
+        store.add(key, {"what": "net", "method": key[0], "ms": ms,
+                        **provenance(SEED, len(chosen[:N_TIMED]), task.device, task.dtype)})
+    changed = bool(todo)
     for method in methods:
         lacking = set(store.missing(keys[method]))
         todo = [i for i, key in enumerate(keys[method]) if key in lacking]
@@ -186,7 +203,7 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
             answer(task, router_of(method, task), [chosen[i] for i in todo], [seeds[i] for i in todo], save,
                    temperature, method)
         changed = changed or bool(todo)
-    have = store.settle([key for method in methods for key in keys[method]], changed)
+    have = store.settle(timed + [key for method in methods for key in keys[method]], changed)
     lost = sum(key not in have for method in methods for key in keys[method])
     if lost:
         raise ValueError(f"{path}: {lost} answers were made on another kind of machine than this one; "

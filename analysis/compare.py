@@ -309,9 +309,10 @@ def router_times(task: Task, n: int) -> dict:
     """Milliseconds that one decision of a trained router takes at batch 1, where it is made: medians over the
     answers to calibration problems, routers in turn."""
     routers = {name: family.build(task, 0.0) for name, family in families_of(task).items() if family.needs}
+    chosen = task.split("calibration", n)
     return {"kind": "router times", "family": None, "knob": None,
-            "ms": {name: ms.get("call", 0.0) for name, ms in decision_ms(task, routers, n).items()},
-            **provenance(SEED, len(task.split("calibration", n)), task.device, task.dtype)}
+            "ms": {name: ms.get("call", 0.0) for name, ms in decision_ms(task, routers, chosen).items()},
+            **provenance(SEED, len(chosen), task.device, task.dtype)}
 
 
 def timed_row(task: Task, rows: list[dict], n: int) -> dict:

@@ -98,7 +98,8 @@ def policy_of(task: Task, name: str, above: float | None = None) -> rstitch.Poli
 
 def nets_row(task: Task, names: list[str]) -> dict:
     """Milliseconds that a decision of each net of some policies takes, policies in turn."""
-    ms = decision_ms(task, {name: policy_of(task, name) for name in names}, N_TIMED)
+    ms = decision_ms(task, {name: policy_of(task, name) for name in names},
+                     task.split("calibration", N_TIMED))
     return {"kind": "router times", "name": "router times", "ms": ms,
             **provenance(SEED, N_TIMED, task.device, task.dtype)}
 

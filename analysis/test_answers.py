@@ -109,7 +109,7 @@ def test_answers_by_another_net_do_not_count(tmp_path):
     shutil.copytree(Task().path("router"), folder)
     task = Task(router=str(folder))
     own = answers.run(task, ["r2r", "slm"], "dev", 2, path)
-    assert answers.run(task, ["r2r", "slm"], "dev", 2, path) == own and len(read_rows(path)) == 4
+    assert answers.run(task, ["r2r", "slm"], "dev", 2, path) == own and len(read_rows(path)) == 5
     made = json.loads((folder / "made.json").read_text())
     (folder / "made.json").write_text(json.dumps(made | {"threshold": 0.9}))
     answers.run(task, ["r2r", "slm"], "dev", 2, path)
@@ -117,8 +117,28 @@ def test_answers_by_another_net_do_not_count(tmp_path):
     weights["head.bias"] += 1e-3
     save_file(weights, folder / "router.safetensors")
     answers.run(task, ["r2r", "slm"], "dev", 2, path)
-    nets = [row.get("net") for row in read_rows(path)]
-    assert len(nets) == 8 and nets.count(None) == 2 and len(set(nets)) == 4
+    nets = [row.get("net") for row in read_rows(path)]  # each was timed once, and has answered twice
+    assert len(nets) == 11 and nets.count(None) == 2 and len(set(nets)) == 4
+
+
+def test_the_time_of_nets_is_told_and_counts(tmp_path):
+    """A step of the SLM takes 1 ms and one of the LLM 10. R2R's net is asked at each token of the SLM, the
+    policy's where its entropy exceeds tau 0.02, 0.097 nats."""
+    task, path = Task(), tmp_path / "answers.jsonl"
+    rows = answers.run(task, ["r2r", "policy", "slm"], "dev", 3, path)
+    timed = {row["method"]: row for row in read_rows(path) if row["what"] == "net"}
+    assert timed.keys() == {"r2r", "policy"} and all(row["ms"]["call"] > 0 for row in timed.values())
+    fit = tuple(rstitch.LatencyModel([0, 0, 0, ms], [0, ms]) for ms in (1, 10))
+    for row in rows:
+        calls = answers.calls_of(row)
+        asked = {"r2r": sum(call.model == rstitch.SLM for call in calls), "slm": 0,
+                 "policy": sum(call.model == rstitch.SLM and call.entropy > 0.02 * math.log(128)
+                               for call in calls)}[row["method"]]
+        alone = sum(10 if call.model else 1 for call in calls)
+        nets = {timed[row["method"]]["net"]: {"call": 0.5}} if row["method"] != "slm" else {}
+        assert asked > 0 or row["method"] == "slm"
+        assert answers.milliseconds(row, fit, nets) == pytest.approx(alone + 0.5 * asked)
+        assert answers.milliseconds(row, fit) == alone
 
 
 def test_answers_of_unlike_machines_are_not_put_together(tmp_path, monkeypatch):

@@ -342,7 +342,8 @@ def settled_price(config: Config, task: Task, folder: Path) -> Price:
         *_, alone = answer(task, task.split("dev", config.dev, 1), rstitch.LLMOnly(), free)
         router = build_router(build_policies(config, task), config)
         return {"llm_ms": alone["latency_ms"],
-                "nets_ms": decision_ms(task, {"it": router}, N_TIMED)["it"] if config.nets else None}
+                "nets_ms": decision_ms(task, {"it": router}, task.split("calibration", N_TIMED))["it"]
+                if config.nets else None}
 
     known = settle(folder, {"config": asdict(config), **world}, "a run", first=measured)
     return replace(free, lam=lambda_of(config, known["llm_ms"]), nets_ms=known["nets_ms"])

@@ -316,9 +316,9 @@ def answer_ms(calls: Sequence[rstitch.Call], models, vocab: int, router=None,
 TIMED_TOKENS = 64  # of an answer: a net takes as long at its beginning as at its end
 
 
-def decision_ms(task: Task, routers: dict[str, object], n: int) -> dict[str, dict[str, float]]:
+def decision_ms(task: Task, routers: dict[str, object], chosen: Sequence) -> dict[str, dict[str, float]]:
     """Milliseconds that one decision of a router's nets takes at batch 1, where it is made: medians over the
-    beginnings of answers to calibration problems, routers in turn. By router, then "call" or "back". A policy
+    beginnings of answers to the chosen problems, routers in turn. By router, then "call" or "back". A policy
     leaves wherever it is asked, so that both nets are asked often, whatever they say."""
     slm, llm, tokenizer, _ = task.load()
     times: dict[str, dict[str, list[float]]] = {name: {} for name in routers}
@@ -337,7 +337,7 @@ def decision_ms(task: Task, routers: dict[str, object], n: int) -> dict[str, dic
         setattr(router, method, timed(getattr(router, method), times[name].setdefault("call", []), policy))
         if policy and router.back is not None:
             router.back.decide = timed(router.back.decide, times[name].setdefault("back", []), True)
-    for problem in task.split("calibration", n):
+    for problem in chosen:
         ids, _ = encode_problems(tokenizer, [problem], task)
         for router in routers.values():
             rstitch.stitch(slm, llm, ids, router, max_new_tokens=min(TIMED_TOKENS, task.max_new_tokens),

@@ -14,7 +14,7 @@ over problems, whose samples stay together.
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -321,14 +321,21 @@ def saved(methods: dict[str, list[dict]], prices: dict[str, dict[int, float]],
     return gap and tuple(100 * x for x in gap)
 
 
+def nets_ms(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
+    """By trained net, how long a decision of each of its parts takes, as it was timed last."""
+    return {row["net"]: row["ms"] for row in rows if row["what"] == "net"}
+
+
 def speeds_table(methods: dict[str, list[dict]], ms: Callable[[dict], float],
-                 title: str = "as fitted, at batch 1") -> str:
-    """A line a method: the milliseconds of an answer, its speed, and what it saves against a mix."""
+                 title: str = "as fitted, at batch 1", timed: Collection[str] = ()) -> str:
+    """A line a method: the milliseconds of an answer, its speed, and what it saves against a mix. `timed`:
+    trained nets whose own time is in `ms`."""
     lines = [(title, "ms per answer", "speed, LLM alone = 1", "n", "less time than a mix as right, %")]
     prices = {method: priced(rows, ms) for method, rows in methods.items()}
     for method, own in prices.items():
         x = speed(own, prices.get("llm", {}))
-        name = NAMES.get(method, method) + (", without its net" if BY in method else "")
+        net = method.partition(BY)[2]
+        name = NAMES.get(method, method) + (", without its net" if net and net not in timed else "")
         lines.append((name, f"{np.mean(list(own.values())):,.0f}",
                       *((with_interval(x[:3], " x", 2), str(x[3])) if x[3] else (MISSING, "0")),
                       signed(mix) if (mix := saved(methods, prices, method)) else ""))
@@ -370,7 +377,7 @@ def show(rows: Sequence[dict], vocab: int = VOCAB,
         machines = "; ".join(sorted({f"{row['machine']}, {row['rows']} rows" for row in every}))
         title = f"{head}\non {machines}" if every else MISSING
         parts += [title, methods_table(methods), differences_table(methods), equal_share_table(methods)]
-        parts += [speeds_table(methods, ms, title) for title, ms in (costs or {}).items()]
+        parts += [speeds_table(methods, ms, title, nets_ms(rows)) for title, ms in (costs or {}).items()]
     return "\n\n".join([*parts, signal_table(rows), taus_table(rows, vocab)])
 
 
@@ -382,7 +389,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=VOCAB,
                         help="logit columns of the pair (default: %(default)s)")
     parser.add_argument("--latency", type=Path, help="fitted latency of the pair, of analysis.latency: what "
-                                                     "answers take, but for the nets of trained routers")
+                                                     "answers take, the nets of trained routers included")
     parser.add_argument("--ratio", type=float, nargs="+", default=[], metavar="R",
                         help="with --latency, a projection: as if a step of the LLM took R times the SLM's")
     args = parser.parse_args()
@@ -405,7 +412,8 @@ def main() -> None:
                          f"{', '.join(sorted(others))}")
         fits = {"as fitted, at batch 1": models} | {
             f"projection, an LLM's step {ratio:g} x": with_ratio(models, ratio) for ratio in args.ratio}
-        costs = {title: partial(milliseconds, models=fit) for title, fit in fits.items()}
+        costs = {title: partial(milliseconds, models=fit, nets_ms=nets_ms(rows))
+                 for title, fit in fits.items()}
     print(show(rows, args.vocab, costs))
 
 
