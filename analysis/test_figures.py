@@ -105,11 +105,16 @@ def test_the_real_pair_decides_once_it_is_measured():
 def test_what_was_looked_into_in_words():
     rows = [row("10", slm=0, text=["="]), row("1010", H=[0.1] * 3, slm=0, text=["=", "4", "="]), row(slm=1),
             row(slm=0) | {"llm": 0}]
-    first, again, times, sampled = figures.harmful_summary(rows, 4).splitlines()
+    first, again, times = figures.harmful_summary(rows, 4).splitlines()
     assert first == ("4 problems; the SLM is wrong on 3, of which the LLM is wrong on 1 (left out); "
                      "2 looked into, 2 with a harmful token, 0 without")
     assert "right again in 1 of 2" in again and again.endswith("is '=', 2 times")
-    assert times == "harmful tokens per answer: 1: 1, 2: 1" and sampled.startswith("of 0 answers")
+    assert times == "harmful tokens per answer: 1: 1, 2: 1"
+    # both sampled continuations are right before the first token, none behind it
+    rows[0]["sampled"] = [2, 0]
+    *_, sampled = figures.harmful_summary(rows, 2).splitlines()
+    assert sampled == ("of 1 answers with sampled continuations the first crossing is the same token in 1, "
+                       "within 3 tokens in 1")
 
 
 def test_windows_are_judged_against_one_token():

@@ -352,9 +352,9 @@ def harmful_summary(rows: list[dict], continuations: int) -> str:
         f"a harmful token, {times.count(0)} without\n"
         f"after the first crossing the answer is right again in {recovered(looked)} of {len(found)}; the "
         f"commonest first harmful token is {text!r}, {count} times\n"
-        f"harmful tokens per answer: {counted}\n"
-        f"of {sampled} answers with sampled continuations the first crossing is the same token in {same}, "
-        f"within 3 tokens in {near}")
+        f"harmful tokens per answer: {counted}"
+        + (f"\nof {sampled} answers with sampled continuations the first crossing is the same token in "
+           f"{same}, within 3 tokens in {near}" if sampled else ""))
 
 
 def draw_windows(ax, rows: list[dict]):
@@ -482,9 +482,11 @@ def load_real_labels() -> tuple[dict | None, list[dict]]:
     return load_json("real/labels.json"), read_rows(results("real/judged_by_hand.jsonl"))
 
 
-def load_measured() -> list[dict]:
-    """Those of the real pair, as far as there are any."""
-    return load_answers("real/")[0] if results("real/collect.json").exists() else []
+def load_pairs() -> dict[str, tuple[list[dict], dict]]:
+    """`load_answers` of each pair: of the real one, as far as there are any, and of that whose files these
+    are."""
+    real_pair = {"real pair": load_answers("real/")} if results("real/collect.json").exists() else {}
+    return real_pair | {OURS: load_answers()}
 
 
 def load_fixed() -> list[dict]:
