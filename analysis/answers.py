@@ -30,12 +30,14 @@ from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.runs import Rows
 from analysis.instruments.stats import wilson
 from analysis.instruments.task import (
+    N_TIMED,
     SEED,
     Task,
     asked,
     common_vocab,
     decision_ms,
     encode_problems,
+    ended,
     ends_of,
     graded,
     made_by,
@@ -43,10 +45,9 @@ from analysis.instruments.task import (
     policy_router,
     r2r_router,
 )
-from rstitch_hf.ranks import start
+from rstitch_hf.ranks import meet, start
 
 KINDS = {"tau": ("tau", float), "back": ("tau_back", float), "window": ("window", int)}
-N_TIMED = 20  # problems that the time of a net is taken on
 # trained routers: whose net, and what makes one at a threshold
 TRAINED = {"r2r": ("router", r2r_router), "policy": ("policies", policy_router)}
 
@@ -153,8 +154,7 @@ def answer(task: Task, router, todo: Sequence, seeds: Sequence[int], save: Calla
 
         def count(i: int, call: rstitch.Call) -> None:
             calls[i].append(call)
-            ended = call.kept and (call.token in ends or call.position + 1 == task.max_new_tokens)
-            if ended:
+            if ended(call, ends, task.max_new_tokens):
                 row = row_of(calls[i])
                 verdict = graded(tokenizer, ends, todo[i], row["tokens"])
                 nets = asked(router, calls[i], vocab)
@@ -180,16 +180,20 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
     seeds = rstitch.row_seeds(SEED, len(chosen))
 
     named = ("method", "problem", "sample", "question")
-    store = Rows(path, lambda row: tuple(row.get(name) for name in named), with_net(world, methods, task))
+    nets = list(dict.fromkeys(net[0] for net in map(trained, methods) if net))
+    store = Rows(path, lambda row: tuple(row.get(name) for name in named),
+                 with_net(world, [*methods, *nets], task))
     keys = {method: [(method, i // samples, i % samples, one) for i, one in enumerate(digests)]
             for method in methods}
-    timed = [(method, None, None, None) for method in methods if trained(method)]
-    todo = store.missing(timed)
-    for key in todo:  # alone: nothing is answered meanwhile
-        ms = decision_ms(task, {"it": router_of(key[0], task)}, chosen[:N_TIMED])["it"]
+    timed, few = [(net, None, None, None) for net in nets], task.split(split, min(n, N_TIMED))
+    untimed = store.missing(timed)
+    for key in untimed:
+        ms = decision_ms(task, {"it": router_of(key[0], task)}, few)["it"]
         store.add(key, {"what": "net", "method": key[0], "ms": ms,
-                        **provenance(SEED, len(chosen[:N_TIMED]), task.device, task.dtype)})
-    changed = bool(todo)
+                        **provenance(SEED, len(few), task.device, task.dtype)})
+    if nets:
+        meet()  # no rank answers while another one takes times
+    changed = bool(untimed)
     for method in methods:
         lacking = set(store.missing(keys[method]))
         todo = [i for i, key in enumerate(keys[method]) if key in lacking]

@@ -92,20 +92,20 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path) -> l
     return [have[key] for key in keys]
 
 
-def compared(rows: Sequence[dict], method: str) -> dict[str, tuple[float, float, float]]:
-    """Speed of a method, that of the LLM alone being 1, and its two factors, over the problems that both have
+def compared(rows: Sequence[dict], method: str, base: str = "llm") -> dict[str, tuple[float, float, float]]:
+    """Speed of a method, that of the base being 1, and its two factors, over the problems that both have
     answered; 95 % intervals, bootstrapped over problems."""
     by = {(row["method"], row["problem"]): row for row in rows}
-    both = sorted(i for name, i in by if name == method and ("llm", i) in by)
-    (ms, n), (ms_llm, n_llm) = (np.array([[by[name, i][what] for i in both] for what in ("ms", "tokens")],
-                                         float) for name in (method, "llm"))
+    both = sorted(i for name, i in by if name == method and (base, i) in by)
+    (ms, n), (ms_base, n_base) = (np.array([[by[name, i][what] for i in both] for what in ("ms", "tokens")],
+                                           float) for name in (method, base))
 
     def cheaper(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> float:
         return ratio_of_means(a, b) * ratio_of_means(c, d)
 
-    return {"speed": (ratio_of_means(ms_llm, ms), *bootstrap(ratio_of_means, ms_llm, ms)),
-            "shorter": (ratio_of_means(n_llm, n), *bootstrap(ratio_of_means, n_llm, n)),
-            "cheaper": (cheaper(ms_llm, ms, n, n_llm), *bootstrap(cheaper, ms_llm, ms, n, n_llm))}
+    return {"speed": (ratio_of_means(ms_base, ms), *bootstrap(ratio_of_means, ms_base, ms)),
+            "shorter": (ratio_of_means(n_base, n), *bootstrap(ratio_of_means, n_base, n)),
+            "cheaper": (cheaper(ms_base, ms, n, n_base), *bootstrap(cheaper, ms_base, ms, n, n_base))}
 
 
 def show(rows: Sequence[dict], methods: Sequence[str]) -> str:
@@ -122,6 +122,10 @@ def show(rows: Sequence[dict], methods: Sequence[str]) -> str:
         if "llm" in methods:
             x = {part: with_interval(of, digits=2) for part, of in compared(rows, name).items()}
             lines[-1] += f"  {x['speed']:22} = {x['shorter']:22} x {x['cheaper']}"
+    if "assisted" in methods:
+        leads = {name: with_interval(compared(rows, name, "assisted")["speed"], digits=2)
+                 for name in methods if name not in (*OTHERS, "llm", "slm")}
+        lines += [f"{name} is {lead} times as fast as speculative decoding" for name, lead in leads.items()]
     calm = np.array([row["reference_ms"] for row in rows])
     low, middle, high = np.quantile(calm, [0, 0.5, 1])
     lines.append(f"higher is better but for ms; a step of the LLM took {middle:.1f} ms, "

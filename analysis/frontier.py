@@ -40,6 +40,7 @@ from analysis.instruments.stats import (
 from analysis.instruments.task import (
     BASE,
     N_CALIBRATION,
+    N_TIMED,
     SEED,
     TAUS,
     Task,
@@ -50,7 +51,7 @@ from analysis.instruments.task import (
     measure,
     wall_clock,
 )
-from analysis.train_policy import ABOVE, N_TIMED, RUNS, Price, answer
+from analysis.train_policy import ABOVE, RUNS, Price, answer
 from rstitch_hf.ranks import start
 
 FIXED = {

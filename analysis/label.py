@@ -129,7 +129,7 @@ def answers(settings: Settings, rows: list[dict]) -> list[dict]:
     with progress(len(rows), "answers of a block", inner=True) as bar:
         out = rstitch.stitch(slm, llm, ids, rstitch.LLMOnly(), attention_mask=mask,
                              max_new_tokens=settings.max_new_tokens, seed=0, slots=settings.rows,
-                             on_token=counter(bar, eos, settings.max_new_tokens))
+                             on_token=counter(bar, eos, [settings.max_new_tokens] * len(rows)))
     return [{**row, "prompt": prompt, "answer": [call.token for call in calls]}
             for row, prompt, calls in zip(rows, rstitch.unpadded(ids, mask), out.calls)]
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from analysis import answers, clock
-from analysis.instruments.rows import read_rows
+from analysis.instruments.rows import RESULTS, read_rows
+from analysis.instruments.stats import with_interval
 from analysis.instruments.task import Task
 
 WAYS = ["llm", "slm", "tau=0.005", "generate", "assisted"]
@@ -43,6 +44,22 @@ def test_speed_is_shorter_times_cheaper_by_hand():
         {"speed": 4.0, "shorter": 2.0, "cheaper": 2.0})
     assert clock.compared(rows, "llm")["speed"] == (1.0, 1.0, 1.0)
     assert "LLM alone = 1" in clock.show(rows, ["llm", "x"]) and "+0 %" in clock.show(rows, ["llm", "x"])
+
+
+def test_the_results_page_shows_the_committed_times():
+    rows, page = read_rows(RESULTS / "real" / "clock.jsonl"), (RESULTS / "real" / "README.md").read_text()
+    names = {"SLM alone": "slm", "R-Stitch, tau 0.02": "tau=0.02", "R-Stitch, tau 0.05": "tau=0.05",
+             "speculative decoding": "assisted"}
+    lines = page.split("## By the clock")[1].split("\n## ")[0].splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
+    for name, method in names.items():
+        x = clock.compared(rows, method)
+        shown = (with_interval(x[part], " x", 2) for part in ("speed", "shorter", "cheaper"))
+        assert cells[name].endswith(" | " + " | ".join(shown) + " |")
+    told = clock.show(rows, list(dict.fromkeys(row["method"] for row in rows)))
+    assert "tau=0.02 is 1.24 [1.14, 1.35] times as fast as speculative decoding" in told
+    assert "1.24 times as fast as speculative decoding [1.14, 1.35], at 0.05 1.44 times [1.34, 1.55]" in page
+    assert "-8 to +40 % over the run" in told
 
 
 @pytest.mark.parametrize("options, told", [

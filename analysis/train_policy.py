@@ -43,6 +43,7 @@ from analysis.instruments.rows import append_row, read_rows, write_rows
 from analysis.instruments.runs import settle
 from analysis.instruments.task import (
     N_CALIBRATION,
+    N_TIMED,
     Task,
     answer_ms,
     common_vocab,
@@ -57,7 +58,6 @@ ABOVE = tuple(np.linspace(-6, 6, 13).tolist())  # logits that are tried
 COARSE = {"call": ABOVE[::2], "back": ABOVE[::3]}
 FINE = {"call": ABOVE, "back": ABOVE[::3]}
 N_WARM = 128  # of the dev problems, how many choose the weight of a warm start
-N_TIMED = 20  # problems that the time of the nets is taken on
 
 
 @dataclass(frozen=True)
@@ -517,7 +517,7 @@ def main() -> None:
     args = parser.parse_args()
     changes = given(args, Config)
     try:
-        task = Task(**(asked_for := given(args, Task)))
+        task = Task(**given(args, Task))
         rstitch.check_count("--threads", args.threads)
         unknown = [name for name in args.run if name not in RUNS]
         if unknown or bool(args.run) == bool(args.name) or args.run and (changes or args.recipe):
@@ -531,7 +531,7 @@ def main() -> None:
             raise ValueError(f"--{ignored[0].replace('_', '-')} means nothing beside the other options of "
                              "this run: leave it out")
         runs = [(name, RUNS[name]) for name in args.run] or [(args.name, own)]
-        if "router" in asked_for and not any(config.net == "r2r" for _, config in runs):
+        if "router" in given(args, Task) and not any(config.net == "r2r" for _, config in runs):
             raise ValueError(f"--router {task.router} means nothing beside --net policy: leave it out")
         for _, config in runs:
             r2r_sizes(config, task)

@@ -169,10 +169,7 @@ class Task(Pair):
 
     def latencies(self) -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
         """(SLM's, LLM's). ValueError for those of another dtype."""
-        path = self.needed("latency")
-        if (dtype := json.loads(path.read_text()).get("dtype", self.dtype)) != self.dtype:
-            raise ValueError(f"--latency {path} is of {dtype}: expected that of --dtype {self.dtype}")
-        return load_latency(path)
+        return load_latency(self.needed("latency"), self.dtype)
 
     def policy(self) -> Path | None:
         """The policy that stands for R-Stitch+, else the first there is."""
@@ -207,9 +204,12 @@ def control_of(task: Task):
     return load_model("--control", str(task.path("control")), task.device, task.dtype)
 
 
-def load_latency(path: Path = RESULTS / "latency.json") -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
-    """(SLM's, LLM's) of a file that `analysis.latency` wrote."""
+def load_latency(path: Path = RESULTS / "latency.json",
+                 dtype: str | None = None) -> tuple[rstitch.LatencyModel, rstitch.LatencyModel]:
+    """(SLM's, LLM's) of a file that `analysis.latency` wrote; ValueError where it tells of another dtype."""
     row = json.loads(Path(path).read_text())
+    if dtype not in (None, row.get("dtype", dtype)):
+        raise ValueError(f"--latency {path} is of {row['dtype']}: expected that of --dtype {dtype}")
     return rstitch.LatencyModel(**row["slm"]), rstitch.LatencyModel(**row["llm"])
 
 
@@ -225,13 +225,14 @@ def graded(tokenizer, ends: Sequence[int], problem, tokens: Sequence[int]) -> di
     return {"text": text, "correct": verify(problem, text, finished), "finished": finished}
 
 
-def counter(bar, ends: Collection[int], limits: int | Sequence[int]) -> Callable[[int, rstitch.Call], None]:
-    """An `on_token` of stitch that counts the answers which end, at an end token or at their limit."""
-    def count(row: int, call: rstitch.Call) -> None:
-        limit = limits if isinstance(limits, int) else limits[row]
-        bar.update(call.kept and (call.token in ends or call.position + 1 == limit))
+def ended(call: rstitch.Call, ends: Collection[int], limit: int) -> bool:
+    """Is this the last call of an answer, for its end token or for its limit?"""
+    return call.kept and (call.token in ends or call.position + 1 == limit)
 
-    return count
+
+def counter(bar, ends: Collection[int], limits: Sequence[int]) -> Callable[[int, rstitch.Call], None]:
+    """An `on_token` of stitch that counts the answers which have ended."""
+    return lambda row, call: bar.update(ended(call, ends, limits[row]))
 
 
 def solve(pair, chosen: Sequence, router, batch_size: int = 256,
@@ -246,7 +247,7 @@ def solve(pair, chosen: Sequence, router, batch_size: int = 256,
     with progress(len(chosen), "answers", "problem", inner=True) as bar:
         result = rstitch.stitch(slm, llm, ids, router, attention_mask=mask, max_new_tokens=max_new_tokens,
                                 seed=rstitch.row_seeds(seed, len(chosen)), slots=batch_size,
-                                on_token=counter(bar, ends, max_new_tokens), **options)
+                                on_token=counter(bar, ends, [max_new_tokens] * len(chosen)), **options)
     for problem, calls, kept in zip(chosen, result.calls, result.kept):
         out.append({**graded(tokenizer, ends, problem, [call.token for call in kept]), "tokens": len(kept),
                     "llm_tokens": sum(call.model == rstitch.LLM for call in kept),
@@ -313,6 +314,7 @@ def answer_ms(calls: Sequence[rstitch.Call], models, vocab: int, router=None,
             + sum(nets_ms[name] * times for name, times in nets.items() if times))
 
 
+N_TIMED = 20  # problems that the time of a net is taken on
 TIMED_TOKENS = 64  # of an answer: a net takes as long at its beginning as at its end
 
 
