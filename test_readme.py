@@ -182,17 +182,18 @@ def test_the_tables_of_the_demonstration_are_the_committed_one():
 
 def test_the_figures_of_the_readme_are_the_committed_ones():
     """The real pair's right answers and shares, and its loss; all of the pocket pair's."""
-    methods = real.world_of(figures.load_real())
+    methods, nets = real.world_of(figures.load_real()), real.nets_ms(figures.load_real())
+    assert nets.keys() == {"ce4dc9c6bf7d"}
     names = {"SLM alone": "slm", "LLM alone": "llm", "R-Stitch, tau 0.02": "tau=0.02",
              "R-Stitch, tau 0.005": "tau=0.005", "R-Stitch, tau 0.05": "tau=0.05",
-             "R2R, its net's time left out": "r2r=0.4174 by ce4dc9c6bf7d",
+             "R2R": "r2r=0.4174 by ce4dc9c6bf7d",
              "R-Stitch, tau 0.02, visits of one token": "tau=0.02,back=1"}
     rows = table(README, "## What came of it")
     models = load_latency(figures.results("real/latency.json"))
     assert len(rows) == 7
     for method, n, right, share, speed in rows:
         answers = methods[real.resolve(methods, names[method])]
-        ms = partial(milliseconds, models=models)
+        ms = partial(milliseconds, models=models, nets_ms=nets)
         fitted = real.speed(*(real.priced(found, ms) for found in (answers, methods["llm"])))
         assert speed == with_interval(fitted[:3], " x", 2), method
         x = real.figures_of(answers)

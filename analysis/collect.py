@@ -198,7 +198,7 @@ def answered(settings: Settings, rows: list[dict], path: Path, wrong: int | None
     """The problems that both models have answered in a file of `analysis.answers`, with their greedy answers,
     as far as the one that is the `wrong`-th which the LLM alone gets right. ValueError where there is none
     that this pair made."""
-    made, have = made_by(settings) | {"temperature": 0.0}, {}
+    made, have = made_by(settings) | {"what": "answer", "temperature": 0.0}, {}
     for one in read_rows(path):
         if all(one.get(name) == value for name, value in made.items()):
             have.setdefault((one["method"], one["question"]), one)

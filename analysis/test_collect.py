@@ -65,6 +65,8 @@ def test_answers_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     task, settings = Task(problems=str(file)), dataclasses.replace(FAST, sampled=0, continued=0)
     for method, n in (("slm", 10), ("llm", 9)):
         answers.run(task, [method], "test", n, kept)
+    # a trained router leaves a row about its net
+    answers.run(dataclasses.replace(task, router=str(Task().path("router"))), ["r2r"], "test", 1, kept)
     answers.run(Task(problems=str(file), max_new_tokens=9), ["llm"], "test", 10, kept)
     answers.run(task, ["llm"], "test", 10, kept, temperature=1.0)
     known = collect.answered(settings, collect.file_rows(file), kept, 2)

@@ -50,6 +50,16 @@ def test_the_estimate_is_not_spoilt_by_lines_that_only_tell_the_time(clock, caps
     assert "slow: 5 of 10, 03:20 gone, 03:20 left" in capsys.readouterr().err
 
 
+def test_a_step_moves_no_cursor_in_a_log_file(clock, capsys):
+    with progress(2, "work") as outer, progress(2, "step", inner=True) as inner:
+        for bar in (inner, outer):
+            clock[0] += 31
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["work: 0 of 2", "step: 1 of 2", "work: 1 of 2",
+                                                          "work: 1 of 2"]
+
+
 @pytest.mark.parametrize("seconds, lines", [(29, 0), (31, 1)])
 def test_a_step_of_longer_work_shows_if_it_takes_long(clock, capsys, seconds, lines):
     with progress(10, "step", inner=True) as bar:

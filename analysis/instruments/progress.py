@@ -34,7 +34,8 @@ def progress(total: int, label: str = "", unit: str = "it", inner: bool = False,
         options |= {"delay": LINE, "leave": False}
     if not sys.stderr.isatty():
         # The mean pace from the beginning: a line that tells but the time would spoil one of the last lines.
-        options |= {"file": Lines(), "mininterval": LINE, "smoothing": 0, "bar_format":
+        # Position 0: an inner bar would move the cursor to a line of its own.
+        options |= {"file": Lines(), "position": 0, "mininterval": LINE, "smoothing": 0, "bar_format":
                     "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"}
     bar = tqdm(**options)
     threading.Thread(target=keep_telling, args=(bar,), daemon=True).start()
