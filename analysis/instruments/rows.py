@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 def read_rows(path: Path) -> list[dict]:
     """The rows of a JSONL file; a last line torn by a kill is dropped."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
