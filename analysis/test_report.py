@@ -17,7 +17,12 @@ def test_report_resumes_and_states_every_design_property(tmp_path, capsys):
     text = path.read_text()
     report.run(path, n=4, taus=(0.02,), workers=1)
     assert path.read_text() == text
-    assert {r.get("method") for r in rows} == {None, "SLM", "LLM", "LLM-short", "R-Stitch", "random"}
+    assert {r.get("method") for r in rows} == {None, "SLM", "LLM", "LLM-short", "R-Stitch", "random",
+                                               "R-Stitch, LLM-short", "random, LLM-short"}
+    share = {r["method"]: (r["p"], r["llm_share"]) for r in rows if r["what"] == "method"}
+    for kind in ("", ", LLM-short"):
+        assert share["random" + kind][0] == share["R-Stitch" + kind][1]
+    assert share["R-Stitch"] != share["R-Stitch, LLM-short"]
     assert all(r["commit"] is None or len(r["commit"]) >= 7 for r in rows)
     assert all(r["source"] == "measured" for r in rows)
     report.show(rows)
@@ -29,7 +34,8 @@ def test_committed_figures_carry_their_provenance():
     rows = read_rows(report.RESULTS / "pair.jsonl")
     assert {"SLM", "LLM", "LLM-short"} <= {r.get("method") for r in rows}
     for r in rows:
-        assert r["source"] == "measured" and r["command"].startswith("python -m analysis.pair --report")
+        assert r["source"] == "measured" and r["command"].startswith(("python -m analysis.pair --report",
+                                                                   "python -m analysis.presentation.report"))
         assert r["n"] >= 4000 or r["what"] != "method"
 
 

@@ -5,7 +5,8 @@ over tau.
 
 Design properties decide whether a pair is accepted (SLM right on 40-70 %, LLM on 95 % or more, LLM answers at
 least 2.5 times as long where both are right, an LLM forward at least 4 times an SLM forward, 99 % of answers
-finished). The rest is reported.
+finished). The rest is reported, the sweep also with LLM-short, which writes as the SLM does, in the LLM's
+place.
 """
 import argparse
 import time
@@ -26,16 +27,18 @@ from analysis.pocket.domain import problems
 from analysis.pocket.weights import MAX_NEW_TOKENS, load_pocket
 
 N_TEST, SEED = 4000, 0
+SHORT = "LLM-short"
+ALIKE = f", {SHORT}"  # of methods with it in the LLM's place
 
 
 def method_row(method: str, tau: float | None, n: int, p: float | None = None) -> dict:
     """One row: a method over the first n problems of the test split, greedy."""
     torch.set_num_threads(1)
-    pair = load_pocket(llm="llm-short" if method == "LLM-short" else "llm")
+    pair = load_pocket(llm="llm-short" if method.endswith(SHORT) else "llm")
     router = {
-        "SLM": rstitch.SLMOnly, "LLM": rstitch.LLMOnly, "LLM-short": rstitch.LLMOnly,
+        "SLM": rstitch.SLMOnly, "LLM": rstitch.LLMOnly, SHORT: rstitch.LLMOnly,
         "R-Stitch": lambda: rstitch.EntropyRouter(tau), "random": lambda: rstitch.RandomRouter(p, seed=SEED)
-    }[method]()
+    }[method.removesuffix(ALIKE)]()
     solved = solve(pair, problems("test", n, SEED), router, seed=SEED)
     row = {"what": "method", "method": method, "tau": tau, "p": p, **describe(solved), **provenance(SEED, n)}
     if method in ("SLM", "LLM"):
@@ -125,24 +128,26 @@ def run(path: Path = RESULTS / "pair.jsonl", n: int = N_TEST, taus: tuple[float,
     if ("bfloat16 flips", None, None) not in rows:
         append_row(path, bfloat16_flips())
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, \
-            progress(3 + 2 * len(taus), "methods", "method") as bar:
+            progress(3 + 4 * len(taus), "methods", "method") as bar:
         running = set()
 
         def start(method: str, tau: float | None = None) -> None:
             """The row, unless it is there; then what follows from it."""
             row = rows.get(("method", method, tau))
             if row is None:
-                p = rows["method", "R-Stitch", tau]["llm_share"] if method == "random" else None
+                leader = method.replace("random", "R-Stitch")
+                p = rows["method", leader, tau]["llm_share"] if method != leader else None
                 running.add(pool.submit(method_row, method, tau, n, p))
             else:
                 bar.update()
-                if method == "R-Stitch":
-                    start("random", tau)
+                if method.startswith("R-Stitch"):
+                    start(method.replace("R-Stitch", "random"), tau)
 
-        for method in ("LLM", "SLM", "LLM-short"):
+        for method in ("LLM", "SLM", SHORT):
             start(method)
         for tau in taus:
             start("R-Stitch", tau)
+            start("R-Stitch" + ALIKE, tau)
         while running:
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for job in finished:
@@ -185,13 +190,16 @@ def sweep(rows: list[dict]) -> str:
     """Accuracy against LLM share over tau, as the results page has it."""
     methods = {(r["method"], r["tau"]): r for r in rows if r["what"] == "method"}
     head = ("tau", "R-Stitch right, %", "LLM tokens, %", "tokens per answer", "switches",
+            "random at that share right, %", f"R-Stitch with {SHORT} right, %", "its tokens, %",
             "random at that share right, %")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for tau in sorted(tau for method, tau in methods if method == "R-Stitch"):
-        r, other = methods["R-Stitch", tau], methods["random", tau]
+        r, other, alike, mixed = (methods[method + kind, tau] for kind in ("", ALIKE)
+                                  for method in ("R-Stitch", "random"))
         lines.append(
             f"| {tau:g} | {100 * r['accuracy']:.1f} | {100 * r['llm_share']:.1f} | {r['tokens']:.1f} | "
-            f"{r['switches']:.1f} | {100 * other['accuracy']:.1f} |")
+            f"{r['switches']:.1f} | {100 * other['accuracy']:.1f} | {100 * alike['accuracy']:.1f} | "
+            f"{100 * alike['llm_share']:.1f} | {100 * mixed['accuracy']:.1f} |")
     return "\n".join(lines)
 
 
@@ -209,14 +217,14 @@ def show(rows: list[dict]) -> None:
     low, high = (100 * x for x in flips["rate_95"])
     print(f"bfloat16: {100 * flips['rate']:.1f} % of rows [{low:.1f}, {high:.1f}] "
           f"differ between batch 16 and alone (n = {flips['n']})")
-    print(f"{'method':10} {'tau':>7} {'accuracy % [95 %]':>22} {'cut off, %':>11} {'LLM share % [95 %]':>22}"
+    print(f"{'method':19} {'tau':>7} {'accuracy % [95 %]':>22} {'cut off, %':>11} {'LLM share % [95 %]':>22}"
           f" {'tokens [95 %]':>24} {'switches':>9}")
-    order = {"SLM": 0, "LLM": 1, "LLM-short": 2}
+    order = {"SLM": 0, "LLM": 1, SHORT: 2}
     methods = [r for r in rows if r["what"] == "method"]
     for r in sorted(methods, key=lambda r: (order.get(r["method"], 3), r["tau"] or 0, r["method"])):
         right, share, tokens = cell(r, "accuracy"), cell(r, "llm_share"), cell(r, "tokens", 1)
         tau = "" if r["tau"] is None else f"{r['tau']:g}"
-        print(f"{r['method']:10} {tau:>7} {right:>22} {cut_off(r):>11} {share:>22} {tokens:>24}"
+        print(f"{r['method']:19} {tau:>7} {right:>22} {cut_off(r):>11} {share:>22} {tokens:>24}"
               f" {r['switches']:>9.1f}")
     print(f"n = {rows[-1]['n']} problems of the test split, greedy, float32 after rounding to bfloat16; "
           f"intervals 95 %")
