@@ -28,7 +28,7 @@ from analysis.instruments.problems import PARTS, question
 from analysis.instruments.progress import progress
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.runs import Rows
-from analysis.instruments.stats import wilson
+from analysis.instruments.stats import share_of
 from analysis.instruments.task import (
     N_TIMED,
     SEED,
@@ -216,10 +216,9 @@ def run(task: Task, methods: Sequence[str], split: str, n: int, path: Path, temp
 
 
 def show(method: str, rows: list[dict]) -> str:
-    right, tokens = [r["correct"] for r in rows], sum(len(r["tokens"]) for r in rows)
-    low, high = wilson(sum(right), len(rows))
-    return (f"{method:24} {100 * sum(right) / len(rows):5.1f} % right [{100 * low:.1f}, {100 * high:.1f}] of "
-            f"{len(rows)}, "
+    right, low, high = (100 * x for x in share_of(rows, "correct"))
+    tokens = sum(len(r["tokens"]) for r in rows)
+    return (f"{method:24} {right:5.1f} % right [{low:.1f}, {high:.1f}] of {len(rows)}, "
             f"{100 * sum(r['writer'].count('L') for r in rows) / tokens:5.1f} % LLM tokens, "
             f"{tokens / len(rows):.0f} tokens, "
             f"{100 * sum(not r['finished'] for r in rows) / len(rows):.1f} % cut off")

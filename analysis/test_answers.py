@@ -141,6 +141,13 @@ def test_the_time_of_nets_is_told_and_counts(tmp_path):
         assert answers.milliseconds(row, fit) == alone
 
 
+def test_what_is_printed_keeps_the_samples_of_a_problem_together():
+    """Two problems, one always right: from 0 to 100 %, however many samples there are."""
+    rows = [{"problem": i, "correct": not i, "finished": True, "tokens": [1, 2], "writer": "SL"}
+            for i in range(2) for _ in range(50)]
+    assert " 50.0 % right [0.0, 100.0] of 100,  50.0 % LLM tokens" in answers.show("it", rows)
+
+
 def test_answers_of_unlike_machines_are_not_put_together(tmp_path, monkeypatch):
     """Two ranks: what the other one's machine answered does not count here, which is told."""
     path = tmp_path / "answers.jsonl"

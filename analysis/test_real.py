@@ -53,7 +53,7 @@ def test_samples_of_a_problem_stay_together():
     """Two problems, all samples of one right and of the other wrong: an interval from 0 to 1, however many
     samples there are."""
     rows = [row(problem=i, correct=not i, sample=k, temperature=0.6) for i in range(2) for k in range(50)]
-    assert real.share(rows, "correct") == (0.5, 0.0, 1.0)
+    assert real.share_of(rows, "correct") == (0.5, 0.0, 1.0)
     assert real.paired(rows, [row("llm", i, True) for i in range(2)])[:4] == (-50.0, -100.0, 0.0, 2)
 
 
@@ -276,7 +276,7 @@ def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path,
     assert "there is no such file" in err and "--vocab=1: expected 2 or more" in err
     assert re.search(r"^0.02 +0\.097", out, re.M) and re.search(r"^0.02 +0\.239", out, re.M)
     rows = [row for row in real.read_rows(path) if row["method"] == "tau=0.005"]
-    right, large = 100 * real.share(rows, "correct")[0], 100 * real.llm_share(rows)
+    right, large = 100 * real.share_of(rows, "correct")[0], 100 * real.llm_share(rows)
     assert re.search(rf"R-Stitch, tau 0.005 +3 +{right:.1f} \[.*?\] +{large:.1f} \[", out)
     assert err.count("expected a file of analysis.latency") == 2
     assert "latency.json is of bfloat16: expected that of the answers, float32" in err

@@ -1,8 +1,10 @@
 """Intervals, frontiers and tables, without torch: what figures need."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
+
+Interval = tuple[float, float, float]  # a figure and its 95 % interval
 
 PAPER_LABELS = {"identical": 0.89, "neutral": 0.06, "divergent": 0.05}  # R2R, section 3
 
@@ -27,6 +29,24 @@ def bootstrap(statistic, *samples: Sequence[float], draws: int = 1000, seed: int
     picks = (rng.integers(0, len(arrays[0]), len(arrays[0])) for _ in range(draws))
     low, high = np.nanpercentile([statistic(*(a[i] for a in arrays)) for i in picks], [2.5, 97.5])
     return float(low), float(high)
+
+
+def by_problem(rows: Iterable[dict], first: int = 0) -> dict[int, list[dict]]:
+    """Answers of each problem from `first` on."""
+    problems: dict[int, list[dict]] = {}
+    for row in rows:
+        if row["problem"] >= first:
+            problems.setdefault(row["problem"], []).append(row)
+    return problems
+
+
+def share_of(rows: list[dict], field: str) -> Interval:
+    """Share of answers of which the field holds: Wilson, or bootstrapped over problems where one has several
+    answers, which are alike."""
+    problems = [np.mean([bool(row[field]) for row in answers]) for answers in by_problem(rows).values()]
+    if len(problems) < len(rows):
+        return float(np.mean(problems)), *bootstrap(np.mean, problems)
+    return float(np.mean(problems)), *wilson(round(sum(problems)), len(problems))
 
 
 def ratio_of_means(a: np.ndarray, b: np.ndarray) -> float:

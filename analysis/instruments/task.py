@@ -339,7 +339,7 @@ def decision_ms(task: Task, routers: dict[str, object], chosen: Sequence) -> dic
         setattr(router, method, timed(getattr(router, method), times[name].setdefault("call", []), policy))
         if policy and router.back is not None:
             router.back.decide = timed(router.back.decide, times[name].setdefault("back", []), True)
-    for problem in chosen:
+    for problem in tracked(chosen, "times of nets", inner=True):
         ids, _ = encode_problems(tokenizer, [problem], task)
         for router in routers.values():
             rstitch.stitch(slm, llm, ids, router, max_new_tokens=min(TIMED_TOKENS, task.max_new_tokens),

@@ -22,7 +22,17 @@ import numpy as np
 
 from analysis.instruments import stats
 from analysis.instruments.rows import read_rows
-from analysis.instruments.stats import auroc, bootstrap, ratio_of_means, signed, table, wilson, with_interval
+from analysis.instruments.stats import (
+    Interval,
+    auroc,
+    bootstrap,
+    by_problem,
+    ratio_of_means,
+    share_of,
+    signed,
+    table,
+    with_interval,
+)
 
 MISSING = "not yet measured"
 VOCAB = 151_936  # logit columns V of the real pair
@@ -39,8 +49,6 @@ COMPARISONS = (("llm", "tau=0.02"), ("tau=0.02", "random"), ("tau=0.02", "slm"),
                ("llm", "tau=0.05"), ("tau=0.02", "tau=0.02,back=1"))
 
 BY = " by "  # between a trained router's threshold and its net
-
-Interval = tuple[float, float, float]  # a figure and its 95 % interval
 
 
 # ---- which rows --------------------------------------------------------------------------------------------
@@ -80,28 +88,10 @@ def resolve(methods: dict[str, list[dict]], name: str) -> str | None:
 # ---- one method --------------------------------------------------------------------------------------------
 
 
-def by_problem(rows: Iterable[dict], first: int = 0) -> dict[int, list[dict]]:
-    """Answers of each problem from `first` on."""
-    problems: dict[int, list[dict]] = {}
-    for row in rows:
-        if row["problem"] >= first:
-            problems.setdefault(row["problem"], []).append(row)
-    return problems
-
-
 def llm_share(rows: Iterable[dict]) -> float:
     """Kept LLM tokens / kept tokens, the end token included."""
     rows = list(rows)
     return sum(row["writer"].count("L") for row in rows) / sum(len(row["writer"]) for row in rows)
-
-
-def share(rows: list[dict], field: str) -> Interval:
-    """Share of answers of which the field holds: Wilson, or bootstrapped where a problem has several
-    answers."""
-    problems = [np.mean([bool(row[field]) for row in answers]) for answers in by_problem(rows).values()]
-    if len(problems) < len(rows):
-        return float(np.mean(problems)), *bootstrap(np.mean, problems)
-    return float(np.mean(problems)), *wilson(round(sum(problems)), len(problems))
 
 
 def figures_of(rows: list[dict]) -> dict[str, Interval]:
@@ -109,9 +99,9 @@ def figures_of(rows: list[dict]) -> dict[str, Interval]:
     sums = [(sum(len(row["writer"]) for row in answers), sum(row["writer"].count("L") for row in answers),
              len(answers)) for answers in by_problem(rows).values()]
     tokens, large, answers = np.array(sums, float).T
-    finished = share(rows, "finished")
+    finished = share_of(rows, "finished")
     return {
-        "right": share(rows, "correct"),
+        "right": share_of(rows, "correct"),
         "llm_share": (ratio_of_means(large, tokens), *bootstrap(ratio_of_means, large, tokens)),
         "tokens": (ratio_of_means(tokens, answers), *bootstrap(ratio_of_means, tokens, answers)),
         "cut_off": (1 - finished[0], 1 - finished[2], 1 - finished[1]),
