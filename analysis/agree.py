@@ -116,11 +116,13 @@ def held(judge: dict[Place, bool | None], reference: dict[Place, bool | None]) -
             "raised": (len(alike) - sum(alike), len(alike))}
 
 
+def cell(k: int, n: int) -> str:
+    """k of n in %, with its interval."""
+    return f"{with_interval([100 * x for x in (k / n, *wilson(k, n))], digits=1)} of {n}" if n else "none"
+
+
 def show(said: dict[str, dict[Place, bool | None]], hand: dict[Place, bool | None]) -> str:
     """A line for each judge against each reference, in % with 95 % intervals."""
-    def cell(k: int, n: int) -> str:
-        return f"{with_interval([100 * x for x in (k / n, *wilson(k, n))], digits=1)} of {n}" if n else "none"
-
     first, *_ = said
     head = ("judge", "held against", "unjudged, %", "agree, %", "different, called same, %",
             "same, called different, %")

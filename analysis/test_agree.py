@@ -8,7 +8,9 @@ import pytest
 
 from analysis import agree, label
 from analysis.conftest import FAST, TODO
-from analysis.instruments.rows import read_rows
+from analysis.instruments.rows import RESULTS, read_rows
+
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def test_agreement_by_hand():
@@ -67,3 +69,21 @@ def test_what_cannot_be_compared_is_told_first(options, told, tmp_path):
     out = subprocess.run([sys.executable, "-m", "analysis.agree", "--labels", str(none), *options],
                          capture_output=True, text=True)
     assert out.returncode == 2 and told in out.stderr and not none.exists()
+
+
+def test_the_results_page_has_what_the_committed_verdicts_say():
+    """Each judge on 300 positions against the final answer, and on 60 against a reader."""
+    folder = RESULTS / "real"
+    page, hand = (folder / "README.md").read_text(), agree.read_hand(folder / "judged_by_hand.jsonl")
+    said = {(row["labels"], row["judge"]): dict(zip(map(tuple, row["places"]), row["same"]))
+            for row in read_rows(folder / "agree.jsonl")}
+    names = {"answer": "the final answer", "numbers": "numbers and results", "LARGE": "the LLM, asked",
+             f"numbers+{ENCODER}": "numbers and embeddings (kept)"}
+    for judge, name in names.items():
+        mine, read = said["labels", judge], said["labels24", judge]
+        assert len(mine) == 300 and len(read) == 60
+        figures = agree.held(mine, said["labels", "answer"]).values()
+        cells = ["" if judge == "answer" else agree.cell(*x) for x in figures]
+        row = [name, f"{100 * list(mine.values()).count(None) / 300:.1f}", *cells,
+               agree.cell(*agree.held(read, hand)["agree"])]
+        assert f"| {' | '.join(row)} |" in page, judge
