@@ -147,12 +147,12 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
                           made_with(task, "fixed", "")) | {(kind, name): made_with(task, kind, name)
                                                            for kind in ORDER if kind != "fixed"
                                                            for name in policies}
-    own = [str(made(task, name)["thresholds"]) for name in policies if "thresholds" in made(task, name)]
-    marks["wall-clock", "wall-clock"] = digest_of(
-        task, *(task.path("policies") / name / "policy.safetensors" for name in policies),
-        also=f"{n_wall}{''.join(own)}")
     seeded = [name for name in policies if "-seed" in name] or policies
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
+    own = [str(made(task, name)["thresholds"]) for name in timed if "thresholds" in made(task, name)]
+    marks["wall-clock", "wall-clock"] = digest_of(
+        task, *(task.path("policies") / name / "policy.safetensors" for name in timed),
+        also=f"{n_wall}{''.join(own)}")
 
     ms: dict[str, dict] = {}  # of a decision of each net, by policy
     store = Rows(path, lambda row: (row["kind"], row["name"]),

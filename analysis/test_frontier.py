@@ -133,3 +133,30 @@ def test_the_time_of_nets_counts_where_a_policy_was_trained_with_it(tmp_path, mo
     assert again["policy", "free"] == free
     assert again["policy", "paid"]["latency_ms"] == pytest.approx(free["latency_ms"] + 9 * free["asked"],
                                                                   abs=0.02)
+
+
+def test_methods_are_timed_again_only_where_one_of_them_has_changed(tmp_path, monkeypatch):
+    """An ablation that comes later is not timed, so it does not spoil what was; new weights do."""
+    task, times = timed(tmp_path, policies=str(tmp_path / "p"), out=str(tmp_path)), []
+    base = POLICIES / frontier.BASE
+
+    def policy(name: str) -> None:
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for file in ("policy.safetensors", "made.json"):
+            (tmp_path / "p" / name / file).write_bytes((base / file).read_bytes())
+
+    monkeypatch.setattr(frontier, "FIXED", {"SLM alone": rstitch.SLMOnly(), "LLM alone": rstitch.LLMOnly()})
+    monkeypatch.setattr(frontier, "ABOVE", (0.0,))
+    monkeypatch.setattr(frontier, "N_CALIBRATION", 2)
+    monkeypatch.setattr(frontier, "timed_row", lambda task, names, n: times.append(names) or {
+        "kind": "wall-clock", "name": "wall-clock", "ms": {}})
+    policy("a-seed0")
+    frontier.run(task, 3, 2, 1)
+    assert times == [["SLM alone", "LLM alone", "a-seed0"]]
+    policy("ablation")
+    frontier.run(task, 3, 2, 1)
+    assert len(times) == 1
+    made = json.loads((base / "made.json").read_text()) | {"thresholds": {"call": 0.9}}
+    (tmp_path / "p" / "a-seed0" / "made.json").write_text(json.dumps(made))
+    frontier.run(task, 3, 2, 1)
+    assert len(times) == 2

@@ -45,7 +45,7 @@ def results(name: str) -> Path:
 
 def style() -> None:
     plt.rcParams.update({
-        "figure.figsize": (9, 3.6), "figure.dpi": 120, "figure.constrained_layout.use": True,
+        "figure.figsize": (9, 3.6), "figure.dpi": 110, "figure.constrained_layout.use": True,
         "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
         "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 7,
     })
