@@ -18,6 +18,7 @@ recipe with seeds. The time of its nets is in a policy's latency if it was train
 notebook 4 adds it.
 """
 import argparse
+import json
 
 import numpy as np
 from scipy.special import expit
@@ -97,9 +98,16 @@ def policy_of(task: Task, name: str, above: float | None = None) -> rstitch.Poli
                                      threshold=None if above is None else expit(above))
 
 
-def nets_row(task: Task, names: list[str]) -> dict:
-    """Milliseconds that a decision of each net of some policies takes, policies in turn."""
-    ms = decision_ms(task, {name: policy_of(task, name) for name in names},
+def form_of(task: Task, name: str) -> str:
+    """What the time of a policy's nets depends on, whatever their weights."""
+    by = made(task, name)
+    sizes = ("net", "width", "hand_back", "use_entropy", "use_context")
+    return json.dumps({name: by["config"].get(name) for name in sizes} | {"r2r": by.get("r2r")})
+
+
+def nets_row(task: Task, by_form: dict[str, str]) -> dict:
+    """Milliseconds that a decision of each net takes, by form; a policy of each, in turn."""
+    ms = decision_ms(task, {form: policy_of(task, name) for form, name in by_form.items()},
                      task.split("calibration", N_TIMED))
     return {"kind": "router times", "name": "router times", "ms": ms,
             **provenance(SEED, N_TIMED, task.device, task.dtype)}
@@ -159,13 +167,14 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
                  lambda key: {"made_with": marks.get(key)} | ({"n": n} if key[0] in ORDER else {})
                  | ({"nets_ms": ms.get(key[1])} if key[0] in ("policy", "calibrated") else {}))
 
-    # Where a policy was trained with the time of its nets it counts, taken anew, side by side.
-    counted = [name for name in policies if made(task, name).get("nets_ms")]
-    marks["router times", "router times"] = digest_of(
-        task, *(task.path("policies") / name / "policy.safetensors" for name in counted))
-    if counted:
-        job = {("router times", "router times"): (nets_row, task, counted)}
-        ms = store.fill(job, 1, "router times")["router times", "router times"]["ms"]
+    # Where a policy was trained with the time of its nets it counts, taken anew, forms side by side.
+    forms = {name: form_of(task, name) for name in policies if made(task, name).get("nets_ms")}
+    by_form = {form: name for name, form in reversed(forms.items())}
+    marks["router times", "router times"] = digest_of(task, also="".join(sorted(by_form)))
+    if forms:
+        job = {("router times", "router times"): (nets_row, task, by_form)}
+        taken = store.fill(job, 1, "router times")["router times", "router times"]["ms"]
+        ms = {name: taken[form] for name, form in forms.items()}
 
     def complete(jobs: list[tuple]) -> dict[tuple[str, str], dict]:
         functions = {(kind, name): (calibrated_row, task, name, n, ms.get(name)) if kind == "calibrated"

@@ -114,23 +114,30 @@ def test_the_time_of_nets_counts_where_a_policy_was_trained_with_it(tmp_path, mo
         (tmp_path / "p" / name / "policy.safetensors").write_bytes((base / "policy.safetensors").read_bytes())
         made = json.loads((base / "made.json").read_text()) | more
         (tmp_path / "p" / name / "made.json").write_text(json.dumps(made))
+    form = frontier.form_of(task, "paid")
     monkeypatch.setattr(frontier, "FIXED", {"SLM alone": rstitch.SLMOnly()})
     monkeypatch.setattr(frontier, "ABOVE", (0.0,))
     monkeypatch.setattr(frontier, "N_CALIBRATION", 2)
     monkeypatch.setattr(frontier, "decision_ms",
-                        lambda task, routers, n: asked.append(list(routers)) or {"paid": {"call": 7.0}})
+                        lambda task, routers, n: asked.append(list(routers)) or {form: {"call": 7.0}})
     rows = {(r["kind"], r["name"]): r for r in frontier.run(task, 6, 0, 1)}
-    assert asked == [["paid"]] and ("calibrated", "paid") not in rows and ("calibrated", "free") in rows
+    assert asked == [[form]] and ("calibrated", "paid") not in rows and ("calibrated", "free") in rows
     free, paid = rows["policy", "free"], rows["policy", "paid"]
     assert free["asked"] == paid["asked"] > 0 and (free["nets_ms"], paid["nets_ms"]) == (None, {"call": 7.0})
     assert paid["latency_ms"] == pytest.approx(free["latency_ms"] + 7 * free["asked"], abs=0.02)
     frontier.run(task, 6, 0, 1)
-    assert asked == [["paid"]]  # all is there
+    assert asked == [[form]]  # all is there
     lines = [json.loads(line) for line in (tmp_path / "frontier.jsonl").read_text().splitlines()]
-    lines = [r | {"ms": {"paid": {"call": 9.0}}} if r["kind"] == "router times" else r for r in lines]
+    lines = [r | {"ms": {form: {"call": 9.0}}} if r["kind"] == "router times" else r for r in lines]
     (tmp_path / "frontier.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    other = json.loads((tmp_path / "p" / "paid" / "made.json").read_text())
+    other["config"]["seed"] = 5
+    (tmp_path / "p" / "other").mkdir()
+    (tmp_path / "p" / "other" / "made.json").write_text(json.dumps(other))
+    (tmp_path / "p" / "other" / "policy.safetensors").write_bytes((base / "policy.safetensors").read_bytes())
     again = {(r["kind"], r["name"]): r for r in frontier.run(task, 6, 0, 1)}
-    assert again["policy", "free"] == free
+    assert again["policy", "free"] == free and asked == [[form]]  # one more of a form: its time is known
+    assert again["policy", "other"]["nets_ms"] == {"call": 9.0}
     assert again["policy", "paid"]["latency_ms"] == pytest.approx(free["latency_ms"] + 9 * free["asked"],
                                                                   abs=0.02)
 
