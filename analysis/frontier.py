@@ -157,10 +157,8 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
                                                            for name in policies}
     seeded = [name for name in policies if "-seed" in name] or policies
     timed = [name for name in seeded if name.endswith("-seed0")] or seeded
-    own = [str(made(task, name)["thresholds"]) for name in timed if "thresholds" in made(task, name)]
-    marks["wall-clock", "wall-clock"] = digest_of(
-        task, *(task.path("policies") / name / "policy.safetensors" for name in timed),
-        also=f"{n_wall}{''.join(own)}")
+    marks["wall-clock", "wall-clock"] = digest_of(task, also=f"{n_wall}"
+                                                  + "".join(marks["policy", name] for name in timed))
 
     ms: dict[str, dict] = {}  # of a decision of each net, by policy
     store = Rows(path, lambda row: (row["kind"], row["name"]),
