@@ -9,9 +9,10 @@ import torch
 from scipy.special import expit
 
 import rstitch
-from analysis import train_policy
+from analysis import label, train_policy
+from analysis.conftest import FAST as LABEL_FAST
 from analysis.conftest import MODELS_MS, timed
-from analysis.instruments.rows import read_rows
+from analysis.instruments.rows import read_rows, write_rows
 from analysis.instruments.stats import auroc
 from analysis.instruments.task import asked, solve
 from analysis.pocket.domain import (
@@ -34,14 +35,27 @@ def little(monkeypatch):
     monkeypatch.setattr(train_policy, "COARSE", {"call": (-2.0, 2.0), "back": (0.0,)})
 
 
+OFFLINE = LABELS | dict(credit="labels", hand_back=False)
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory, pocket):
+    """Of four router-train problems of the domain."""
+    folder = tmp_path_factory.mktemp("labels")
+    label.make_labels(LABEL_FAST, label.pocket_problems(4), folder)
+    return folder
+
+
 @pytest.mark.parametrize("options, saves", [({}, ["last", 2]), (dict(hand_back=True), ["best", 2]),
-                                            (LABELS, ["last", 1]), (LABELS, ["best", 2])])
-def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, little, options,
-                                                               saves):
+                                            (LABELS, ["last", 1]), (LABELS, ["best", 2]),
+                                            (OFFLINE, ["last", 3])])
+def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, little, labels,
+                                                               options, saves):
     """Killed before a checkpoint is written; `last` follows its row of the log, `best` precedes it."""
     config = dataclasses.replace(FAST, **options)
     warm = [-1] if config.warm else []
-    train_policy.train(config, timed(tmp_path), tmp_path / "whole")
+    rows = train_policy.read_labels(labels, None, pocket) if config.credit == "labels" else None
+    train_policy.train(config, timed(tmp_path), tmp_path / "whole", rows)
     saved, calls = train_policy.save_checkpoint, []
 
     def killed(path, *args):
@@ -52,10 +66,10 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
 
     monkeypatch.setattr(train_policy, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_policy.train(config, timed(tmp_path), tmp_path / "parts")
+        train_policy.train(config, timed(tmp_path), tmp_path / "parts", rows)
     monkeypatch.setattr(train_policy, "save_checkpoint", saved)
     assert len(read_rows(tmp_path / "parts" / "log.jsonl")) < 4
-    train_policy.train(config, timed(tmp_path), tmp_path / "parts")
+    train_policy.train(config, timed(tmp_path), tmp_path / "parts", rows)
     for name in ("last.safetensors", "best.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     timeless = lambda name: [{k: v for k, v in row.items() if k != "seconds"}
@@ -70,7 +84,7 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
     assert all(any(moved[name] for name in moved if name.startswith(part)) for part in trained)
     with pytest.raises(ValueError,
                        match="whole holds .* other config: expected {'kappa': 0.35}, got {'kappa': 0.9}"):
-        train_policy.train(dataclasses.replace(config, kappa=0.9), timed(tmp_path), tmp_path / "whole")
+        train_policy.train(dataclasses.replace(config, kappa=0.9), timed(tmp_path), tmp_path / "whole", rows)
 
 
 def test_a_warm_start_is_r2rs_net_at_the_class_weight_that_earns_most(tmp_path, pocket, monkeypatch, little):
@@ -127,7 +141,7 @@ def test_a_policy_takes_the_thresholds_that_calibration_set(tmp_path, pocket, mo
         assert [reward for _, reward in made["earned"][name]] == pytest.approx([
             train_policy.answer(task, task.split("calibration", 5), router, price)[1].mean()
             for router in routers])
-    monkeypatch.setattr(train_policy, "answer", None)  # nothing is answered again
+    monkeypatch.setattr(train_policy, "solve", None)  # nothing is answered again
     train_policy.export(config, task, policies, tmp_path / "run", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "made.json").read_text())
     assert again["thresholds"] == made["thresholds"] and again["earned"] == made["earned"]
@@ -309,6 +323,91 @@ def test_a_batch_of_forks_is_paid_by_what_its_branches_earn(tmp_path, pocket, mo
     assert worth.any()
 
 
+def test_what_labels_say_that_a_call_is_worth_by_hand():
+    """A prompt of 10 tokens takes the LLM 0.05 x 10 + 4 = 4.5 ms, steps after 10, 11 and 12 tokens take
+    4 + 0.002 x 10 = 4.020, 4.022 and 4.024: the answer 4.5 + 4.022 + 4.024 = 12.546 ms, and earns
+    1 - 0.01 x 12.546 = 0.87454. Identical: 0.01 x 4.020 is lost by calling. Divergent: else
+    0.2 x (0.87454 + 0.04022) is earned. Neutral: 0.9 x (0.87454 + 0.04024)."""
+    price, chance = train_policy.Price(0.01, MODELS_MS, 128), {"D": 0.8, "N": 0.1}
+    row = {"prompt": [1] * 10, "answer": [5, 6, 7], "labels": "IDN"}
+    assert train_policy.worth_by_labels(price, row, True, chance) == pytest.approx(
+        [-0.0402, 0.87454 - 0.182952, 0.87454 - 0.823302])
+    assert train_policy.worth_by_labels(price, row, False, chance) == [0, 0, 0]
+
+
+def test_how_often_a_letter_turns_an_answer_by_hand():
+    """Of right answers only: two of three divergent tokens, one of two neutral ones. Where nothing was
+    compared, divergent ones always and neutral ones never."""
+    rows = [{"labels": "DDN"}, {"labels": "DNI"}, {"labels": "DN"}]
+    changed = {(0, 0): True, (0, 1): False, (0, 2): True, (1, 0): True, (1, 1): False, (2, 0): False,
+               (2, 1): True}
+    found = train_policy.Labels(rows, changed).chances([True, True, False])
+    assert found == {"D": (2, 3), "N": (1, 2)}
+    assert train_policy.Labels(rows, {}).chances([True] * 3) == {"D": (1, 1), "N": (0, 1)}
+    assert train_policy.Labels(rows, {(0, 2): True}).chances([True] * 3) == {"D": (1, 1), "N": (1, 1)}
+
+
+def test_labels_credit_the_judged_tokens_at_which_the_policy_is_asked(tmp_path, pocket, labels):
+    """Each with what the net sees there; only answers that are right say something."""
+    config, task = train_policy.Config(**OFFLINE), timed(tmp_path)
+    price, known = train_policy.Price(0.001, MODELS_MS, 128), train_policy.read_labels(labels, None, pocket)
+    rows = [dict(row) for row in known.rows]
+    rows[0] |= {"labels": "U" * len(rows[0]["labels"])}
+    rows[1] |= {name: rows[1][name][:5] for name in ("answer", "labels", "entropy")}  # cut off: wrong
+    changed = {(2, 0): True, (2, 1): False}
+    rows[2]["labels"] = "DD" + rows[2]["labels"][2:]
+    data = train_policy.labelled(config, task, price, train_policy.Labels(rows, changed), tmp_path)
+    assert data.chances == {"D": (1, 2), "N": (0, 1)}
+    asked_at = [[H > 0.0005 * np.log(128) for H in row["entropy"]] for row in rows]
+    worth = [train_policy.worth_by_labels(price, row, i > 1, {"D": 0.5}) for i, row in enumerate(rows)]
+    expected = np.concatenate(worth[1:])[np.concatenate(asked_at[1:])]
+    assert data.worth.tolist() == pytest.approx(expected) and len(expected) < sum(map(len, asked_at))
+    wrong = sum(asked_at[1])
+    assert not data.worth[:wrong].any() and data.worth[wrong:].all()
+    states = [h for row in rows[1:] for h, _ in label.teacher_forced(pocket[0], row["prompt"], row["answer"])]
+    assert torch.equal(data.state[0], torch.cat(states)[np.concatenate(asked_at[1:])])
+    other = train_policy.Labels([rows[0] | {"question": "Who?"}], {})
+    with pytest.raises(ValueError, match="the labels have 'Who[?]': expected router-train problems"):
+        train_policy.labelled(config, task, price, other, tmp_path)
+
+
+def test_credit_of_labels_teaches_where_calls_are_worth_something():
+    """Two kinds of decisions, as often; a call gains at one what it loses at the other."""
+    config = train_policy.Config(net="r2r", credit="labels", forks=16, lr=1e-2, iterations=20)
+    policies = torch.nn.ModuleDict({"call": rstitch.Policy(4, 16)})
+    optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
+    kind = torch.arange(64) % 2
+    state = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]])[kind], torch.ones(64), torch.full((64,), 100)
+    data = train_policy.Labelled(state, np.where(kind == 0, 0.1, -0.1), {"D": (1, 1), "N": (0, 1)})
+    rows = [train_policy.iterate_offline(policies, optimizer, config, data, i) for i in range(20)]
+    p = policies["call"](*(x[:2] for x in state)).sigmoid().tolist()
+    assert p[0] > 0.8 and p[1] < 0.2
+    assert [row["forks"] for row in rows] == [16] * 20 and rows[0]["decisions"] == 32
+    assert rows[0]["called"] == 0.5 and rows[-1]["earned"] > 0.02 > rows[0]["earned"]
+
+
+def test_labels_are_read_with_what_their_tokens_turned(tmp_path, pocket, labels):
+    """Verdicts of the judge that compares final answers, where it has one; those of others are refused."""
+    slm, llm, *_ = pocket
+    verdicts = {"judge": "answer", "slm": rstitch.fingerprint(slm), "llm": rstitch.fingerprint(llm),
+                "places": [[0, 3], [0, 7], [1, 2]], "same": [True, None, False]}
+    write_rows(tmp_path / "agree.jsonl", [verdicts | {"judge": "numbers", "same": [True] * 3}, verdicts])
+    found = train_policy.read_labels(labels, tmp_path / "agree.jsonl", pocket)
+    assert found.changed == {(0, 3): False, (1, 2): True} and len(found.rows) == 4
+    assert {row["split"] for row in found.rows} == {"router-train"}
+    assert train_policy.read_labels(labels, None, pocket).changed == {}
+    with pytest.raises(ValueError, match="expected labels of router-train problems, found none"):
+        train_policy.read_labels(tmp_path, None, pocket)
+    with pytest.raises(ValueError, match="--labels .* is of another SLM: expected weights with fingerprint"):
+        train_policy.read_labels(labels, None, (llm, slm))
+    write_rows(tmp_path / "other.jsonl", [verdicts | {"llm": "x"}])
+    with pytest.raises(ValueError, match="--agree .* is of another LLM"):
+        train_policy.read_labels(labels, tmp_path / "other.jsonl", pocket)
+    write_rows(tmp_path / "none.jsonl", [verdicts | {"judge": "numbers"}])
+    with pytest.raises(ValueError, match="--agree .*: expected verdicts of the judge answer, found none"):
+        train_policy.read_labels(labels, tmp_path / "none.jsonl", pocket)
+
+
 def test_how_often_nets_are_asked_by_hand():
     """log 128 = 4.852: above tau 0.5 are entropies over 2.43 nats."""
     call = lambda model, H: rstitch.Call(model, 0, 1, 0, 5, H, True)  # noqa: E731
@@ -327,7 +426,9 @@ def test_options_that_mean_nothing_are_refused(tmp_path, monkeypatch, capsys):
                           ("--recipe labels --iterations 0 --lr 1", "--lr"),
                           ("--recipe labels --iterations 0 --forks 9", "--forks"),
                           ("--scale none --eps 1", "--eps"), ("--router somewhere", "--router somewhere"),
-                          ("--lam 0.1 --kappa 1", "--kappa"), ("--net r2r --width 8", "--width")):
+                          ("--lam 0.1 --kappa 1", "--kappa"), ("--net r2r --width 8", "--width"),
+                          ("--recipe labels --credit labels --rollouts 2", "--rollouts"),
+                          ("--recipe labels --labels x", "--labels x"), ("--agree x", "--agree x")):
         monkeypatch.setattr("sys.argv", ["train_policy", "--name", "x", *options.split()])
         with pytest.raises(SystemExit):
             train_policy.main()

@@ -16,11 +16,13 @@ if nothing had happened.
 That is the paper's recipe, as far as it is known. The other one, `labels-...`, joins both papers: the policy
 is R2R's net, which labels have taught which tokens matter; rewards teach what they are worth in time. It is
 asked at far more tokens, a second net decides when the LLM hands back, a decision's credit is what its two
-branches earn, the nets' own time counts, and thresholds are set on calibration problems in the end.
+branches earn, the nets' own time counts, and thresholds are set on calibration problems in the end. Where
+rollouts cost too much, --credit labels takes the credit from labels that are made already.
 """
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,14 +35,15 @@ from safetensors.torch import save_file
 from scipy.special import expit
 
 import rstitch
+from analysis import label
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
 from analysis.instruments.credit import Fork, branches, chosen_forks, decisions_of, differences
 from analysis.instruments.options import add_options, given, option
-from analysis.instruments.problems import content_of
+from analysis.instruments.problems import content_of, question
 from analysis.instruments.progress import progress, tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import append_row, read_rows, write_rows
-from analysis.instruments.runs import settle
+from analysis.instruments.runs import by_place, settle
 from analysis.instruments.task import (
     N_CALIBRATION,
     N_TIMED,
@@ -48,8 +51,10 @@ from analysis.instruments.task import (
     answer_ms,
     common_vocab,
     decision_ms,
+    graded,
     solve,
 )
+from analysis.train_r2r import digest, features
 from rstitch import fingerprint
 from rstitch_hf.ranks import start
 
@@ -95,9 +100,10 @@ class Config:
     net: str = option("policy", "that decides on calls: policy, a small one of two layers, or r2r, one "
                                 "of the form of the pair's R2R router")
     warm: bool = option(False, "it starts from that router, which labels have taught; --net r2r")
-    credit: str = option("answer", "of a decision: the advantage of its answer (answer), or what its two "
-                                   "branches earn, one less the other (branch)")
-    forks: int = option(256, "decisions of a batch that are taken both ways; --credit branch")
+    credit: str = option("answer", "of a decision: the advantage of its answer (answer), what its two "
+                                   "branches earn, one less the other (branch), or what labels say of them "
+                                   "(labels)")
+    forks: int = option(256, "decisions of a batch that are taken both ways; --credit branch or labels")
     nets: bool = option(False, "the time of the nets counts as latency")
     calibrate: bool = option(False, "in the end, decision thresholds are set on calibration problems")
     calibration: int = option(N_CALIBRATION, "problems that --calibrate takes")
@@ -107,15 +113,18 @@ class Config:
     def __post_init__(self):
         for name in ("prompts", "epochs", "minibatches", "width", "dev_every", "dev", "forks", "calibration"):
             rstitch.check_count(name, getattr(self, name))
-        rstitch.check_count("rollouts", self.rollouts, least=1 if self.credit == "branch" else 2)
+        rstitch.check_count("rollouts", self.rollouts, least=2 if self.credit == "answer" else 1)
         rstitch.check_count("iterations", self.iterations, least=0 if self.warm else 1)
         if self.warm and self.net != "r2r":
             raise ValueError(f"warm=True with net={self.net!r}: expected r2r, whose weights there are")
+        if self.credit == "labels" and not (self.net == "r2r" and self.gate):
+            raise ValueError(f"credit='labels' with net={self.net!r}, gate={self.gate}: expected r2r, which "
+                             "can be shown what was labelled, and the gate")
         for name in ("kappa", "lam", "lr", "eps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a finite number, 0 or more")
         for name, choices in (("scale", ("std", "none")), ("dynamic", ("reward", "accuracy", "off")),
-                              ("net", ("policy", "r2r")), ("credit", ("answer", "branch"))):
+                              ("net", ("policy", "r2r")), ("credit", ("answer", "branch", "labels"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {' or '.join(choices)}")
         if not (0 < self.start < 1 and 0 <= self.eps_low <= 1 and 0 <= self.eps_high < float("inf")):
@@ -125,11 +134,12 @@ class Config:
 
     def unread(self) -> set[str]:
         """The options that this run does not look at."""
-        small = self.net == "policy" or self.hand_back
+        small, labels = self.net == "policy" or self.hand_back, self.credit == "labels"
         read = (
             (self.iterations, ("rollouts", "epochs", "minibatches", "lr", "eps_low", "eps_high", "dev_every",
                                "credit", "forks", "scale", "eps", "dynamic")),
-            (self.iterations or self.hand_back, ("prompts",)), (self.credit == "branch", ("forks",)),
+            (self.iterations and not labels or self.hand_back, ("prompts",)), (not labels, ("rollouts",)),
+            (self.credit != "answer", ("forks",)),
             (self.credit == "answer", ("scale", "eps", "dynamic")), (self.scale == "std", ("eps",)),
             (small, ("width", "start", "use_entropy", "use_context")), (not self.hand_back, ("tau_back",)),
             (not self.lam, ("kappa",)), (self.calibrate, ("calibration",)))
@@ -244,19 +254,108 @@ def credit_of_answers(router, advantages: torch.Tensor, keep: torch.Tensor) -> l
     return parts
 
 
+def both_ways(policies, name: str, state: Sequence[torch.Tensor], worth: np.ndarray) -> Part:
+    """Both actions of decisions of a net, (n, ...) each: to leave is worth (n,) more than not to."""
+    state = [torch.cat([part, part]) for part in state]
+    leave = torch.arange(2 * len(worth), device=state[0].device) < len(worth)
+    with torch.no_grad():
+        old = rstitch.log_probability(policies[name](*state).float(), leave)
+    gain = torch.from_numpy(worth).to(old)
+    return Part(name, state, leave, old, torch.cat([gain, -gain]))
+
+
 def credit_of_forks(policies, forks: list[Fork], worth: np.ndarray) -> list[Part]:
     """Both actions of each fork: to leave is worth (n,) more than not to."""
     parts = []
-    for name, net in policies.items():
+    for name in policies:
         mine = [k for k, fork in enumerate(forks) if fork.net == name]
         if mine:
-            state = [torch.cat(part + part) for part in zip(*(forks[k].state for k in mine))]
-            leave = torch.arange(2 * len(mine)) < len(mine)
-            with torch.no_grad():
-                old = rstitch.log_probability(net(*state).float(), leave.to(state[0].device))
-            gain = torch.from_numpy(worth[mine]).to(old)
-            parts.append(Part(name, state, leave.to(old.device), old, torch.cat([gain, -gain])))
+            state = [torch.cat(part) for part in zip(*(forks[k].state for k in mine))]
+            parts.append(both_ways(policies, name, state, worth[mine]))
     return parts
+
+
+Chances = dict[str, tuple[int, int]]  # by letter (k, n): of n tokens in right answers k turned them wrong
+
+
+class Labels(NamedTuple):
+    """What a folder of `analysis.label` says of the pair's router-train problems."""
+
+    rows: list[dict]
+    changed: dict[tuple[int, int], bool]  # by row and token: does the LLM end in another answer behind it?
+
+    def digest(self) -> str:
+        return digest([[[row["answer"], row["labels"]] for row in self.rows], sorted(self.changed.items())])
+
+    def chances(self, right: Sequence[bool]) -> Chances:
+        """right: of each row, is the LLM's answer? A changed one is wrong then. Where nothing was compared,
+        divergent tokens are taken to turn every answer, and neutral ones none."""
+        tried = [(self.rows[i]["labels"][t], other) for (i, t), other in self.changed.items() if right[i]]
+        found = {letter: [other for one, other in tried if one == letter] for letter in "DN"}
+        return {letter: (sum(found[letter]), len(found[letter])) if found[letter] else (int(letter == "D"), 1)
+                for letter in "DN"}
+
+
+class Labelled(NamedTuple):
+    """The LLM's answers to router-train problems, N judged tokens at which the policy would be asked."""
+
+    state: tuple[torch.Tensor, ...]  # (N, ...) what it would be shown
+    worth: np.ndarray  # (N,) reward of calling the LLM there, less that of not
+    chances: Chances
+
+
+def read_labels(folder: Path, agreed: Path | None, pair) -> Labels:
+    """The labels in a folder and, of a file of `analysis.agree`, what its judge `answer` says of some of
+    their tokens. ValueError where there are none, or they are of another pair."""
+    stages = [by_place(folder / f"{name}.jsonl") for name in ("answers", "readings", "labels")]
+    rows = [stages[0][i] | stages[1][i] | stages[2][i] for i in sorted(set.intersection(*map(set, stages)))]
+    rows = [row for row in rows if row["split"] == "router-train"]
+    if not rows:
+        raise ValueError(f"--labels {folder}: expected labels of router-train problems, found none")
+    found = [row for row in read_rows(agreed) if row["judge"] == "answer"] if agreed else []
+    if agreed and not found:
+        raise ValueError(f"--agree {agreed}: expected verdicts of the judge answer, found none")
+    made = [("--labels", folder, json.loads((folder / "config.json").read_text())),
+            *(("--agree", agreed, row) for row in found)]
+    for option_, path, of in made:
+        for name, model in zip(("slm", "llm"), pair):
+            if of[name] != fingerprint(model):
+                raise ValueError(f"{option_} {path} is of another {name.upper()}: expected weights with "
+                                 f"fingerprint {fingerprint(model)}, got {of[name]}")
+    return Labels(rows, {(i, t): not same for row in found[:1]
+                         for (i, t), same in zip(row["places"], row["same"]) if same is not None})
+
+
+def worth_by_labels(price: Price, row: dict, correct: bool, chance: dict[str, float]) -> list[float]:
+    """Of each token of the LLM's answer: what is earned if the LLM writes it, less that if the SLM does and
+    the LLM goes on in both cases. The SLM's token turns a right answer wrong with the chance of its letter;
+    the LLM's takes a forward pass more. A wrong answer is taken to stay wrong, and has no worth."""
+    llm, prompt = price.models[1], len(row["prompt"])
+    steps = [llm.decode(prompt + t) for t in range(len(row["answer"]))]
+    whole = llm.call(prompt, 0) + sum(steps[1:])
+    earned = lambda ms: rstitch.reward(correct, ms, price.lam).total  # noqa: E731
+    return [earned(whole) - (1 - chance.get(letter, 0.0)) * earned(whole - ms)
+            for letter, ms in zip(row["labels"], steps)]
+
+
+def labelled(config: Config, task: Task, price: Price, labels: Labels, folder: Path) -> Labelled:
+    """What labels say that calling the LLM is worth. ValueError where a problem of theirs is none of the
+    task's."""
+    slm, _, tokenizer, ends = pair = task.load()
+    rows, vocab, right = labels.rows, common_vocab(pair), []
+    known = {question(p): p for p in task.split("router-train", len(rows) if task.pocket else sys.maxsize)}
+    for row in rows:
+        if row["question"] not in known:
+            raise ValueError(f"the labels have {row['question']!r}: expected router-train problems of the "
+                             "task")
+        right.append(graded(tokenizer, ends, known[row["question"]], row["answer"])["correct"])
+    chances = labels.chances(right)
+    chance = {letter: k / n for letter, (k, n) in chances.items()}
+    worth = [x for row, correct in zip(rows, right) for x in worth_by_labels(price, row, correct, chance)]
+    tokens = features(slm, vocab, rows, r2r_sizes(config, task)["top_k"], folder / "features")
+    H = np.concatenate([row["entropy"] for row in rows]) / np.log(vocab)
+    use = torch.from_numpy(np.flatnonzero((H > config.tau) & ~np.isnan(tokens.label)))
+    return Labelled(tokens.batch(use, slm.device), np.array(worth)[use], chances)
 
 
 def update(policies, optimizer, parts: list[Part], config: Config, generator) -> dict:
@@ -302,18 +401,47 @@ def answer(task: Task, todo, router, price: Price, **options) -> tuple[list[dict
                            "tokens": tokens / len(solved), "latency_ms": float(latency.mean())}
 
 
+class ByRow:
+    """Routers that share a batch, `each` rows of it in turn: at several thresholds the caches are full."""
+
+    def __init__(self, routers: Sequence[rstitch.PolicyRouter], each: int):
+        self.routers, self.each = routers, each
+
+    def said(self, answers: list[torch.Tensor], step: rstitch.Step) -> torch.Tensor:
+        """(n,) of each row what its own router says."""
+        whose = torch.tensor([row // self.each for row in step.rows], device=step.token.device)
+        return torch.stack(answers).gather(0, whose[None])[0]
+
+    def leave_slm(self, step: rstitch.Step) -> torch.Tensor:
+        return self.said([router.leave_slm(step) for router in self.routers], step)
+
+    def leave_llm(self, step: rstitch.Step) -> torch.Tensor:
+        return self.said([router.leave_llm(step) for router in self.routers], step)
+
+
+def earned_at(policies, config: Config, task: Task, price: Price, chosen: Sequence,
+              limits: Sequence[dict[str, float]]) -> list[float]:
+    """Mean reward of the chosen problems at each of some limits, all in one batch."""
+    routers, n = [build_router(policies, config, limits=one) for one in limits], len(chosen)
+    solved = solve(task.load(), [*chosen] * len(routers), ByRow(routers, n), batch_size=task.rows,
+                   max_new_tokens=task.max_new_tokens, settings=task)
+    return [float(price(solved[k * n:(k + 1) * n], router)[0].mean()) for k, router in enumerate(routers)]
+
+
 def best_limits(policies, config: Config, task: Task, price: Price, chosen: Sequence,
                 points: dict[str, Sequence[float]], tried: Path) -> tuple[dict[str, float], dict[str, list]]:
     """The logit above which each net leaves its model that earns most on the chosen problems, one net after
     the other; and what every one that was tried earned: a row each in `tried`, not computed again."""
     known = {(row["net"], row["limit"]): row["reward"] for row in read_rows(tried)}
-    limits, curves = {}, {}
+    limits, curves, at_once = {}, {}, max(1, 2 * task.rows // len(chosen))
     for name in policies:
-        for x in tracked(points[name], f"limits of {name}", inner=True):
-            if (name, x) not in known:
-                router = build_router(policies, config, limits=limits | {name: x})
-                known[name, x] = answer(task, chosen, router, price)[2]["reward"]
-                append_row(tried, {"net": name, "limit": x, "reward": known[name, x]})
+        missing = [x for x in points[name] if (name, x) not in known]
+        for k in tracked(range(0, len(missing), at_once), f"limits of {name}", inner=True):
+            some = missing[k:k + at_once]
+            earned = earned_at(policies, config, task, price, chosen, [limits | {name: x} for x in some])
+            for x, reward in zip(some, earned):
+                known[name, x] = reward
+                append_row(tried, {"net": name, "limit": x, "reward": reward})
         curves[name] = [[x, known[name, x]] for x in points[name]]
         limits[name] = max(curves[name], key=lambda point: (point[1], -abs(point[0])))[0]
     return limits, curves
@@ -324,7 +452,7 @@ def lambda_of(config: Config, llm_ms: float) -> float:
     return config.lam or config.kappa / llm_ms
 
 
-def settled_price(config: Config, task: Task, folder: Path) -> Price:
+def settled_price(config: Config, task: Task, folder: Path, labels: Labels | None = None) -> Price:
     """What answers of a run earn. lambda follows from kappa by the mean fitted latency of the LLM alone on
     the dev problems; that and the time of the nets are measured at the first call and written down.
     ValueError where the folder holds a run of another config."""
@@ -335,7 +463,8 @@ def settled_price(config: Config, task: Task, folder: Path) -> Price:
              "problems": hashlib.sha256(content_of(task.problems)).hexdigest()[:16] if task.problems
              else "pocket", "dtype": task.dtype, "max_new_tokens": task.max_new_tokens,
              "prompting": task.prompting() or None, "r2r": r2r_sizes(config, task),
-             "router": hashlib.sha256(taught.read_bytes()).hexdigest()[:16] if taught else None}
+             "router": hashlib.sha256(taught.read_bytes()).hexdigest()[:16] if taught else None,
+             "labels": labels.digest() if labels else None}
     free = Price(0.0, models, common_vocab(pair), config.gate)
 
     def measured() -> dict:
@@ -398,12 +527,27 @@ def warm_start(policies, config: Config, task: Task, price: Price, folder: Path)
         (net.head if name == "call" else net.mlp[-1]).bias.data -= limits[name]
 
 
+def seed_of(config: Config, i: int) -> int:
+    """Of what is drawn in iteration i."""
+    return int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
+
+
+def iterate_offline(policies, optimizer, config: Config, data: Labelled, i: int) -> dict:
+    """Iteration i on decisions that labels credit, drawn at random: the steps on them; a row of the log."""
+    seed = seed_of(config, i)
+    picked = np.random.default_rng(seed).choice(len(data.worth), min(config.forks, len(data.worth)),
+                                                replace=False)
+    part = both_ways(policies, "call", [x[picked] for x in data.state], data.worth[picked])
+    p = part.old[:len(picked)].exp().cpu().numpy()
+    row = {"iteration": i, "forks": len(picked), "chances": data.chances, "called": float(p.mean()),
+           "earned": float((p * data.worth[picked]).mean())}
+    return row | update(policies, optimizer, [part], config, torch.Generator().manual_seed(seed))
+
+
 def iterate(policies, optimizer, config: Config, task: Task, todo: list, price: Price, i: int) -> dict:
     """Iteration i: a batch of rollouts and the steps on it; a row of the log. Fewer problems than all
     iterations take are gone through again."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * (1 - i / config.iterations)
-    seed = int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
+    seed = seed_of(config, i)
     chosen = range(i * config.prompts, (i + 1) * config.prompts)
     batch = [todo[k % len(todo)] for k in chosen for _ in range(config.rollouts)]
     router = build_router(policies, config, seed)
@@ -430,15 +574,18 @@ def iterate(policies, optimizer, config: Config, task: Task, todo: list, price: 
 def in_a_line(row: dict) -> str:
     """A row of the log, as progress shows it."""
     dev = f" | dev reward {row['dev']['reward']:.3f}" if "dev" in row else ""
+    if "earned" in row:
+        return f"calls earn {row['earned']:.5f} a decision, LLM {100 * row['called']:.0f} % of them{dev}"
     return (f"reward {row['reward']:.3f} right {100 * row['accuracy']:.0f} % LLM "
             f"{100 * row['llm_share']:.0f} % "
             f"{row['latency_ms']:.0f} ms{dev}")
 
 
-def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
+def train(config: Config, task: Task, folder: Path, labels: Labels | None = None) -> torch.nn.ModuleDict:
     """Train one policy, from its last checkpoint if there is one. The best on dev ends up in best.safetensors
-    and is returned; a warm start counts, as iteration -1."""
-    price, policies = settled_price(config, task, folder), build_policies(config, task)
+    and is returned; a warm start counts, as iteration -1. labels: what --credit labels takes its credit
+    from."""
+    price, policies = settled_price(config, task, folder, labels), build_policies(config, task)
     optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
     log, begun = folder / "log.jsonl", time.perf_counter()
     first = resume(folder, policies, optimizer, "iteration")
@@ -459,10 +606,15 @@ def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
         row = {"iteration": -1, "dev": earned(0)}
         append_row(log, row | row["dev"] | {"seconds": time.perf_counter() - begun})
         save_checkpoint(folder / "last.safetensors", policies, optimizer, 0)
+    offline = config.iterations and config.credit == "labels"
+    data = labelled(config, task, price, labels, folder) if offline else None
     with progress(config.iterations, folder.name, initial=first) as bar:
         for i in range(first, config.iterations):
             begun = time.perf_counter()
-            row = iterate(policies, optimizer, config, task, todo, price, i)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * (1 - i / config.iterations)
+            row = (iterate_offline(policies, optimizer, config, data, i) if offline
+                   else iterate(policies, optimizer, config, task, todo, price, i))
             if (i + 1) % config.dev_every == 0 or i + 1 == config.iterations:
                 row["dev"] = earned(i + 1)
             row["seconds"] = time.perf_counter() - begun
@@ -474,13 +626,14 @@ def train(config: Config, task: Task, folder: Path) -> torch.nn.ModuleDict:
     return policies
 
 
-def export(config: Config, task: Task, policies, folder: Path, target: Path) -> None:
+def export(config: Config, task: Task, policies, folder: Path, target: Path,
+           labels: Labels | None = None) -> None:
     """Write a trained policy as safetensors, and how it was made beside it, with thresholds that were set on
     calibration problems if the config says so; `dev` is what it earned before."""
     log, settled = read_rows(folder / "log.jsonl"), json.loads((folder / "config.json").read_text())
     begun, calibrated = time.perf_counter(), {}
     if config.calibrate:
-        limits, curves = best_limits(policies, config, task, settled_price(config, task, folder),
+        limits, curves = best_limits(policies, config, task, settled_price(config, task, folder, labels),
                                      task.split("calibration", config.calibration), FINE,
                                      folder / "calibration.jsonl")
         calibrated = {"thresholds": {name: float(expit(x)) for name, x in limits.items()}, "earned": curves}
@@ -494,8 +647,10 @@ def export(config: Config, task: Task, policies, folder: Path, target: Path) -> 
             **{name: settled[name] for name in ("slm", "llm", "latency", "problems", "max_new_tokens", "r2r",
                                                 "router", "nets_ms")},
             **calibrated, "iteration": best["iteration"], "dev": best["dev"], "minutes": seconds / 60,
-            "curve": [[row["iteration"], row["reward"], row["accuracy"], row["llm_share"], row["latency_ms"]]
-                      for row in log],
+            "curve": [[row.get(name) for name in ("iteration", "reward", "accuracy", "llm_share",
+                                                  "latency_ms")] for row in log],
+            **({"chances": log[-1]["chances"], "earned_by_calls": [
+                [row["called"], row["earned"]] for row in log if "earned" in row]} if labels else {}),
             **provenance(config.seed, config.dev, task.device, task.dtype)}
     (target / "made.json").write_text(json.dumps(made) + "\n")
 
@@ -512,6 +667,13 @@ def main() -> None:
                         help="CPU threads (default: %(default)s)")
     parser.add_argument("--checkpoints", type=Path, default=FOLDER,
                         help="folder of unfinished runs (default: %(default)s)")
+    parser.add_argument("--labels", type=Path,
+                        help="folder that analysis.label made, for --credit labels (default: "
+                             f"{label.FOLDER})")
+    parser.add_argument("--agree", type=Path,
+                        help="file of analysis.agree on these labels, whose judge answer tells how often a "
+                             "token of each letter turns a right answer, for --credit labels (default: "
+                             "divergent ones always, neutral ones never)")
     add_options(parser, Task, unread=("control", "out"))
     add_options(parser, Config)
     args = parser.parse_args()
@@ -533,14 +695,21 @@ def main() -> None:
         runs = [(name, RUNS[name]) for name in args.run] or [(args.name, own)]
         if "router" in given(args, Task) and not any(config.net == "r2r" for _, config in runs):
             raise ValueError(f"--router {task.router} means nothing beside --net policy: leave it out")
+        offline = any(config.credit == "labels" and config.iterations for _, config in runs)
+        for name in ("labels", "agree"):
+            if getattr(args, name) and not offline:
+                raise ValueError(f"--{name} {getattr(args, name)} means nothing beside the other options of "
+                                 "this run, which take no credit from labels: leave it out")
+        labels = read_labels(args.labels or label.FOLDER, args.agree, task.load()) if offline else None
         for _, config in runs:
             r2r_sizes(config, task)
         for split in ("router-train", "dev", *(["calibration"] if any(c.calibrate or c.nets for _, c in runs)
                                                else [])):
             task.split(split, 1)  # one that has no problem is told now
         for name, config in runs:
-            policies = train(config, task, args.checkpoints / name)
-            export(config, task, policies, args.checkpoints / name, target / name)
+            own = labels if config.credit == "labels" else None
+            policies = train(config, task, args.checkpoints / name, own)
+            export(config, task, policies, args.checkpoints / name, target / name, own)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -314,7 +314,7 @@ def answer_ms(calls: Sequence[rstitch.Call], models, vocab: int, router=None,
             + sum(nets_ms[name] * times for name, times in nets.items() if times))
 
 
-N_TIMED = 20  # problems that the time of a net is taken on
+N_TIMED = 5  # problems that the time of a net is taken on: some hundred decisions
 TIMED_TOKENS = 64  # of an answer: a net takes as long at its beginning as at its end
 
 

@@ -226,14 +226,20 @@ def runs_of_r2r(methods: Iterable[str]) -> list[str]:
     return [name for name in runs if name.partition(BY)[2] == runs[-1].partition(BY)[2]]
 
 
+def runs_of_nets(methods: Iterable[str]) -> list[str]:
+    """Those of R2R, and of all policies of R-Stitch+."""
+    methods = list(methods)
+    return runs_of_r2r(methods) + [name for name in methods if name.startswith("policy")]
+
+
 def at_equal_share(methods: dict[str, list[dict]], first: int = 0) -> dict[str, tuple]:
-    """How much more often R2R is right than entropy with visits of one token that calls the LLM as often: by
-    run of R2R (points, low, high, n, LLM share), over the problems that all have answered. At exactly the
-    run's share: on the line between entropy's runs, or from the SLM alone to the first. Runs of entropy that
-    have answered less than half of R2R's problems are left out, and so are those of R2R whose share no other
-    reaches."""
+    """How much more often a trained router is right than entropy with visits of one token that calls the LLM
+    as often: by run of a net (points, low, high, n, LLM share), over the problems that all have answered. At
+    exactly the run's share: on the line between entropy's runs, or from the SLM alone to the first. Runs of
+    entropy that have answered less than half of the net's problems are left out, and so are those of nets
+    whose share no other reaches."""
     found, answers = {}, {name: by_problem(rows, first) for name, rows in methods.items()}
-    for run in runs_of_r2r(methods) if "slm" in methods else ():
+    for run in runs_of_nets(methods) if "slm" in methods else ():
         family = ["slm", *(name for name in methods if name.endswith(",back=1")
                            and 2 * len(answers[name].keys() & answers[run].keys()) >= len(answers[run]) > 0)]
         problems = sorted(answers[run].keys() & set.intersection(*(set(answers[name]) for name in family)))
@@ -270,9 +276,9 @@ def differences_table(methods: dict[str, list[dict]]) -> str:
 
 
 def equal_share_table(methods: dict[str, list[dict]]) -> str:
-    """Right answers of R2R minus those of one-token entropy at the same LLM share."""
+    """Right answers of trained routers minus those of one-token entropy at the same LLM share."""
     every, unseen = (at_equal_share(methods, first) for first in (0, SEEN))
-    lines = [("R2R - one-token entropy at its LLM share, points", "LLM tokens, %", "all problems", "n",
+    lines = [("a net - one-token entropy at its LLM share, points", "LLM tokens, %", "all problems", "n",
               f"without the first {SEEN}", "n", "on all problems")]
     for run, x in every.items():
         y = unseen.get(run)
@@ -297,18 +303,27 @@ def speed(own: dict[int, float], llm: dict[int, float]) -> tuple[float, float, f
     return ratio_of_means(a, b), *bootstrap(ratio_of_means, a, b), len(both)
 
 
-def saved(methods: dict[str, list[dict]], prices: dict[str, dict[int, float]],
-          name: str) -> tuple[float, float, float] | None:
+def saved(methods: dict[str, list[dict]], prices: dict[str, dict[int, float]], name: str,
+          others: Sequence[str] = ("slm", "llm")) -> tuple[float, float, float] | None:
     """How much less time answers of a method take, in %, than those of a mix that is right as often, in which
-    every whole problem goes to either model alone at random; None without both models' answers."""
-    if not {"slm", "llm"} <= prices.keys() or name in ("slm", "llm"):
+    every whole problem goes to one of the others at random: to either model alone, unless said otherwise.
+    None without the answers of all."""
+    if not set(others) <= prices.keys() or name in others:
         return None
-    trio = [by_problem(methods[one]) for one in (name, "slm", "llm")]
-    problems = sorted(set.intersection(*map(set, trio)))
+    every = [by_problem(methods[one]) for one in (name, *others)]
+    problems = sorted(set.intersection(*map(set, every)))
     own, *ends = ([[np.mean([row["correct"] for row in answers[i]]), prices[one][i]] for i in problems]
-                  for one, answers in zip((name, "slm", "llm"), trio))
+                  for one, answers in zip((name, *others), every))
     gap = stats.gap_with_interval(np.array([own], float), np.array(ends, float), True) if problems else None
     return gap and tuple(100 * x for x in gap)
+
+
+def fixed_rules(methods: dict[str, list[dict]], name: str) -> list[str]:
+    """Either model alone and what routes by entropy, as far as they have answered all problems of a
+    method."""
+    own = by_problem(methods[name]).keys()
+    return [one for one, rows in methods.items()
+            if (one in ("slm", "llm") or one.startswith("tau=")) and own <= by_problem(rows).keys()]
 
 
 def nets_ms(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
@@ -318,9 +333,10 @@ def nets_ms(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
 
 def speeds_table(methods: dict[str, list[dict]], ms: Callable[[dict], float],
                  title: str = "as fitted, at batch 1", timed: Collection[str] = ()) -> str:
-    """A line a method: the milliseconds of an answer, its speed, and what it saves against a mix. `timed`:
-    trained nets whose own time is in `ms`."""
-    lines = [(title, "ms per answer", "speed, LLM alone = 1", "n", "less time than a mix as right, %")]
+    """A line a method: the milliseconds of an answer, its speed, and what it saves against a mix of both
+    models and, where it has a net, of all fixed rules. `timed`: trained nets whose own time is in `ms`."""
+    lines = [(title, "ms per answer", "speed, LLM alone = 1", "n", "less time than a mix as right, %",
+              "than one of all fixed rules, %")]
     prices = {method: priced(rows, ms) for method, rows in methods.items()}
     for method, own in prices.items():
         x = speed(own, prices.get("llm", {}))
@@ -328,7 +344,8 @@ def speeds_table(methods: dict[str, list[dict]], ms: Callable[[dict], float],
         name = NAMES.get(method, method) + (", without its net" if net and net not in timed else "")
         lines.append((name, f"{np.mean(list(own.values())):,.0f}",
                       *((with_interval(x[:3], " x", 2), str(x[3])) if x[3] else (MISSING, "0")),
-                      signed(mix) if (mix := saved(methods, prices, method)) else ""))
+                      *(signed(mix) if (mix := saved(methods, prices, method, others)) else ""
+                        for others in (("slm", "llm"), fixed_rules(methods, method) if net else ("none",)))))
     return table(lines)
 
 
