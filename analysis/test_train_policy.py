@@ -12,9 +12,10 @@ import rstitch
 from analysis import label, train_policy
 from analysis.conftest import FAST as LABEL_FAST
 from analysis.conftest import MODELS_MS, timed
-from analysis.instruments.rows import read_rows, write_rows
+from analysis.instruments.labelled import read_labels, worth_of_calls
+from analysis.instruments.rows import read_rows
 from analysis.instruments.stats import auroc
-from analysis.instruments.task import asked, solve
+from analysis.instruments.task import Task, asked, solve
 from analysis.pocket.domain import (
     problems,
 )
@@ -54,7 +55,7 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
     """Killed before a checkpoint is written; `last` follows its row of the log, `best` precedes it."""
     config = dataclasses.replace(FAST, **options)
     warm = [-1] if config.warm else []
-    rows = train_policy.read_labels(labels, None, pocket) if config.credit == "labels" else None
+    rows = read_labels(labels, None, Task()) if config.credit == "labels" else None
     train_policy.train(config, timed(tmp_path), tmp_path / "whole", rows)
     saved, calls = train_policy.save_checkpoint, []
 
@@ -323,89 +324,126 @@ def test_a_batch_of_forks_is_paid_by_what_its_branches_earn(tmp_path, pocket, mo
     assert worth.any()
 
 
-def test_what_labels_say_that_a_call_is_worth_by_hand():
-    """A prompt of 10 tokens takes the LLM 0.05 x 10 + 4 = 4.5 ms, steps after 10, 11 and 12 tokens take
-    4 + 0.002 x 10 = 4.020, 4.022 and 4.024: the answer 4.5 + 4.022 + 4.024 = 12.546 ms, and earns
-    1 - 0.01 x 12.546 = 0.87454. Identical: 0.01 x 4.020 is lost by calling. Divergent: else
-    0.2 x (0.87454 + 0.04022) is earned. Neutral: 0.9 x (0.87454 + 0.04024)."""
-    price, chance = train_policy.Price(0.01, MODELS_MS, 128), {"D": 0.8, "N": 0.1}
-    row = {"prompt": [1] * 10, "answer": [5, 6, 7], "labels": "IDN"}
-    assert train_policy.worth_by_labels(price, row, True, chance) == pytest.approx(
-        [-0.0402, 0.87454 - 0.182952, 0.87454 - 0.823302])
-    assert train_policy.worth_by_labels(price, row, False, chance) == [0, 0, 0]
-
-
-def test_how_often_a_letter_turns_an_answer_by_hand():
-    """Of right answers only: two of three divergent tokens, one of two neutral ones. Where nothing was
-    compared, divergent ones always and neutral ones never."""
-    rows = [{"labels": "DDN"}, {"labels": "DNI"}, {"labels": "DN"}]
-    changed = {(0, 0): True, (0, 1): False, (0, 2): True, (1, 0): True, (1, 1): False, (2, 0): False,
-               (2, 1): True}
-    found = train_policy.Labels(rows, changed).chances([True, True, False])
-    assert found == {"D": (2, 3), "N": (1, 2)}
-    assert train_policy.Labels(rows, {}).chances([True] * 3) == {"D": (1, 1), "N": (0, 1)}
-    assert train_policy.Labels(rows, {(0, 2): True}).chances([True] * 3) == {"D": (1, 1), "N": (1, 1)}
-
-
-def test_labels_credit_the_judged_tokens_at_which_the_policy_is_asked(tmp_path, pocket, labels):
-    """Each with what the net sees there; only answers that are right say something."""
+def test_offline_decisions_are_what_the_policy_sees_where_it_is_asked(tmp_path, pocket, labels):
+    """The judged tokens above tau, each with its hidden state and its worth."""
     config, task = train_policy.Config(**OFFLINE), timed(tmp_path)
-    price, known = train_policy.Price(0.001, MODELS_MS, 128), train_policy.read_labels(labels, None, pocket)
-    rows = [dict(row) for row in known.rows]
-    rows[0] |= {"labels": "U" * len(rows[0]["labels"])}
-    rows[1] |= {name: rows[1][name][:5] for name in ("answer", "labels", "entropy")}  # cut off: wrong
-    changed = {(2, 0): True, (2, 1): False}
-    rows[2]["labels"] = "DD" + rows[2]["labels"][2:]
-    data = train_policy.labelled(config, task, price, train_policy.Labels(rows, changed), tmp_path)
-    assert data.chances == {"D": (1, 2), "N": (0, 1)}
-    asked_at = [[H > 0.0005 * np.log(128) for H in row["entropy"]] for row in rows]
-    worth = [train_policy.worth_by_labels(price, row, i > 1, {"D": 0.5}) for i, row in enumerate(rows)]
-    expected = np.concatenate(worth[1:])[np.concatenate(asked_at[1:])]
-    assert data.worth.tolist() == pytest.approx(expected) and len(expected) < sum(map(len, asked_at))
-    wrong = sum(asked_at[1])
-    assert not data.worth[:wrong].any() and data.worth[wrong:].all()
-    states = [h for row in rows[1:] for h, _ in label.teacher_forced(pocket[0], row["prompt"], row["answer"])]
-    assert torch.equal(data.state[0], torch.cat(states)[np.concatenate(asked_at[1:])])
-    other = train_policy.Labels([rows[0] | {"question": "Who?"}], {})
-    with pytest.raises(ValueError, match="the labels have 'Who[?]': expected router-train problems"):
-        train_policy.labelled(config, task, price, other, tmp_path)
+    price, known = train_policy.Price(0.001, MODELS_MS, 128), read_labels(labels, None, task)
+    known.rows[0]["labels"] = "U" * len(known.rows[0]["labels"])
+    use = train_policy.asked_at(config, known, 128)
+    over = [[H > 0.0005 * np.log(128) for H in row["entropy"]] for row in known.rows]
+    assert use.tolist() == [k + len(over[0]) for k in np.flatnonzero(np.concatenate(over[1:]))]
+    start = {"reward": 0.4, "accuracy": 0.5, "llm_share": 0.3}
+    data = train_policy.offline(config, task, price, known, use, start, tmp_path)
+    worth = worth_of_calls(known, price, 0.8, 3)  # 0.4 / 0.5 a right answer, 1 / 0.3 tokens a call
+    assert data.worth.tolist() == worth[use].tolist()
+    states = torch.cat([h for row in known.rows
+                        for h, _ in label.teacher_forced(pocket[0], row["prompt"], row["answer"])])
+    assert torch.equal(data.tokens.batch(data.use, "cpu")[0], states[use])
+    with pytest.raises(ValueError, match="--tau 1.0: no judged token"):
+        train_policy.asked_at(dataclasses.replace(config, tau=1.0), known, 128)
+    with pytest.raises(ValueError, match="--dev 256: no dev problem was solved"):
+        train_policy.offline(config, task, price, known, use, start | {"accuracy": 0.0}, tmp_path)
+
+
+class Alike:
+    """Tokens of two kinds in turn, which no one has to read."""
+
+    def batch(self, index, device):
+        kind = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]])[index % 2]
+        return kind, torch.ones(len(index)), torch.full((len(index),), 100)
 
 
 def test_credit_of_labels_teaches_where_calls_are_worth_something():
-    """Two kinds of decisions, as often; a call gains at one what it loses at the other."""
-    config = train_policy.Config(net="r2r", credit="labels", forks=16, lr=1e-2, iterations=20)
+    """Two kinds of decisions, as often; a call gains at one what it loses at the other. Other decisions are
+    drawn in each iteration."""
+    config = train_policy.Config(net="r2r", warm=True, credit="labels", forks=16, iterations=20)
     policies = torch.nn.ModuleDict({"call": rstitch.Policy(4, 16)})
-    optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
-    kind = torch.arange(64) % 2
-    state = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]])[kind], torch.ones(64), torch.full((64,), 100)
-    data = train_policy.Labelled(state, np.where(kind == 0, 0.1, -0.1), {"D": (1, 1), "N": (0, 1)})
+    optimizer = torch.optim.Adam(policies.parameters(), lr=1e-2)
+    use = torch.arange(64)
+    data = train_policy.Offline(Alike(), use, np.where(use % 2 == 0, 0.1, -0.1))
     rows = [train_policy.iterate_offline(policies, optimizer, config, data, i) for i in range(20)]
-    p = policies["call"](*(x[:2] for x in state)).sigmoid().tolist()
+    p = policies["call"](*Alike().batch(use[:2], "cpu")).sigmoid().tolist()
     assert p[0] > 0.8 and p[1] < 0.2
     assert [row["forks"] for row in rows] == [16] * 20 and rows[0]["decisions"] == 32
     assert rows[0]["called"] == 0.5 and rows[-1]["earned"] > 0.02 > rows[0]["earned"]
+    assert len({tuple(data.drawn(16, train_policy.seed_of(config, i))[0].tolist()) for i in range(4)}) == 4
 
 
-def test_labels_are_read_with_what_their_tokens_turned(tmp_path, pocket, labels):
-    """Verdicts of the judge that compares final answers, where it has one; those of others are refused."""
-    slm, llm, *_ = pocket
-    verdicts = {"judge": "answer", "slm": rstitch.fingerprint(slm), "llm": rstitch.fingerprint(llm),
-                "places": [[0, 3], [0, 7], [1, 2]], "same": [True, None, False]}
-    write_rows(tmp_path / "agree.jsonl", [verdicts | {"judge": "numbers", "same": [True] * 3}, verdicts])
-    found = train_policy.read_labels(labels, tmp_path / "agree.jsonl", pocket)
-    assert found.changed == {(0, 3): False, (1, 2): True} and len(found.rows) == 4
-    assert {row["split"] for row in found.rows} == {"router-train"}
-    assert train_policy.read_labels(labels, None, pocket).changed == {}
-    with pytest.raises(ValueError, match="expected labels of router-train problems, found none"):
-        train_policy.read_labels(tmp_path, None, pocket)
-    with pytest.raises(ValueError, match="--labels .* is of another SLM: expected weights with fingerprint"):
-        train_policy.read_labels(labels, None, (llm, slm))
-    write_rows(tmp_path / "other.jsonl", [verdicts | {"llm": "x"}])
-    with pytest.raises(ValueError, match="--agree .* is of another LLM"):
-        train_policy.read_labels(labels, tmp_path / "other.jsonl", pocket)
-    write_rows(tmp_path / "none.jsonl", [verdicts | {"judge": "numbers"}])
-    with pytest.raises(ValueError, match="--agree .*: expected verdicts of the judge answer, found none"):
-        train_policy.read_labels(labels, tmp_path / "none.jsonl", pocket)
+def test_a_step_on_labels_follows_what_the_policy_is_expected_to_earn(monkeypatch):
+    """One decision that is all but made and one that is open, of equal worth: the gradient of the loss is
+    that of minus the mean of p x worth over both actions, 2 p (1 - p) x worth / 4 at each logit."""
+    config = train_policy.Config(net="r2r", warm=True, credit="labels", forks=2, epochs=1, minibatches=1)
+
+    class Table(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logit = torch.nn.Parameter(torch.tensor([4.0, 0.0]))
+
+        def forward(self, index):
+            return self.logit[index]
+
+    class Index:
+        def batch(self, index, device):
+            return (index,)
+
+    policies = torch.nn.ModuleDict({"call": Table()})
+    data = train_policy.Offline(Index(), torch.arange(2), np.array([0.1, 0.1]))
+    train_policy.iterate_offline(policies, torch.optim.SGD(policies.parameters(), lr=1.0), config, data, 0)
+    p = torch.tensor([4.0, 0.0]).sigmoid()
+    moved = policies["call"].logit.detach() - torch.tensor([4.0, 0.0])
+    assert moved.tolist() == pytest.approx((2 * p * (1 - p) * 0.1 / 4).tolist(), rel=1e-3)
+
+
+def test_a_policy_that_labels_have_taught_is_calibrated_and_written(tmp_path, pocket, monkeypatch, little,
+                                                                    labels):
+    """By the command: what is learnt from is in made.json, and the second net stays as the warm start left
+    it."""
+    monkeypatch.setattr(train_policy, "FINE", {"call": (-1.0, 1.0), "back": (0.0,)})
+    task = timed(tmp_path)
+    arguments = (f"--name it --recipe labels --credit labels --labels {labels} --policies {tmp_path / 'out'} "
+                 f"--checkpoints {tmp_path / 'run'} --latency {task.latency} --iterations 2 --forks 64 "
+                 "--prompts 1 --dev 4 --calibration 3 --threads 1 --lr 0.01")
+    monkeypatch.setattr("sys.argv", ["train_policy", *arguments.split()])
+    train_policy.main()
+    made = json.loads((tmp_path / "out" / "it" / "made.json").read_text())
+    known = read_labels(labels, None, task)
+    assert made["chances"] == {"D": [0, 0], "N": [0, 0]} and len(made["labels"]) == 16
+    assert len(made["earned_by_calls"]) == 2 and [row[0] for row in made["curve"]] == [-1, 0, 1]
+    assert set(made["thresholds"]) == {"call", "back"} and known.turned == {}
+    first, last = (train_policy.build_policies(train_policy.Config(**made["config"]), task) for _ in range(2))
+    assert train_policy.load_checkpoint(tmp_path / "run" / "it" / "last.safetensors", last) == 2
+    first["call"].load_state_dict(rstitch.weights_of(task.path("router"), "router.safetensors"))
+    assert not torch.equal(first["call"].head.weight, last["call"].head.weight)
+    other = known._replace(turned={(0, 0): True})
+    config = train_policy.Config(**made["config"])
+    with pytest.raises(ValueError, match="holds a run of other labels"):
+        train_policy.settled_price(config, task, tmp_path / "run" / "it", other)
+    train_policy.settled_price(config, task, tmp_path / "run" / "it", known)
+
+
+def test_thresholds_that_share_a_batch_earn_what_they_do_alone(tmp_path, pocket, monkeypatch):
+    """Two blocks of limits; a run that was killed in the midst of writing one computes that one again."""
+    task = timed(tmp_path, rows=4)
+    config, price = train_policy.Config(tau=0.0005, hand_back=True), train_policy.Price(0.001, MODELS_MS, 128)
+    policies, todo = train_policy.build_policies(config, task), task.split("dev", 4)
+    generator = torch.Generator().manual_seed(0)
+    for net in policies.values():
+        torch.nn.init.normal_(net.mlp[-1].weight, std=3.0, generator=generator)
+    points = {"call": (-1.0, 0.0, 1.0), "back": (0.0,)}
+    find = lambda path: train_policy.best_limits(policies, config, task, price, todo, points, path)  # noqa: E731
+    limits, curves = find(tmp_path / "whole.jsonl")
+    for x, earned in curves["call"]:
+        router = train_policy.build_router(policies, config, limits={"call": x})
+        assert earned == pytest.approx(train_policy.answer(task, todo, router, price)[1].mean())
+    assert len({earned for _, earned in curves["call"]}) > 1
+    rows = (tmp_path / "whole.jsonl").read_text()
+    (tmp_path / "torn.jsonl").write_text(rows[:rows.index("\n") + 9])
+    asked, solve_ = [], train_policy.solve
+    monkeypatch.setattr(train_policy, "solve", lambda pair, chosen, *a, **k: asked.append(len(chosen))
+                        or solve_(pair, chosen, *a, **k))
+    assert find(tmp_path / "torn.jsonl") == (limits, curves) and asked == [8, 4, 4]
+    asked.clear()
+    assert find(tmp_path / "whole.jsonl") == (limits, curves) and not asked
 
 
 def test_how_often_nets_are_asked_by_hand():

@@ -38,12 +38,13 @@ import rstitch
 from analysis import label
 from analysis.instruments.checkpoints import CHECKPOINTS, load_checkpoint, resume, save_checkpoint
 from analysis.instruments.credit import Fork, branches, chosen_forks, decisions_of, differences
+from analysis.instruments.labelled import Labels, read_labels, worth_of_calls
 from analysis.instruments.options import add_options, given, option
-from analysis.instruments.problems import content_of, question
+from analysis.instruments.problems import content_of
 from analysis.instruments.progress import progress, tracked
 from analysis.instruments.provenance import provenance
 from analysis.instruments.rows import append_row, read_rows, write_rows
-from analysis.instruments.runs import by_place, settle
+from analysis.instruments.runs import settle
 from analysis.instruments.task import (
     N_CALIBRATION,
     N_TIMED,
@@ -51,10 +52,9 @@ from analysis.instruments.task import (
     answer_ms,
     common_vocab,
     decision_ms,
-    graded,
     solve,
 )
-from analysis.train_r2r import digest, features
+from analysis.train_r2r import Tokens, digest, features
 from rstitch import fingerprint
 from rstitch_hf.ranks import start
 
@@ -79,7 +79,8 @@ class Config:
     prompts: int = option(32, "problems per iteration; a second net of a warm start is taught by eight times "
                               "as many")
     rollouts: int = option(8, "answers per problem")
-    iterations: int = option(32, "batches of rollouts")
+    iterations: int = option(32, "batches of decisions to learn from: of rollouts or, with --credit labels, "
+                                 "of labelled tokens")
     epochs: int = option(2, "passes over the decisions of a batch")
     minibatches: int = option(4, "optimizer steps per pass")
     lr: float = option(5e-3, "learning rate of Adam at the start; it falls linearly to zero")
@@ -117,9 +118,9 @@ class Config:
         rstitch.check_count("iterations", self.iterations, least=0 if self.warm else 1)
         if self.warm and self.net != "r2r":
             raise ValueError(f"warm=True with net={self.net!r}: expected r2r, whose weights there are")
-        if self.credit == "labels" and not (self.net == "r2r" and self.gate):
-            raise ValueError(f"credit='labels' with net={self.net!r}, gate={self.gate}: expected r2r, which "
-                             "can be shown what was labelled, and the gate")
+        if self.credit == "labels" and not (self.warm and self.gate):
+            raise ValueError(f"credit='labels' with warm={self.warm}, gate={self.gate}: expected a warm "
+                             "start, whose answers tell what a right one earns, and the gate")
         for name in ("kappa", "lam", "lr", "eps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a finite number, 0 or more")
@@ -131,6 +132,11 @@ class Config:
             raise ValueError(f"start={self.start}, eps_low={self.eps_low}, eps_high={self.eps_high}: "
                              "expected a probability inside (0, 1), one in [0, 1], and a number, 0 or more")
         rstitch.EntropyRouter(self.tau, tau_back=self.tau_back)
+
+    @property
+    def from_labels(self) -> bool:
+        """Is there something to be learnt from labels?"""
+        return self.credit == "labels" and self.iterations > 0
 
     def unread(self) -> set[str]:
         """The options that this run does not look at."""
@@ -275,87 +281,44 @@ def credit_of_forks(policies, forks: list[Fork], worth: np.ndarray) -> list[Part
     return parts
 
 
-Chances = dict[str, tuple[int, int]]  # by letter (k, n): of n tokens in right answers k turned them wrong
+class Offline(NamedTuple):
+    """What --credit labels learns from."""
+
+    tokens: Tokens  # of the LLM's answers, what the policy's net sees of them
+    use: torch.Tensor  # (n,) the judged ones of them at which it is asked
+    worth: np.ndarray  # (n,) what a call of the LLM adds to the reward there
+
+    def drawn(self, k: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+        """k of them at random, in the order of the answers, and their worth."""
+        picked = np.random.default_rng(seed).choice(len(self.use), min(k, len(self.use)), replace=False)
+        picked.sort()
+        return self.use[picked], self.worth[picked]
 
 
-class Labels(NamedTuple):
-    """What a folder of `analysis.label` says of the pair's router-train problems."""
-
-    rows: list[dict]
-    changed: dict[tuple[int, int], bool]  # by row and token: does the LLM end in another answer behind it?
-
-    def digest(self) -> str:
-        return digest([[[row["answer"], row["labels"]] for row in self.rows], sorted(self.changed.items())])
-
-    def chances(self, right: Sequence[bool]) -> Chances:
-        """right: of each row, is the LLM's answer? A changed one is wrong then. Where nothing was compared,
-        divergent tokens are taken to turn every answer, and neutral ones none."""
-        tried = [(self.rows[i]["labels"][t], other) for (i, t), other in self.changed.items() if right[i]]
-        found = {letter: [other for one, other in tried if one == letter] for letter in "DN"}
-        return {letter: (sum(found[letter]), len(found[letter])) if found[letter] else (int(letter == "D"), 1)
-                for letter in "DN"}
+def asked_at(config: Config, labels: Labels, vocab: int) -> torch.Tensor:
+    """Of all labelled tokens, indices of the judged ones at which the policy is asked. ValueError for
+    none."""
+    H = np.concatenate([row["entropy"] for row in labels.rows]) / np.log(vocab)
+    letters = np.array(list("".join(row["labels"] for row in labels.rows)))
+    use = np.flatnonzero((H > config.tau) & (letters != "U"))
+    if not len(use):
+        raise ValueError(f"--tau {config.tau}: no judged token of the labels has an entropy above it")
+    return torch.from_numpy(use)
 
 
-class Labelled(NamedTuple):
-    """The LLM's answers to router-train problems, N judged tokens at which the policy would be asked."""
-
-    state: tuple[torch.Tensor, ...]  # (N, ...) what it would be shown
-    worth: np.ndarray  # (N,) reward of calling the LLM there, less that of not
-    chances: Chances
-
-
-def read_labels(folder: Path, agreed: Path | None, pair) -> Labels:
-    """The labels in a folder and, of a file of `analysis.agree`, what its judge `answer` says of some of
-    their tokens. ValueError where there are none, or they are of another pair."""
-    stages = [by_place(folder / f"{name}.jsonl") for name in ("answers", "readings", "labels")]
-    rows = [stages[0][i] | stages[1][i] | stages[2][i] for i in sorted(set.intersection(*map(set, stages)))]
-    rows = [row for row in rows if row["split"] == "router-train"]
-    if not rows:
-        raise ValueError(f"--labels {folder}: expected labels of router-train problems, found none")
-    found = [row for row in read_rows(agreed) if row["judge"] == "answer"] if agreed else []
-    if agreed and not found:
-        raise ValueError(f"--agree {agreed}: expected verdicts of the judge answer, found none")
-    made = [("--labels", folder, json.loads((folder / "config.json").read_text())),
-            *(("--agree", agreed, row) for row in found)]
-    for option_, path, of in made:
-        for name, model in zip(("slm", "llm"), pair):
-            if of[name] != fingerprint(model):
-                raise ValueError(f"{option_} {path} is of another {name.upper()}: expected weights with "
-                                 f"fingerprint {fingerprint(model)}, got {of[name]}")
-    return Labels(rows, {(i, t): not same for row in found[:1]
-                         for (i, t), same in zip(row["places"], row["same"]) if same is not None})
-
-
-def worth_by_labels(price: Price, row: dict, correct: bool, chance: dict[str, float]) -> list[float]:
-    """Of each token of the LLM's answer: what is earned if the LLM writes it, less that if the SLM does and
-    the LLM goes on in both cases. The SLM's token turns a right answer wrong with the chance of its letter;
-    the LLM's takes a forward pass more. A wrong answer is taken to stay wrong, and has no worth."""
-    llm, prompt = price.models[1], len(row["prompt"])
-    steps = [llm.decode(prompt + t) for t in range(len(row["answer"]))]
-    whole = llm.call(prompt, 0) + sum(steps[1:])
-    earned = lambda ms: rstitch.reward(correct, ms, price.lam).total  # noqa: E731
-    return [earned(whole) - (1 - chance.get(letter, 0.0)) * earned(whole - ms)
-            for letter, ms in zip(row["labels"], steps)]
-
-
-def labelled(config: Config, task: Task, price: Price, labels: Labels, folder: Path) -> Labelled:
-    """What labels say that calling the LLM is worth. ValueError where a problem of theirs is none of the
-    task's."""
-    slm, _, tokenizer, ends = pair = task.load()
-    rows, vocab, right = labels.rows, common_vocab(pair), []
-    known = {question(p): p for p in task.split("router-train", len(rows) if task.pocket else sys.maxsize)}
-    for row in rows:
-        if row["question"] not in known:
-            raise ValueError(f"the labels have {row['question']!r}: expected router-train problems of the "
-                             "task")
-        right.append(graded(tokenizer, ends, known[row["question"]], row["answer"])["correct"])
-    chances = labels.chances(right)
-    chance = {letter: k / n for letter, (k, n) in chances.items()}
-    worth = [x for row, correct in zip(rows, right) for x in worth_by_labels(price, row, correct, chance)]
-    tokens = features(slm, vocab, rows, r2r_sizes(config, task)["top_k"], folder / "features")
-    H = np.concatenate([row["entropy"] for row in rows]) / np.log(vocab)
-    use = torch.from_numpy(np.flatnonzero((H > config.tau) & ~np.isnan(tokens.label)))
-    return Labelled(tokens.batch(use, slm.device), np.array(worth)[use], chances)
+def offline(config: Config, task: Task, price: Price, labels: Labels, use: torch.Tensor, start: dict,
+            folder: Path) -> Offline:
+    """use: of `asked_at`. start: figures of the warm start on dev, which tell what a right answer earns and
+    how often the LLM is called."""
+    if not start["accuracy"]:
+        raise ValueError(f"--dev {config.dev}: no dev problem was solved, so that nothing tells what a right "
+                         "answer earns; expected more of them")
+    slm, llm, *_ = task.load()
+    vocab = common_vocab((slm, llm))
+    gap = max(1, round(1 / start["llm_share"])) if start["llm_share"] else sys.maxsize
+    worth = worth_of_calls(labels, price, start["reward"] / start["accuracy"], gap)
+    tokens = features(slm, vocab, labels.rows, r2r_sizes(config, task)["top_k"], folder / "features")
+    return Offline(tokens, use, worth[use])
 
 
 def update(policies, optimizer, parts: list[Part], config: Config, generator) -> dict:
@@ -401,31 +364,33 @@ def answer(task: Task, todo, router, price: Price, **options) -> tuple[list[dict
                            "tokens": tokens / len(solved), "latency_ms": float(latency.mean())}
 
 
-class ByRow:
-    """Routers that share a batch, `each` rows of it in turn: at several thresholds the caches are full."""
+class ByRow(torch.nn.Module):
+    """A net whose log-odds are lower by a limit of each row's own, so that thresholds share a batch."""
 
-    def __init__(self, routers: Sequence[rstitch.PolicyRouter], each: int):
-        self.routers, self.each = routers, each
+    def __init__(self, net: torch.nn.Module, limits: Sequence[float]):
+        super().__init__()
+        self.net, self.limits = net, torch.tensor(limits)
 
-    def said(self, answers: list[torch.Tensor], step: rstitch.Step) -> torch.Tensor:
-        """(n,) of each row what its own router says."""
-        whose = torch.tensor([row // self.each for row in step.rows], device=step.token.device)
-        return torch.stack(answers).gather(0, whose[None])[0]
+    def sees(self, step: rstitch.Step, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        own = self.limits[[step.rows[i] for i in rows.tolist()]]
+        return *self.net.sees(step, rows), own.to(step.hidden.device)
 
-    def leave_slm(self, step: rstitch.Step) -> torch.Tensor:
-        return self.said([router.leave_slm(step) for router in self.routers], step)
-
-    def leave_llm(self, step: rstitch.Step) -> torch.Tensor:
-        return self.said([router.leave_llm(step) for router in self.routers], step)
+    def forward(self, *state: torch.Tensor) -> torch.Tensor:
+        *seen, limit = state
+        return self.net(*seen).float() - limit
 
 
 def earned_at(policies, config: Config, task: Task, price: Price, chosen: Sequence,
               limits: Sequence[dict[str, float]]) -> list[float]:
-    """Mean reward of the chosen problems at each of some limits, all in one batch."""
-    routers, n = [build_router(policies, config, limits=one) for one in limits], len(chosen)
-    solved = solve(task.load(), [*chosen] * len(routers), ByRow(routers, n), batch_size=task.rows,
+    """Mean reward of the chosen problems at each of some limits, by net, all in one batch: its rows are the
+    problems at the first limits, then at the second."""
+    n = len(chosen)
+    router = build_router({name: ByRow(net, [one.get(name, 0.0) for one in limits for _ in chosen])
+                           for name, net in policies.items()}, config)
+    solved = solve(task.load(), [*chosen] * len(limits), router, batch_size=task.rows,
                    max_new_tokens=task.max_new_tokens, settings=task)
-    return [float(price(solved[k * n:(k + 1) * n], router)[0].mean()) for k, router in enumerate(routers)]
+    total, _ = price(solved, router)
+    return total.reshape(len(limits), n).mean(1).tolist()
 
 
 def best_limits(policies, config: Config, task: Task, price: Price, chosen: Sequence,
@@ -435,13 +400,13 @@ def best_limits(policies, config: Config, task: Task, price: Price, chosen: Sequ
     known = {(row["net"], row["limit"]): row["reward"] for row in read_rows(tried)}
     limits, curves, at_once = {}, {}, max(1, 2 * task.rows // len(chosen))
     for name in policies:
-        missing = [x for x in points[name] if (name, x) not in known]
-        for k in tracked(range(0, len(missing), at_once), f"limits of {name}", inner=True):
-            some = missing[k:k + at_once]
-            earned = earned_at(policies, config, task, price, chosen, [limits | {name: x} for x in some])
-            for x, reward in zip(some, earned):
-                known[name, x] = reward
-                append_row(tried, {"net": name, "limit": x, "reward": reward})
+        blocks = [points[name][k:k + at_once] for k in range(0, len(points[name]), at_once)]
+        for block in tracked(blocks, f"limits of {name}", inner=True):
+            if any((name, x) not in known for x in block):
+                earned = earned_at(policies, config, task, price, chosen,
+                                   [limits | {name: x} for x in block])
+                known |= {(name, x): reward for x, reward in zip(block, earned)}
+                append_row(tried, *({"net": name, "limit": x, "reward": known[name, x]} for x in block))
         curves[name] = [[x, known[name, x]] for x in points[name]]
         limits[name] = max(curves[name], key=lambda point: (point[1], -abs(point[0])))[0]
     return limits, curves
@@ -464,7 +429,7 @@ def settled_price(config: Config, task: Task, folder: Path, labels: Labels | Non
              else "pocket", "dtype": task.dtype, "max_new_tokens": task.max_new_tokens,
              "prompting": task.prompting() or None, "r2r": r2r_sizes(config, task),
              "router": hashlib.sha256(taught.read_bytes()).hexdigest()[:16] if taught else None,
-             "labels": labels.digest() if labels else None}
+             "labels": digest([labels.rows, labels.right, sorted(labels.turned.items())]) if labels else None}
     free = Price(0.0, models, common_vocab(pair), config.gate)
 
     def measured() -> dict:
@@ -532,15 +497,19 @@ def seed_of(config: Config, i: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{config.seed} {i}".encode()).digest()[:6], "big")
 
 
-def iterate_offline(policies, optimizer, config: Config, data: Labelled, i: int) -> dict:
-    """Iteration i on decisions that labels credit, drawn at random: the steps on them; a row of the log."""
+def iterate_offline(policies, optimizer, config: Config, data: Offline, i: int) -> dict:
+    """Iteration i on decisions that labels credit, drawn at random: the steps on them; a row of the log. Both
+    actions count by their probabilities, which makes it the gradient of what the policy is expected to
+    earn."""
     seed = seed_of(config, i)
-    picked = np.random.default_rng(seed).choice(len(data.worth), min(config.forks, len(data.worth)),
-                                                replace=False)
-    part = both_ways(policies, "call", [x[picked] for x in data.state], data.worth[picked])
-    p = part.old[:len(picked)].exp().cpu().numpy()
-    row = {"iteration": i, "forks": len(picked), "chances": data.chances, "called": float(p.mean()),
-           "earned": float((p * data.worth[picked]).mean())}
+    picked, worth = data.drawn(config.forks, seed)
+    device = next(policies.parameters()).device
+    part = both_ways(policies, "call", data.tokens.batch(picked, device), worth)
+    p = part.old.exp()
+    part = part._replace(advantage=p * part.advantage)
+    called = p[:len(worth)].cpu().numpy()
+    row = {"iteration": i, "forks": len(worth), "called": float(called.mean()),
+           "earned": float((called * worth).mean())}
     return row | update(policies, optimizer, [part], config, torch.Generator().manual_seed(seed))
 
 
@@ -585,6 +554,7 @@ def train(config: Config, task: Task, folder: Path, labels: Labels | None = None
     """Train one policy, from its last checkpoint if there is one. The best on dev ends up in best.safetensors
     and is returned; a warm start counts, as iteration -1. labels: what --credit labels takes its credit
     from."""
+    use = asked_at(config, labels, common_vocab(task.load())) if labels else None  # none is told early
     price, policies = settled_price(config, task, folder, labels), build_policies(config, task)
     optimizer = torch.optim.Adam(policies.parameters(), lr=config.lr)
     log, begun = folder / "log.jsonl", time.perf_counter()
@@ -606,14 +576,13 @@ def train(config: Config, task: Task, folder: Path, labels: Labels | None = None
         row = {"iteration": -1, "dev": earned(0)}
         append_row(log, row | row["dev"] | {"seconds": time.perf_counter() - begun})
         save_checkpoint(folder / "last.safetensors", policies, optimizer, 0)
-    offline = config.iterations and config.credit == "labels"
-    data = labelled(config, task, price, labels, folder) if offline else None
+    data = offline(config, task, price, labels, use, read_rows(log)[0]["dev"], folder) if labels else None
     with progress(config.iterations, folder.name, initial=first) as bar:
         for i in range(first, config.iterations):
             begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * (1 - i / config.iterations)
-            row = (iterate_offline(policies, optimizer, config, data, i) if offline
+            row = (iterate_offline(policies, optimizer, config, data, i) if labels
                    else iterate(policies, optimizer, config, task, todo, price, i))
             if (i + 1) % config.dev_every == 0 or i + 1 == config.iterations:
                 row["dev"] = earned(i + 1)
@@ -649,7 +618,7 @@ def export(config: Config, task: Task, policies, folder: Path, target: Path,
             **calibrated, "iteration": best["iteration"], "dev": best["dev"], "minutes": seconds / 60,
             "curve": [[row.get(name) for name in ("iteration", "reward", "accuracy", "llm_share",
                                                   "latency_ms")] for row in log],
-            **({"chances": log[-1]["chances"], "earned_by_calls": [
+            **({"labels": settled["labels"], "chances": labels.chances(), "earned_by_calls": [
                 [row["called"], row["earned"]] for row in log if "earned" in row]} if labels else {}),
             **provenance(config.seed, config.dev, task.device, task.dtype)}
     (target / "made.json").write_text(json.dumps(made) + "\n")
@@ -688,26 +657,26 @@ def main() -> None:
         target = task.needed("policies")
         task.load()
         torch.set_num_threads(args.threads)
-        own = replace(LABELS if args.recipe == "labels" else Config(), **changes)
-        if ignored := sorted(own.unread() & changes.keys()):
+        mine = replace(LABELS if args.recipe == "labels" else Config(), **changes)
+        if ignored := sorted(mine.unread() & changes.keys()):
             raise ValueError(f"--{ignored[0].replace('_', '-')} means nothing beside the other options of "
                              "this run: leave it out")
-        runs = [(name, RUNS[name]) for name in args.run] or [(args.name, own)]
+        runs = [(name, RUNS[name]) for name in args.run] or [(args.name, mine)]
         if "router" in given(args, Task) and not any(config.net == "r2r" for _, config in runs):
             raise ValueError(f"--router {task.router} means nothing beside --net policy: leave it out")
-        offline = any(config.credit == "labels" and config.iterations for _, config in runs)
+        credited = any(config.from_labels for _, config in runs)
         for name in ("labels", "agree"):
-            if getattr(args, name) and not offline:
+            if getattr(args, name) and not credited:
                 raise ValueError(f"--{name} {getattr(args, name)} means nothing beside the other options of "
-                                 "this run, which take no credit from labels: leave it out")
-        labels = read_labels(args.labels or label.FOLDER, args.agree, task.load()) if offline else None
+                                 "this run, which takes no credit from labels: leave it out")
+        labels = read_labels(args.labels or label.FOLDER, args.agree, task) if credited else None
         for _, config in runs:
             r2r_sizes(config, task)
         for split in ("router-train", "dev", *(["calibration"] if any(c.calibrate or c.nets for _, c in runs)
                                                else [])):
             task.split(split, 1)  # one that has no problem is told now
         for name, config in runs:
-            own = labels if config.credit == "labels" else None
+            own = labels if config.from_labels else None
             policies = train(config, task, args.checkpoints / name, own)
             export(config, task, policies, args.checkpoints / name, target / name, own)
     except (ValueError, OSError) as error:

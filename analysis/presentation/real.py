@@ -278,8 +278,8 @@ def differences_table(methods: dict[str, list[dict]]) -> str:
 def equal_share_table(methods: dict[str, list[dict]]) -> str:
     """Right answers of trained routers minus those of one-token entropy at the same LLM share."""
     every, unseen = (at_equal_share(methods, first) for first in (0, SEEN))
-    lines = [("a net - one-token entropy at its LLM share, points", "LLM tokens, %", "all problems", "n",
-              f"without the first {SEEN}", "n", "on all problems")]
+    lines = [("trained router - one-token entropy at its LLM share, points", "LLM tokens, %",
+              "all problems", "n", f"without the first {SEEN}", "n", "on all problems")]
     for run, x in every.items():
         y = unseen.get(run)
         lines.append((run, f"{100 * x[4]:.1f}", signed(x[:3]), str(x[3]), *((signed(y[:3]), str(y[3])) if y
@@ -308,7 +308,7 @@ def saved(methods: dict[str, list[dict]], prices: dict[str, dict[int, float]], n
     """How much less time answers of a method take, in %, than those of a mix that is right as often, in which
     every whole problem goes to one of the others at random: to either model alone, unless said otherwise.
     None without the answers of all."""
-    if not set(others) <= prices.keys() or name in others:
+    if not others or not set(others) <= prices.keys() or name in others:
         return None
     every = [by_problem(methods[one]) for one in (name, *others)]
     problems = sorted(set.intersection(*map(set, every)))
@@ -319,11 +319,13 @@ def saved(methods: dict[str, list[dict]], prices: dict[str, dict[int, float]], n
 
 
 def fixed_rules(methods: dict[str, list[dict]], name: str) -> list[str]:
-    """Either model alone and what routes by entropy, as far as they have answered all problems of a
-    method."""
+    """Either model alone, and what routes by entropy and has answered all problems of a method that has a
+    net; none for other methods."""
+    if BY not in name:
+        return []
     own = by_problem(methods[name]).keys()
-    return [one for one, rows in methods.items()
-            if (one in ("slm", "llm") or one.startswith("tau=")) and own <= by_problem(rows).keys()]
+    return ["slm", "llm", *(one for one, rows in methods.items()
+                            if one.startswith("tau=") and own <= by_problem(rows).keys())]
 
 
 def nets_ms(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
@@ -345,7 +347,7 @@ def speeds_table(methods: dict[str, list[dict]], ms: Callable[[dict], float],
         lines.append((name, f"{np.mean(list(own.values())):,.0f}",
                       *((with_interval(x[:3], " x", 2), str(x[3])) if x[3] else (MISSING, "0")),
                       *(signed(mix) if (mix := saved(methods, prices, method, others)) else ""
-                        for others in (("slm", "llm"), fixed_rules(methods, method) if net else ("none",)))))
+                        for others in (("slm", "llm"), fixed_rules(methods, method)))))
     return table(lines)
 
 
