@@ -218,6 +218,24 @@ def test_every_decision_gets_the_advantage_of_its_own_answer(minibatches):
         torch.testing.assert_close(p, q)
 
 
+def test_the_learning_rate_falls_linearly_to_zero(tmp_path, pocket, monkeypatch):
+    """Of four iterations the last begins at a quarter of it, and a run that goes on, too."""
+    rates, row = [], dict(reward=0.0, accuracy=0.0, llm_share=0.0, latency_ms=0.0)
+
+    def iterate(policies, optimizer, config, task, todo, price, i):
+        rates.append(optimizer.param_groups[0]["lr"])
+        if len(rates) == 3:
+            raise KeyboardInterrupt
+        return row | {"iteration": i}
+
+    monkeypatch.setattr(train_policy, "iterate", iterate)
+    config = dataclasses.replace(FAST, iterations=4, lr=0.008, dev_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        train_policy.train(config, timed(tmp_path), tmp_path / "run")
+    train_policy.train(config, timed(tmp_path), tmp_path / "run")
+    assert rates == pytest.approx([0.008, 0.006, 0.004, 0.004, 0.002])
+
+
 def test_a_group_is_one_problem(tmp_path, pocket, monkeypatch):
     batches, answer = [], train_policy.answer
     monkeypatch.setattr(train_policy,
@@ -348,7 +366,11 @@ def test_offline_decisions_are_what_the_policy_sees_where_it_is_asked(tmp_path, 
 class Alike:
     """Tokens of two kinds in turn, which no one has to read."""
 
+    def __init__(self):
+        self.drawn = []
+
     def batch(self, index, device):
+        self.drawn.append(index.tolist())
         kind = torch.tensor([[1.0, 0, 0, -1], [0, 1.0, -1, 0]])[index % 2]
         return kind, torch.ones(len(index)), torch.full((len(index),), 100)
 
@@ -366,7 +388,8 @@ def test_credit_of_labels_teaches_where_calls_are_worth_something():
     assert p[0] > 0.8 and p[1] < 0.2
     assert [row["forks"] for row in rows] == [16] * 20 and rows[0]["decisions"] == 32
     assert rows[0]["called"] == 0.5 and rows[-1]["earned"] > 0.02 > rows[0]["earned"]
-    assert len({tuple(data.drawn(16, train_policy.seed_of(config, i))[0].tolist()) for i in range(4)}) == 4
+    drawn = data.tokens.drawn
+    assert len(set(map(tuple, drawn))) == 20 and all(len(set(one)) == 16 for one in drawn)
 
 
 def test_a_step_on_labels_follows_what_the_policy_is_expected_to_earn(monkeypatch):
