@@ -28,7 +28,7 @@ from analysis.instruments.options import add_options, given
 from analysis.instruments.progress import tracked
 from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import read_rows
-from analysis.instruments.runs import Rows, by_place
+from analysis.instruments.runs import Rows, by_place, joined
 from analysis.instruments.stats import table, wilson, with_interval
 from rstitch_hf.ranks import start
 
@@ -37,8 +37,7 @@ Place = tuple[int, int]  # problem, position in the LLM's answer
 
 def labelled(folder: Path, settings: label.Settings) -> list[dict]:
     """The router-train problems of a folder of labels, as far as their branches are made."""
-    stages = [by_place(folder / f"{name}.jsonl") for name in ("answers", "readings", "branches")]
-    rows = [stages[0][i] | stages[1][i] | stages[2][i] for i in sorted(set.intersection(*map(set, stages)))]
+    rows = joined([by_place(folder / f"{name}.jsonl") for name in ("answers", "readings", "branches")])
     found = [row for row in rows if row["split"] == "router-train"]
     if found:
         label.check_folder(folder, settings, [])  # were they made with these settings?

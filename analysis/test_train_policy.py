@@ -124,6 +124,13 @@ def test_the_second_net_learns_where_the_first_would_call_again(tmp_path, pocket
     assert len(known) > 50 and auroc([x for x, _ in known], [k for _, k in known]) > 0.8
 
 
+def at_limits(policies, config, limits: dict[str, float]) -> rstitch.PolicyRouter:
+    """A router of two nets that leaves above these logits, 0 unless given."""
+    call, back = (float(expit(limits.get(name, 0.0))) for name in ("call", "back"))
+    return rstitch.PolicyRouter(policies["call"], config.tau, threshold=call, back=policies["back"],
+                                threshold_back=back)
+
+
 def test_a_policy_takes_the_thresholds_that_calibration_set(tmp_path, pocket, monkeypatch, little):
     """Those that earned most; a threshold that is given, and sampling, do without them."""
     monkeypatch.setattr(train_policy, "FINE", {"call": (-1.0, 1.0), "back": (-2.0, 2.0)})
@@ -138,7 +145,7 @@ def test_a_policy_takes_the_thresholds_that_calibration_set(tmp_path, pocket, mo
     price = train_policy.settled_price(config, task, tmp_path / "run")
     for name, limits in (("call", [{"call": x} for x in (-1.0, 1.0)]),
                          ("back", [{"call": best["call"], "back": x} for x in (-2.0, 2.0)])):
-        routers = [train_policy.build_router(policies, config, limits=x) for x in limits]
+        routers = [at_limits(policies, config, x) for x in limits]
         assert [reward for _, reward in made["earned"][name]] == pytest.approx([
             train_policy.answer(task, task.split("calibration", 5), router, price)[1].mean()
             for router in routers])
@@ -456,7 +463,7 @@ def test_thresholds_that_share_a_batch_earn_what_they_do_alone(tmp_path, pocket,
     find = lambda path: train_policy.best_limits(policies, config, task, price, todo, points, path)  # noqa: E731
     limits, curves = find(tmp_path / "whole.jsonl")
     for x, earned in curves["call"]:
-        router = train_policy.build_router(policies, config, limits={"call": x})
+        router = at_limits(policies, config, {"call": x})
         assert earned == pytest.approx(train_policy.answer(task, todo, router, price)[1].mean())
     assert len({earned for _, earned in curves["call"]}) > 1
     rows = (tmp_path / "whole.jsonl").read_text()

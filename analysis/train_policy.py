@@ -199,13 +199,10 @@ def build_policies(config: Config, task: Task) -> torch.nn.ModuleDict:
                                    config.start).eval()
 
 
-def build_router(policies, config: Config, seed: int | None = None,
-                 limits: dict[str, float] | None = None) -> rstitch.PolicyRouter:
-    """Sampling with a seed, else the likelier action, or leaving above other logits than 0."""
-    thresholds = {name: float(expit(x)) for name, x in (limits or {}).items()}
-    back = dict(back=policies["back"], threshold_back=thresholds.get("back", 0.5)) if config.hand_back else {}
-    return rstitch.PolicyRouter(policies["call"], config.tau, None if back else config.tau_back, seed,
-                                thresholds.get("call", 0.5), **back)
+def build_router(policies, config: Config, seed: int | None = None) -> rstitch.PolicyRouter:
+    """Sampling with a seed, else the likelier action."""
+    back = {"back": policies["back"]} if config.hand_back else {}
+    return rstitch.PolicyRouter(policies["call"], config.tau, None if back else config.tau_back, seed, **back)
 
 
 @dataclass(frozen=True)
@@ -384,13 +381,10 @@ def earned_at(policies, config: Config, task: Task, price: Price, chosen: Sequen
               limits: Sequence[dict[str, float]]) -> list[float]:
     """Mean reward of the chosen problems at each of some limits, by net, all in one batch: its rows are the
     problems at the first limits, then at the second."""
-    n = len(chosen)
     router = build_router({name: ByRow(net, [one.get(name, 0.0) for one in limits for _ in chosen])
                            for name, net in policies.items()}, config)
-    solved = solve(task.load(), [*chosen] * len(limits), router, batch_size=task.rows,
-                   max_new_tokens=task.max_new_tokens, settings=task)
-    total, _ = price(solved, router)
-    return total.reshape(len(limits), n).mean(1).tolist()
+    _, total, _ = answer(task, [*chosen] * len(limits), router, price)
+    return total.reshape(len(limits), len(chosen)).mean(1).tolist()
 
 
 def best_limits(policies, config: Config, task: Task, price: Price, chosen: Sequence,

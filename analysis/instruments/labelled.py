@@ -17,7 +17,7 @@ import numpy as np
 import rstitch
 from analysis.instruments.problems import question
 from analysis.instruments.rows import read_rows
-from analysis.instruments.runs import by_place
+from analysis.instruments.runs import by_place, joined
 from analysis.instruments.task import Prompting, Task, graded
 
 STAGES = ("answers", "readings", "branches", "labels")
@@ -37,13 +37,6 @@ class Labels(NamedTuple):
                          sum(one == letter for one, _ in tried)) for letter in "DN"}
 
 
-def check_same(option: str, path: Path, made: dict, expected: dict) -> None:
-    """ValueError where what the file was made with is not what is expected."""
-    for name, value in expected.items():
-        if made.get(name) != value:
-            raise ValueError(f"{option} {path} was made with {name} {made.get(name)!r}: expected {value!r}")
-
-
 def read_labels(folder: Path, agreed: Path | None, task: Task) -> Labels:
     """The labels in a folder and, of a file of `analysis.agree`, what its judge `answer` says of some of
     their tokens; a branch that comes to no answer is wrong. ValueError where there are none, they are not
@@ -53,16 +46,15 @@ def read_labels(folder: Path, agreed: Path | None, task: Task) -> Labels:
     if any(stage.keys() != stages[0].keys() for stage in stages):
         raise ValueError(f"--labels {folder}: expected labels that are finished; analysis.label goes on with "
                          "them")
-    rows = [{key: value for stage in stages for key, value in stage[at].items()} for at in sorted(stages[0])]
-    rows = [row for row in rows if row["split"] == "router-train"]
+    rows = [row for row in joined(stages) if row["split"] == "router-train"]
     if not rows:
         raise ValueError(f"--labels {folder}: expected labels of router-train problems, found none")
-    made, pair = json.loads((folder / "config.json").read_text()), {"slm": rstitch.fingerprint(slm),
-                                                                   "llm": rstitch.fingerprint(llm)}
-    record = task.record()
-    same = {f.name for f in fields(Prompting)} | {"dtype", "max_new_tokens"}
-    check_same("--labels", folder, made["settings"] | made,
-               pair | {name: record.get(name) for name in sorted(same)})
+    made, record = json.loads((folder / "config.json").read_text()), task.record()
+    pair = {"slm": rstitch.fingerprint(slm), "llm": rstitch.fingerprint(llm)}
+    prompt = sorted({f.name for f in fields(Prompting)} | {"dtype", "max_new_tokens"})
+    for name, value in (pair | {name: record.get(name) for name in prompt}).items():
+        if (own := (made["settings"] | made).get(name)) != value:
+            raise ValueError(f"--labels {folder} was made with {name} {own!r}: expected {value!r}")
     known = {question(p): p for p in task.split("router-train", sys.maxsize if task.problems else len(rows))}
     for row in rows:
         if row["question"] not in known:

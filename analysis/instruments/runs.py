@@ -6,7 +6,7 @@ and when all have ended the first puts the rows together, in the order that one 
 import glob
 import json
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,12 @@ def by_place(path: Path) -> dict[int, dict]:
     """The rows of a stage by their place in its file, which the parts of ranks note."""
     parts = {row.pop("at"): row for part in parts_of(path) for row in read_rows(part)}
     return dict(enumerate(read_rows(path))) | parts
+
+
+def joined(stages: Sequence[dict[int, dict]]) -> list[dict]:
+    """What all stages say of each place that they all have, in the order of places."""
+    return [{key: value for stage in stages for key, value in stage[at].items()}
+            for at in sorted(set.intersection(*map(set, stages)))]
 
 
 def put_together(path: Path, rows: Callable[[], list[dict]], changed: bool = False) -> None:

@@ -711,8 +711,8 @@ def frontier_verdicts(claims: list[tuple[str, str, str, str]], frontier: list[di
     if of(runs, "R2R"):
         at = f"R2R at {100 * nearest(runs, 'R2R', 0.1)['llm_share']:.1f} %"
         chosen = [*chosen[:2], *(c for c in claims if c[0].startswith(at))]
-        equal = sorted((x for name, x in real.at_equal_share(methods).items() if name.startswith("r2r")),
-                       key=lambda x: abs(x[4] - 0.1))
+        others = {name: rows for name, rows in methods.items() if not name.startswith("policy")}
+        equal = sorted(real.at_equal_share(others).values(), key=lambda x: abs(x[4] - 0.1))
         found = [(f"{signed(x[:3])}, {100 * x[4]:.0f} % LLM, n = {x[3]}", better(x)) for x in equal]
         out.append(share_claim(runs, "R2R", "entropy, one token", 0.1, "better", *found[:1]))
     chosen += [c for c in claims if c[0].startswith("speculative")]
