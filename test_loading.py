@@ -553,3 +553,16 @@ def test_only_large_float32_layers_on_avx2_are_turned(monkeypatch):
         model.device = torch.device("cpu")
         loading.turn_products(model)
         assert kinds(model) == {kind}
+
+
+@pytest.mark.parametrize("machine, capability, dtype, warned", [
+    ("x86_64", "AVX2", "bfloat16", True), ("AMD64", "DEFAULT", "float16", True),
+    ("x86_64", "AVX2", "float32", False), ("x86_64", "AVX512", "bfloat16", False),
+    ("aarch64", "DEFAULT", "bfloat16", False)])
+def test_sixteen_bits_warn_where_a_processor_is_slow_with_them(folder, monkeypatch, recwarn, machine,
+                                                               capability, dtype, warned):
+    monkeypatch.setattr(loading.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    load_pair(str(folder / "slm"), str(folder / "llm"), dtype=dtype)
+    said = [str(w.message) for w in recwarn if "takes several times as long" in str(w.message)]
+    assert [line.split()[1] for line in said] == [dtype] * warned

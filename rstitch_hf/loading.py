@@ -1,7 +1,9 @@
 """Models, tokenizers and prompts from Hugging Face names, folders, adapters and GGUF files."""
 import json
+import platform
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -160,6 +162,16 @@ def load_model(option: str, name: str, device: str = "cpu", dtype: str = "auto",
     return model
 
 
+def warn_of_slow_halves(models) -> None:
+    """Warn where weights have 16 bits and an x86 processor no AVX512: that saves memory and costs time."""
+    slow = platform.machine() in ("x86_64", "AMD64") and "512" not in torch.backends.cpu.get_cpu_capability()
+    halves = {str(model.dtype).removeprefix("torch.") for model in models
+              if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)}
+    if slow and halves:
+        warnings.warn(f"in {' and '.join(sorted(halves))} this processor takes several times as long as in "
+                      "float32, which takes twice the memory", stacklevel=3)
+
+
 def turn_end(tokenizer) -> int | None:
     """The special token with which the chat template ends a turn of the assistant, if it does."""
     if not tokenizer.chat_template:
@@ -189,9 +201,10 @@ def complete_ends(model, tokenizer) -> None:
 def load_pair(slm: str, llm: str, device: str = "cpu", dtype: str = "auto", special_may_differ: bool = False,
               split_llm: bool = False):
     """(SLM, LLM, the LLM's tokenizer), each model from a name of Hugging Face, a folder (an adapter's too),
-    FILE.gguf or REPO:FILE.gguf. dtype "auto" is the checkpoint's. Their generation configs are completed, see
-    `complete_ends`. split_llm: under torchrun each rank holds a part of the LLM, and all of the SLM.
-    ValueError where there is no such model, or the tokenizers differ (`check_same_tokenizer`)."""
+    FILE.gguf or REPO:FILE.gguf. dtype "auto" is the checkpoint's; of 16 bits it warns on a processor that is
+    slow with them. Their generation configs are completed, see `complete_ends`. split_llm: under torchrun
+    each rank holds a part of the LLM, and all of the SLM. ValueError where there is no such model, or the
+    tokenizers differ (`check_same_tokenizer`)."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     names = {"--slm": slm, "--llm": llm}
@@ -202,6 +215,7 @@ def load_pair(slm: str, llm: str, device: str = "cpu", dtype: str = "auto", spec
     models = [load_model(option, name, device, dtype, split_llm and option == "--llm")
               for option, name in names.items()]
     check_columns(models, tokenizers)
+    warn_of_slow_halves(models)
     for model, tokenizer in zip(models, tokenizers):
         complete_ends(model, tokenizer)
     return *models, tokenizers[1]
