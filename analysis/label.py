@@ -39,7 +39,7 @@ from analysis.instruments.pool import parallel_map
 from analysis.instruments.problems import question, read_problems, split_of
 from analysis.instruments.progress import progress, tracked
 from analysis.instruments.provenance import provenance
-from analysis.instruments.rows import RESULTS
+from analysis.instruments.rows import RESULTS, read_rows, write_rows
 from analysis.instruments.runs import by_place, run_stage, settle
 from analysis.instruments.stats import PAPER_LABELS, bootstrap, kind_of, ratio_of_means
 from analysis.instruments.task import Pair, branches_together, common_vocab, counter, decoder
@@ -298,6 +298,40 @@ def make_labels(settings: Settings, todo: list[dict], folder: Path, workers: int
     return rows
 
 
+# problem: its place among those of its split
+PUBLISHED = ("split", "problem", "answer", "branches", "labels")
+
+
+def lay_out(published: Path, settings: Settings, todo: list[dict], folder: Path) -> list[dict]:
+    """Labels that were published, rows of PUBLISHED, as stages of a folder, so that the SLM's readings alone
+    are left to make; the problems that they are of. ValueError for rows that are of none of those to do."""
+    rows, known = read_rows(published), {split: [row for row in todo if row["split"] == split]
+                                         for split in SIZES}
+    if not rows:
+        raise ValueError(f"--published {published}: expected rows of labels, found none")
+    for number, row in enumerate(rows, 1):
+        if missing := set(PUBLISHED) - row.keys():
+            raise ValueError(f"--published {published}: row {number} has no {min(missing)}: expected "
+                             f"{', '.join(PUBLISHED)}")
+        if len(row["labels"]) != len(row["answer"]):
+            raise ValueError(f"--published {published}: row {number} has {len(row['labels'])} labels of "
+                             f"{len(row['answer'])} tokens: expected one each")
+        if row["split"] not in known or not 0 <= row["problem"] < len(known[row["split"]]):
+            raise ValueError(f"--published {published}: row {number} is of {row['split']} problem "
+                             f"{row['problem']}: expected one of the problems that are labelled")
+    chosen = [known[row["split"]][row["problem"]] for row in rows]
+    check_folder(folder, settings, chosen)
+    *_, tokenizer, _ = settings.load()
+    prompts = rstitch.unpadded(*settings.encode(tokenizer, *(problem["question"] for problem in chosen)))
+    stages = {"answers": [{**problem, "prompt": prompt, "answer": row["answer"]}
+                          for problem, prompt, row in zip(chosen, prompts, rows)],
+              **{name: [{name: row[name]} for row in rows] for name in ("branches", "labels")}}
+    for name, made in stages.items():
+        if rank() == 0 and not (folder / f"{name}.jsonl").exists():
+            write_rows(folder / f"{name}.jsonl", made)
+    return chosen
+
+
 def pocket_problems(n: int, seed: int = 0) -> list[dict]:
     """Problems that the pair never saw: n of router-train, and of the other splits their share."""
     return [{"question": question(p), "split": split} for split, share in SIZES.items()
@@ -403,6 +437,9 @@ def main() -> None:
     add("--n", type=int,
         help="router-train problems of the pocket domain, and of the other splits a share (default: 2000)")
     add("--out", type=Path, help=f"folder of the stages (default, pocket domain only: {FOLDER})")
+    add("--published", type=Path, metavar="FILE",
+        help="labels that others made of these problems with these options, rows {split, problem, answer, "
+             "branches, labels}: only the SLM's readings are made")
     add("--workers", type=int, default=1, help="processes, on a CPU (default: %(default)s)")
     add("--report", action="store_true",
         help="figures of the router-train labels, into labels.json of --results")
@@ -418,6 +455,8 @@ def main() -> None:
         todo, folder = problems_of(settings, args.problems, args.n), args.out or FOLDER
         if args.problems and not args.out:
             raise ValueError("--out is missing: expected a folder for the labels of --problems")
+        if args.published:
+            todo = lay_out(args.published, settings, todo, folder)
         rows = make_labels(settings, todo, folder, args.workers)
         if rank():
             return

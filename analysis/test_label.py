@@ -307,6 +307,42 @@ def test_more_problems_go_on_from_those_that_are_there(tmp_path, labelled):
     assert bytes_of(tmp_path) == bytes_of(labelled[0])
 
 
+def published(path, rows, **changes):
+    """Labels of the first problems of their splits, the last row changed; None: without this field."""
+    lines = [{**{name: row[name] for name in ("split", "answer", "branches", "labels")}, "problem": 0}
+             for row in rows]
+    lines[-1] = {name: value for name, value in (lines[-1] | changes).items() if value is not None}
+    append_row(path, *lines)
+    return path
+
+
+def test_published_labels_need_the_readings_only(tmp_path, labelled, monkeypatch):
+    """One problem of each split, the last first; killed before the last file was written."""
+    rows, folder = labelled[1][::2][::-1], tmp_path / "labels"
+    file = published(tmp_path / "published.jsonl", rows)
+    chosen = label.lay_out(file, FAST, TODO, folder)
+    (folder / "labels.jsonl").unlink()
+    assert chosen == label.lay_out(file, FAST, TODO, folder)
+    for stage in ("answers", "branches", "labels"):
+        monkeypatch.setitem(label.STAGES, stage, lambda settings, rows: pytest.fail("is there already"))
+    made = label.make_labels(FAST, chosen, folder)
+    assert made == [row | {"entropy": pytest.approx(row["entropy"], rel=2e-3)} for row in rows]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"problem": 2}, "row 2 is of router-train problem 2: expected one of the problems that are labelled"),
+    ({"problem": -1}, "problem -1: expected"), ({"split": "train"}, "row 2 is of train problem 0: expected"),
+    ({"labels": "I"}, "row 2 has 1 labels of"), ({"labels": None}, "row 2 has no labels: expected split,"),
+    (None, "expected rows of labels, found none")])
+def test_published_labels_that_do_not_fit_are_refused(tmp_path, labelled, changes, message):
+    file = tmp_path / "published.jsonl"
+    if changes:
+        published(file, labelled[1][:2], **changes)
+    with pytest.raises(ValueError, match=message):
+        label.lay_out(file, FAST, TODO, tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["Qwen2", "Gemma 3"])
 def test_teacher_forcing_in_pieces_equals_one_forward(family, device):
