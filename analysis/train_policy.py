@@ -177,6 +177,7 @@ RUNS = {
     # Each without one part. From nothing there is further to go.
     "labels-cold": replace(LABELS, warm=False, lr=5e-3, iterations=32),
     "labels-no-rewards": replace(LABELS, iterations=0),
+    "labels-offline": replace(LABELS, credit="labels", forks=4096, minibatches=8, iterations=12),
     "labels-answers": replace(LABELS, credit="answer", prompts=32, rollouts=8),
     "labels-uncalibrated": replace(LABELS, calibrate=False),
 }
