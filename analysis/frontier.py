@@ -70,8 +70,9 @@ ORDER = ("policy", "calibrated", "random", "fixed")
 ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     ("no-gate-third", "gate-third"), ("no-gate-even", "gate-even"), ("no-gate-triple", "gate-triple"),
     ("hidden-only", "no-entropy"),
-    *((f"labels-{part}", "labels-kappa0.35-seed0") for part in ("cold", "no-rewards", "answers",
+    *((f"labels-{part}", "labels-kappa0.35-seed0") for part in ("cold", "no-rewards", "answers", "offline",
                                                                 "uncalibrated")),
+    ("labels-offline", "labels-no-rewards"),
     *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none",
                                 "advantages-std", "dynamic-accuracy"))]
 
