@@ -168,8 +168,8 @@ def warn_of_slow_halves(models) -> None:
     halves = {str(model.dtype).removeprefix("torch.") for model in models
               if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)}
     if slow and halves:
-        warnings.warn(f"in {' and '.join(sorted(halves))} this processor is slower than in float32, with large "
-                      "models several times; float32 takes twice the memory", stacklevel=3)
+        warnings.warn(f"in {' and '.join(sorted(halves))} this processor is slower than in float32, with "
+                      "large models several times; float32 takes twice the memory", stacklevel=3)
 
 
 def turn_end(tokenizer) -> int | None:
