@@ -7,8 +7,8 @@ Feeds: every figure, table and notebook, by the commands below.
 
 Runs the commands in turn and executes the notebooks. Each skips what its files in analysis/results hold, so
 this takes minutes. Delete a file to have it computed anew; all of them take an hour. Trained weights are made
-by their own commands (analysis/pocket/models/README.md), R2R's router with its curves among them. Timings are
-not made again, since they are of one quiet machine: latency.json, bench.jsonl, overhead.jsonl.
+by their own commands (analysis/pocket/models/README.md), R2R's router with its curves among them. Not made
+again is what hangs on the machine: latency.json, bench.jsonl, overhead.jsonl, agree.jsonl.
 """
 import argparse
 import subprocess

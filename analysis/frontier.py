@@ -73,6 +73,7 @@ ABLATIONS = [  # what was changed, the policy to compare it with: one seed each
     *((f"labels-{part}", "labels-kappa0.35-seed0") for part in ("cold", "no-rewards", "answers", "offline",
                                                                 "uncalibrated")),
     ("labels-offline", "labels-no-rewards"),
+    *((f"labels-offline-kappa{kappa}", f"labels-kappa{kappa}-seed0") for kappa in ("0.1", "0.8")),
     *((name, BASE) for name in ("no-context", "no-entropy", "hand-back", "clip-symmetric", "advantages-none",
                                 "advantages-std", "dynamic-accuracy"))]
 

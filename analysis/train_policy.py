@@ -160,6 +160,7 @@ BREAK_EVEN = 0.505
 LABELS = Config(tau=0.0005, net="r2r", hand_back=True, warm=True, credit="branch", nets=True,
                 calibrate=True, prompts=64, rollouts=1, forks=512, iterations=9, epochs=1, minibatches=2,
                 lr=2e-4, dev_every=3)
+OFFLINE = replace(LABELS, credit="labels", forks=4096, minibatches=8, iterations=12)
 RUNS = {
     # BASE is the first
     **{f"kappa{kappa:g}-seed{seed}": Config(kappa=kappa, seed=seed) for kappa in (0.35, 0.1, 0.8)
@@ -177,7 +178,9 @@ RUNS = {
     # Each without one part. From nothing there is further to go.
     "labels-cold": replace(LABELS, warm=False, lr=5e-3, iterations=32),
     "labels-no-rewards": replace(LABELS, iterations=0),
-    "labels-offline": replace(LABELS, credit="labels", forks=4096, minibatches=8, iterations=12),
+    "labels-offline": OFFLINE,
+    **{f"labels-offline-kappa{kappa:g}": replace(OFFLINE, kappa=kappa, calibrate=False)
+       for kappa in (0.1, 0.8)},
     "labels-answers": replace(LABELS, credit="answer", prompts=32, rollouts=8),
     "labels-uncalibrated": replace(LABELS, calibrate=False),
 }
