@@ -304,7 +304,8 @@ PUBLISHED = ("split", "problem", "answer", "branches", "labels")
 
 def lay_out(published: Path, settings: Settings, todo: list[dict], folder: Path) -> list[dict]:
     """Labels that were published, rows of PUBLISHED, as stages of a folder, so that the SLM's readings alone
-    are left to make; the problems that they are of. ValueError for rows that are of none of those to do."""
+    are left to make; the problems that they are of. ValueError for rows that are of none of those to do, and
+    for a folder that holds other labels."""
     rows, known = read_rows(published), {split: [row for row in todo if row["split"] == split]
                                          for split in SIZES}
     if not rows:
@@ -326,9 +327,14 @@ def lay_out(published: Path, settings: Settings, todo: list[dict], folder: Path)
     stages = {"answers": [{**problem, "prompt": prompt, "answer": row["answer"]}
                           for problem, prompt, row in zip(chosen, prompts, rows)],
               **{name: [{name: row[name]} for row in rows] for name in ("branches", "labels")}}
-    for name, made in stages.items():
-        if rank() == 0 and not (folder / f"{name}.jsonl").exists():
-            write_rows(folder / f"{name}.jsonl", made)
+    there = {name: read_rows(path) for name in stages if (path := folder / f"{name}.jsonl").exists()}
+    for name, old in there.items():
+        if old != stages[name]:
+            raise ValueError(f"--out {folder} holds other {name} than --published {published}: take another "
+                             "folder")
+    for name in stages.keys() - there.keys():
+        if rank() == 0:
+            write_rows(folder / f"{name}.jsonl", stages[name])
     return chosen
 
 

@@ -327,6 +327,9 @@ def test_published_labels_need_the_readings_only(tmp_path, labelled, monkeypatch
         monkeypatch.setitem(label.STAGES, stage, lambda settings, rows: pytest.fail("is there already"))
     made = label.make_labels(FAST, chosen, folder)
     assert made == [row | {"entropy": pytest.approx(row["entropy"], rel=2e-3)} for row in rows]
+    other = published(tmp_path / "other.jsonl", rows, labels="U" * len(rows[-1]["labels"]))
+    with pytest.raises(ValueError, match="labels holds other labels than --published .*: take another"):
+        label.lay_out(other, FAST, TODO, folder)
 
 
 @pytest.mark.parametrize("changes, message", [
