@@ -13,7 +13,7 @@ from analysis import label, train_policy
 from analysis.conftest import FAST as LABEL_FAST
 from analysis.conftest import MODELS_MS, timed
 from analysis.instruments.labelled import read_labels, worth_of_calls
-from analysis.instruments.rows import read_rows
+from analysis.instruments.rows import append_row, read_rows
 from analysis.instruments.stats import auroc
 from analysis.instruments.task import Task, asked, solve
 from analysis.pocket.domain import (
@@ -474,6 +474,15 @@ def test_thresholds_that_share_a_batch_earn_what_they_do_alone(tmp_path, pocket,
     assert find(tmp_path / "torn.jsonl") == (limits, curves) and asked == [8, 4, 4]
     asked.clear()
     assert find(tmp_path / "whole.jsonl") == (limits, curves) and not asked
+
+
+def test_of_thresholds_that_earn_alike_the_one_nearest_to_the_nets_own_is_taken(tmp_path):
+    tried = tmp_path / "tried.jsonl"
+    append_row(tried, *({"net": "call", "limit": x, "reward": reward}
+                        for x, reward in ((-2.0, 0.5), (-1.0, 0.5), (2.0, 0.5), (3.0, 0.4))))
+    limits, _ = train_policy.best_limits({"call": None}, train_policy.Config(), Task(), None, [None],
+                                         {"call": (-2.0, -1.0, 2.0, 3.0)}, tried)
+    assert limits == {"call": -1.0}
 
 
 def test_how_often_nets_are_asked_by_hand():
