@@ -73,6 +73,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 from rstitch_hf.graphs import Graphs
 from rstitch_hf.inputs import (
     check_arguments,
+    check_context,
     check_count,
     check_decision,
     check_fits,
@@ -125,7 +126,8 @@ def stitch_reference(slm, llm, ids: list[int], router, n: int) -> tuple[list[int
         logits = out.logits[:, -1, :V].float()  # (1, V)
         token, H = logits.argmax(-1), entropy(logits)
         # The last window - 1 entropies, NaN before the first. (A slice from -(window - 1) fails at window 1.)
-        history = torch.tensor([([math.nan] * window + entropies)[len(entropies) + 1:]])  # (1, window - 1)
+        history = torch.tensor([([math.nan] * window + entropies)[len(entropies) + 1:]],
+                               dtype=torch.float32)  # (1, window - 1)
         step = Step([0], [0], logits, out.hidden_states[-1][:, -1], token, H,
                     torch.tensor([len(answer)]), torch.tensor([sequence.shape[1]]), history)
         if active == SLM and router.leave_slm(step):
@@ -432,6 +434,8 @@ def write(rows: list[Row], lms: Sequence[CachedLM], slots: int, router, vocab: i
         for group in similar_lengths(ready, lms[model]):
             for row, call in zip(group, advance(model, lms[model], group, router, vocab, sampling, process)):
                 row.done = call.kept and ended(row, call)
+                if row.done:
+                    row.uniform.clear()
                 if on_token is not None:
                     on_token(row.index, call)
 
@@ -475,7 +479,7 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
         vocab, ranked = min(lm.vocab for lm in lms), lms[0].ranked
         seeds = of_rank_zero(torch.tensor(seeds, device=lms[0].inputs.device)).tolist() if ranked else seeds
         stop = decided_by_rank_zero(stop, lms[0].inputs.device) if ranked and stop is not None else stop
-        eos = end_tokens(eos_token_id, [lm.model for lm in lms])
+        eos = end_tokens(eos_token_id, [lm.model for lm in lms], vocab)
         pad = padding_token(pad_token_id, lms, eos)
         check_padding(input_ids, attention_mask, prompts, lms, eos, pad_token_id)
         first, read_before = getattr(router, "first", SLM), [lm.n_read for lm in lms]
@@ -501,7 +505,7 @@ def stitch(slm, llm, input_ids: torch.Tensor | Sequence[Sequence[int]], router, 
 
 
 BLOCK = 64  # attention reads a multiple of so many columns, see live_columns
-CHUNK = 2048  # tokens in one forward call at most
+CHUNK = 2048  # tokens in one forward call at most, but for the first of a stepwise model
 # Pads that a forward call may hold: on a CPU they cost less than a second call, which reads all weights
 # again, up to about so many (measured). For a GPU, which computes faster than it reads, more are assumed: not
 # measured.
@@ -719,7 +723,9 @@ class CachedLM:
                        for kind in self.layer_types or ["full_attention"] * config.num_hidden_layers]
         self.recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
         self.stepwise = config.model_type in STEPWISE
-        self.cache = {cache_keyword(model): Cache(layers=self.layers)}
+        self.keywords = {cache_keyword(model): Cache(layers=self.layers)}
+        if "output_router_logits" in forward_arguments(type(model)):  # a loss that wants a mask of its own
+            self.keywords["output_router_logits"] = False
         self.config, self.attention = config, attention_of(config)
         self.packs = not graphs and can_pack(model)
         self.compiled = model._compiled_call_impl is not None  # by model.compile()
@@ -727,7 +733,8 @@ class CachedLM:
         # Kept, for model.dtype walks the parameters: as long as a matmul.
         self.vocab, self.dtype = model.get_output_embeddings().weight.shape[0], model.dtype
         self.free = 0 if self.recurrent else FREE["cpu" if device.type == "cpu" else "cuda"]
-        self.inputs = torch.zeros(2 * (max(CHUNK, batch_size) + self.free), dtype=torch.long, device=device)
+        widest = max(CHUNK, batch_size, max_len * self.stepwise) + self.free
+        self.inputs = torch.zeros(2 * widest, dtype=torch.long, device=device)
         self.columns = torch.arange(columns, device=device)
         self.slots = torch.arange(batch_size, device=device)
         self.uniform = torch.zeros(batch_size, dtype=torch.float32, device=device)
@@ -822,7 +829,7 @@ class CachedLM:
         for layer in self.recurrent:
             layer.begin()
         out = self.model(input_ids=ids, position_ids=positions, attention_mask=self.mask(positions, live),
-                         use_cache=True, logits_to_keep=packed or 1, **self.cache)
+                         use_cache=True, logits_to_keep=packed or 1, **self.keywords)
         for layer in self.recurrent:
             layer.end()
         logits, hidden = (x[0, -packed:] if packed else x[:, -1] for x in (out.logits, self.caught["hidden"]))
@@ -870,8 +877,8 @@ class CachedLM:
                                                    uniform and uniform[part])]
                      for part in (some, half)]  # clones: a graph's next replay overwrites its results
             return Output(*map(torch.cat, zip(*parts)))
-        # A stepwise model reads what follows its first chunk token by token, see `read_by_length`.
-        while len(rows) == 1 and len(tokens[0]) > CHUNK and not (self.stepwise and self.cursor[rows[0]]):
+        # But not of a stepwise model, which would read what follows the first chunk token by token.
+        while len(rows) == 1 and len(tokens[0]) > CHUNK and not self.stepwise:
             self.read_together(rows, [tokens[0][:CHUNK]], self.vocab, GREEDY, None)
             tokens = [tokens[0][CHUNK:]]
         read = (self.read_by_length if self.recurrent else
@@ -901,7 +908,7 @@ class CachedLM:
         self.inputs[:2 * len(at)] = torch.tensor([tokens[i][k] for i, k in at]
                                                  + [ends[i] - lengths[i] + k for i, k in at])
         if uniform is not None:
-            self.uniform[:len(rows)] = torch.tensor(uniform)
+            self.uniform[:len(rows)] = torch.tensor(uniform, dtype=torch.float32)
         self.place.packed, token = len(rows), PACKED.set(parts)
         try:
             out = self.call_model(torch.tensor([rows[i] for i, _ in at], device=device), 1, len(at),
@@ -958,7 +965,8 @@ class CachedLM:
         self.place.started = any(self.cursor[row] for row in rows)
         if uniform is not None:
             drawn = dict(zip(rows, uniform))
-            self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in taking_part])
+            self.uniform[:n] = torch.tensor([drawn.get(row, 0.0) for row in taking_part],
+                                            dtype=torch.float32)
         where = (slice(span.start, span.stop) if neighbours
                  else torch.tensor(taking_part, device=self.inputs.device))
         live = min(live_columns(max(positions) + 1, graphed), len(self.columns))
@@ -1033,7 +1041,8 @@ def take_over(row: Row, lm: CachedLM, held: list[Row | None], known: int = 0) ->
     [1 2 3 4] takes the first three of [1 2 3 7 8], but never its own last, which it reads to propose."""
     if lm.stepwise:  # would read token by token what follows a copy
         return False
-    found = [(min(common(row.ids[:-1], other.ids), lm.cursor[slot]), slot) for slot, other in enumerate(held)
+    head = row.ids[:-1]
+    found = [(min(common(head, other.ids), lm.cursor[slot]), slot) for slot, other in enumerate(held)
              if other not in (None, row) and lm.cursor[slot]]
     n, source = max(((n, slot) for n, slot in found if not lm.recurrent or n == lm.cursor[slot]),
                     default=(0, 0))
@@ -1053,10 +1062,11 @@ def share(rows: list[Row], lm: CachedLM, held: list[Row | None]) -> None:
     rows = sorted(rows, key=lambda row: -len(row.ids)) if not lm.stepwise else []
     for row in rows:
         take_over(row, lm, held, lm.cursor[row.slot])
+    heads = [row.ids[:-1] for row in rows]  # the last token is read by each: it makes the proposal
     for i, row in enumerate(rows):
         cuts: dict[int, list[int]] = {}  # by length, the slots that copy so much
-        for other in rows[i + 1:]:
-            n = common(row.ids[:-1], other.ids[:-1])  # the last token is read by each: it makes the proposal
+        for head, other in zip(heads[i + 1:], rows[i + 1:]):
+            n = common(heads[i], head)
             if n >= lm.cursor[other.slot] + SHARED:
                 cuts.setdefault(n, []).append(other.slot)
         # A recurrent layer can be copied only as it is, so its row stops wherever another parts from it.
@@ -1075,7 +1085,8 @@ def admit(row: Row, slot: int, held: list[Row | None], lms: Sequence[CachedLM], 
             lm.reset([slot])
     if sampling.temperature:
         generator = torch.Generator().manual_seed(row.seed)
-        row.uniform = torch.rand(row.limit, 2, generator=generator).tolist()
+        row.uniform = torch.rand(row.limit, 2, generator=generator, dtype=torch.float32,
+                                 device="cpu").tolist()  # whatever torch's defaults are
     held[slot] = row
 
 
@@ -1262,6 +1273,8 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
     if isinstance(model, CachedLM) and model.max_len < longest:
         raise ValueError(f"points reach {longest} tokens: the CachedLM given as model holds rows of "
                          f"{model.max_len}")
+    check_context("points bring a row", "model", model.model if isinstance(model, CachedLM) else model,
+                  longest)
     if isinstance(model, CachedLM) and model.graphs and model.batch_size > 1:
         raise ValueError(f"the CachedLM given as model has graphs of {model.batch_size} rows, which all take "
                          "part in a step: expected one row")
@@ -1291,7 +1304,8 @@ def trajectory_latency(calls: Sequence[Call], slm: LatencyModel, llm: LatencyMod
 
 
 def fingerprint(model) -> str:
-    """Tells one model from another, whatever dtype it was loaded in."""
+    """Tells one model from another, in float32 and in bfloat16 alike. In float16, which loses small weights,
+    it may come out differently."""
     head = weight_of(model.get_output_embeddings())[:1000].detach().dequantize().to("cpu", torch.bfloat16)
     return hashlib.sha256(head.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
@@ -1306,7 +1320,9 @@ def made_of(folder: Path, slm=None, llm=None) -> dict:
     for name, model in (("slm", slm), ("llm", llm)):
         if model is not None and made[name] != fingerprint(model):
             raise ValueError(f"the router in {folder} was made for another {name.upper()}: expected weights "
-                             f"with fingerprint {made[name]}, got {fingerprint(model)}")
+                             f"with fingerprint {made[name]}, got {fingerprint(model)}"
+                             + ", which in float16 may be of the same weights"
+                             * (model.dtype == torch.float16))
     return made
 
 
@@ -1568,7 +1584,7 @@ class Policy(torch.nn.Module):
                              f"hidden size {self.hidden_size}")
         x = [torch.nn.functional.layer_norm(hidden.float(), (self.hidden_size,))]
         x += [entropy.clamp(min=1e-6).log()[:, None]] if self.use_entropy else []
-        x += [(context / 1000).log()[:, None]] if self.use_context else []
+        x += [(context.float() / 1000).log()[:, None]] if self.use_context else []
         return self.mlp(torch.cat(x, 1))[:, 0]
 
 
@@ -1663,7 +1679,7 @@ class PolicyRouter:
         rows = asked.tolist()
         position = step.position[asked].tolist()
         uniform = uniforms(self.seed, [step.seeds[i] for i in rows], position, SLM)
-        action = torch.tensor(uniform, device=logit.device) < logit.sigmoid()
+        action = torch.tensor(uniform, dtype=torch.float32, device=logit.device) < logit.sigmoid()
         self.decisions.append(Decisions([step.rows[i] for i in rows], position, state, action,
                                         log_probability(logit, action)))
         return action

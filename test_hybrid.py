@@ -236,6 +236,16 @@ def test_long_reads_in_chunks_equal_one_call(family, monkeypatch):
         assert lm.cursor == [61]
 
 
+def test_a_model_that_goes_on_token_by_token_reads_a_long_prompt_at_once(monkeypatch):
+    monkeypatch.setattr(rstitch, "CHUNK", 16)
+    lm, lengths = CachedLM(small("Mamba"), 1, 80), []
+    compute = lm.compute
+    monkeypatch.setattr(lm, "compute", lambda *args: lengths.append(args[2]) or compute(*args))
+    out = lm.read([0], tokens_of(1, 74))
+    assert lengths == [74] and lm.n_read == 74
+    assert_close(out.logits, lm.model(torch.tensor(tokens_of(1, 74)), use_cache=False).logits[:, -1])
+
+
 @pytest.mark.parametrize("family", ["Qwen3.5", "Mamba"])
 @torch.no_grad()
 def test_a_draw_is_that_of_its_row_whatever_the_order_of_the_calls(family):

@@ -344,6 +344,15 @@ def test_models_quantised_by_torchao_run(folder, capsys):
     assert rstitch.fingerprint(whole) == rstitch.fingerprint(whole) != rstitch.fingerprint(tiny("Qwen2", 1))
 
 
+def test_a_refused_router_tells_that_float16_may_be_why(tmp_path):
+    plain, half = tiny("Qwen2", 1), tiny.__wrapped__("Qwen2", 1).half()
+    assert rstitch.fingerprint(plain) == rstitch.fingerprint(tiny.__wrapped__("Qwen2", 1).bfloat16())
+    (tmp_path / "made.json").write_text(json.dumps({"slm": rstitch.fingerprint(plain)}))
+    assert rstitch.made_of(tmp_path, plain)
+    with pytest.raises(ValueError, match="another SLM: .*, which in float16 may be of the same weights"):
+        rstitch.made_of(tmp_path, half)
+
+
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 
@@ -369,6 +378,8 @@ def test_prompts_by_hand():
     ids, mask = encode(byte_level(pad="<|endoftext|>"), "hello", turns)
     assert ids.shape == mask.shape and ids[0, 0] == ENDOFTEXT and mask.sum(1).tolist() == [
         len(encode(byte_level(), q)[0][0]) for q in ("hello", turns)]
+    ends = byte_level()  # without a pad, what is decoded as nothing stands in its place
+    assert encode(ends, "hello", turns)[0][0, 0] == ends.eos_token_id != 0
 
 
 @pytest.mark.parametrize("questions, options, message",
@@ -380,6 +391,10 @@ def test_prompts_by_hand():
                                                          "role and a content"),
                           ([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], {},
                            "the last of which is to be answered"),
+                          ([], {}, "expected one or more"),
+                          ([[{"role": "user", "content": [{"type": "text", "text": "a"}]}]],
+                           dict(instruction="b"), "a text as the content of a message, not its parts"),
+                          ([[{"role": "user", "content": None}]], {}, "expected a text as the content"),
                           ([[{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]],
                            dict(system="c"), "system='c': the messages begin with a system message")])
 def test_prompts_that_would_not_be_what_was_asked_for_are_refused(questions, options, message):

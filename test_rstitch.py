@@ -568,6 +568,8 @@ def test_sinks_and_soft_caps_keep_the_models_own_attention():
     for name in ("softcap", "s_aux"):
         with pytest.raises(ValueError, match="has a soft cap or sinks: expected attn_implementation='eager'"):
             serving.grouped_attention(torch.nn.Identity(), x, x, x, torch.zeros(1, 1, 1, 1), **{name: 1.0})
+    with pytest.raises(ValueError, match="Identity has a mask for each head: expected one for all"):
+        serving.grouped_attention(torch.nn.Identity(), x, x, x, torch.zeros(1, 2, 1, 1))
 
 
 # idle rows in between join the call, or the cache of the others is copied
@@ -1095,6 +1097,44 @@ def test_eos_in_every_form(eos):
     assert cut == long[:1 + min(i for i, token in enumerate(long) if token in ends)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_draws_do_not_hang_on_the_default_dtype_of_torch(dtype):
+    pair, policy = (tiny("Qwen2", 1), tiny("Llama", 2)), rstitch.Policy(32, width=8, start=0.4)
+
+    def sampled() -> list:
+        routers = EntropyRouter(0.5, window=2), rstitch.PolicyRouter(policy, 0.1, 0.1, seed=3)
+        return [stitch(*pair, [[5, 6], [7, 8]], router, max_new_tokens=30, temperature=1.0, seed=4,
+                       eos_token_id=[]).calls for router in routers]
+
+    plain = sampled()
+    torch.set_default_dtype(dtype)
+    try:
+        assert sampled() == plain
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_autocast_is_refused_naming_the_remedy():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast: expected slm in"):
+        stitch(tiny("Qwen2", 1), tiny("Llama", 2), [[5, 6]], LLMOnly(), max_new_tokens=3)
+
+
+def test_models_that_return_what_their_experts_were_given_are_served():
+    """A loss that they would compute beside it wants a mask of two dimensions."""
+    plain, told = tiny("Qwen3-MoE", 2), tiny("Qwen3-MoE", 2, output_router_logits=True)
+    some, others = (stitch(plain, llm, [[5, 6], [7]], RandomRouter(0.5), max_new_tokens=9, seed=0)
+                    for llm in (plain, told))
+    assert some.calls == others.calls
+
+
+def test_a_row_that_has_ended_keeps_no_draws():
+    held = []
+    with patch.object(rstitch, "collect", lambda rows, *rest: held.extend(rows)):
+        stitch(tiny("Qwen2", 1), tiny("Llama", 2), [[5, 6], [7]], LLMOnly(), max_new_tokens=[3, 9], slots=1,
+               temperature=1.0, seed=0, eos_token_id=[])
+    assert [(len(row.kept), row.uniform) for row in held] == [(3, []), (9, [])]
+
+
 def test_default_eos_is_that_of_either_model():
     slm, llm = tiny("Qwen2", 41), tiny("Llama", 42)
     long = answers(stitch(slm, llm, torch.tensor([[5, 6]]), LLMOnly(), max_new_tokens=12, eos_token_id=[]))[0]
@@ -1127,6 +1167,11 @@ def built(config: str, model: str, **fields):
 
 def closed(lm: CachedLM) -> CachedLM:
     lm.close()
+    return lm
+
+
+def cast(lm: CachedLM) -> CachedLM:
+    lm.model.to(torch.bfloat16)
     return lm
 
 
@@ -1222,6 +1267,15 @@ BAD_INPUT = {
     r"llm \(FalconForCausalLM\) cannot be served": dict(llm=lambda: built(
         "FalconConfig", "FalconForCausalLM", hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         alibi=True)),
+    r"slm \(DogeForCausalLM\) cannot be served: its positions or its mask": dict(slm=lambda: built(
+        "DogeConfig", "DogeForCausalLM", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)),
+    r"llm \(BertLMHeadModel\) has is_decoder=False": dict(llm=lambda: built(
+        "BertConfig", "BertLMHeadModel", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)),
+    "eos_token_id=40, given: .* expected tokens below 40": dict(eos_token_id=[3, 40]),
+    "eos_token_id=38, a model's own: .* expected tokens below 36": dict(
+        slm=lambda: tiny.__wrapped__(vocab_size=36), llm=lambda: tiny.__wrapped__("Llama", eos_token_id=38)),
+    "the CachedLM given as llm was made for torch.float32: .* torch.bfloat16 now": dict(
+        llm=lambda: cast(CachedLM(tiny.__wrapped__("Llama"), 1, 64))),
     "the CachedLM given as slm is closed": dict(slm=lambda: closed(CachedLM(tiny.__wrapped__(), 1, 64))),
     r"slm \(Qwen2ForCausalLM\) is in training mode": dict(slm=lambda: in_training(CachedLM(tiny.__wrapped__(),
                                                                                            1, 64))),
@@ -1427,6 +1481,8 @@ def test_measured_latency_times_every_point_and_leaves_the_caches_as_new():
     lm.graphs = Replayed()
     with pytest.raises(ValueError, match="graphs of 2 rows, which all take part in a step: expected one row"):
         rstitch.measure_latency(lm, [(1, 3)])
+    with pytest.raises(ValueError, match="points bring a row to 20 tokens: the context of model is 16"):
+        rstitch.measure_latency(tiny("Llama", 2, max_position_embeddings=16), [(1, 3), (2, 18)])
 
 
 # ---- 9. R2R ------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import rstitch
 from analysis.instruments.progress import tracked
-from analysis.instruments.provenance import provenance
+from analysis.instruments.provenance import machine, provenance
 from analysis.instruments.rows import RESULTS, append_row, newest
 from analysis.instruments.shapes import SHAPES, build, bytes_of, measure_limits, products
 from analysis.instruments.stats import bootstrap, signed, with_interval
@@ -60,6 +60,20 @@ def spread(values: Sequence[float]) -> list[float]:
 
 def in_words(x: Sequence[float], unit: str = "", digits: int = 2) -> str:
     return "{:.{d}f}{u} ({:.{d}f}, {:.{d}f})".format(*x, u=unit, d=digits)
+
+
+def where(device: str) -> dict:
+    """What times hang on beside the code."""
+    return {"threads": torch.get_num_threads(), "machine": machine(device), "torch": torch.__version__}
+
+
+def made(seed: int, rounds: int, device: str = "cpu", dtype: str = "float32") -> dict:
+    return where(device) | provenance(seed, rounds, device, dtype)
+
+
+def known(rounds: int, device: str, dtype: str, **wanted) -> dict | None:
+    """The last row that was timed on this kind of machine, with these threads and this torch."""
+    return newest(FILE, **wanted, n=rounds, dtype=dtype, **where(device))
 
 
 # ---- the loop against generate() --------------------------------------------------------------------------
@@ -86,8 +100,7 @@ def against_generate(pair, batch_size: int, new_tokens: int, rounds: int, seed: 
     return {"what": "stitch(LLMOnly) against generate()", "batch_size": batch_size, "new_tokens": new_tokens,
             "generate_tokens_per_s": float(np.median(speed["generate"])),
             "stitch_tokens_per_s": float(np.median(speed["stitch"])),
-            "ratio": ratio[0], "ratio_quartiles": ratio[1:], "threads": torch.get_num_threads(),
-            **provenance(seed, rounds)}
+            "ratio": ratio[0], "ratio_quartiles": ratio[1:], **made(seed, rounds)}
 
 
 def bench_loop(new_tokens: int, rounds: int) -> None:
@@ -129,7 +142,7 @@ def slots_row(pair, n: int, slots: int, rounds: int, tau: float = 0.005, seed: i
     return {"what": "slots against batches", "slots": slots, "tau": tau, "problems": n, "tokens": written[0],
             "tokens_per_s": speed,
             "ratio": spread(np.array(ms["batches"]) / np.array(ms["slots"])),
-            "threads": torch.get_num_threads(), **provenance(seed, rounds)}
+            **made(seed, rounds)}
 
 
 def bench_slots(slots: int, n: int, rounds: int) -> None:
@@ -176,7 +189,7 @@ def branches_row(pair, lengths: Sequence[int], every: int, more: int, rounds: in
         costs = {name: [x[0] if what == "ms" else x for x in of] for name, of in out[what].items()}
         out[f"exponent of {what}"] = {name: float(np.polyfit(np.log(lengths), np.log(cost), 1)[0])
                                       for name, cost in costs.items()}
-    return out | {"threads": torch.get_num_threads(), **provenance(seed, rounds)}
+    return out | made(seed, rounds)
 
 
 def bench_branches(rounds: int) -> None:
@@ -276,24 +289,18 @@ def attention_row(shape: str, batch: int, context: int, S: int, device: str, dty
     times = {name: [x / 20 for x in ms] for name, ms in interleaved(runs, rounds, device).items()}
     return {"what": "attention", "shape": shape, "batch": batch, "context": context, "tokens": S,
             "ms": {name: spread(ms) for name, ms in times.items()}, "error": error,
-            "threads": torch.get_num_threads(), "device_name": device_name(device),
-            **provenance(0, rounds, device, dtype)}
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+            **made(0, rounds, device, dtype)}
 
 
 def bench_attention(batches: list[int], contexts: list[int], device: str, dtype: str, rounds: int) -> None:
-    print(f"milliseconds of one layer, medians and quartiles (lower is better), {device_name(device)}, "
+    print(f"milliseconds of one layer, medians and quartiles (lower is better), {machine(device)}, "
           f"{dtype}")
     for shape in HEADS:
         for batch in batches:
             for context in contexts:
                 for S in (1, 4):
                     key = dict(shape=shape, batch=batch, context=context, tokens=S)
-                    row = newest(FILE, what="attention", **key, n=rounds, threads=torch.get_num_threads(),
-                                 dtype=dtype, device_name=device_name(device))
+                    row = known(rounds, device, dtype, what="attention", **key)
                     if row is None:
                         row = attention_row(shape, batch, context, S, device, dtype, rounds)
                         append_row(FILE, row)
@@ -385,7 +392,7 @@ def bench_steps(rounds: int) -> None:
            "ms": {b: [spread(ms) for ms in rows] for b, rows in times.items()},
            "fit": {b: fit_line(contexts, rows) for b, rows in times.items()},
            "fit_long": {b: fit_line(contexts[long:], rows[long:]) for b, rows in times.items()},
-           "key_us": key_prices(contexts, times), "threads": 1, **provenance(0, rounds)}
+           "key_us": key_prices(contexts, times), **made(0, rounds)}
     append_row(FILE, row)
     print(show_steps(row))
     plot_steps(row, RESULTS / "steps.png")
@@ -678,9 +685,7 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
     sizes = [bytes_of(name, batch, longest, kind.itemsize) for name in names]
     needed = sum(w + 2 * c for w, _, c in sizes) + 2e9
     key = {"what": "shapes", "pair": pair, "batch": batch, "context": context, "share": script.share,
-           "visit": script.visit,
-           "new_tokens": tokens, "device_name": device_name(device), "threads": torch.get_num_threads(),
-           **provenance(0, rounds, device, dtype)}
+           "visit": script.visit, "new_tokens": tokens, **made(0, rounds, device, dtype)}
     if cuda:
         forget(device)
         if needed > 0.95 * torch.cuda.mem_get_info(device)[0]:
@@ -715,7 +720,7 @@ def shapes_row(pair: str, batch: int, context: int, script: Script, tokens: int,
 
 def show_shapes(row: dict) -> str:
     head = (f"{row['pair']}, batch {row['batch']}, context {row['context']}, {100 * row['share']:g} % LLM in "
-            f"visits of {row['visit']:g}, {row['device_name']}, {row['dtype']}")
+            f"visits of {row['visit']:g}, {row['machine']}, {row['dtype']}")
     if not row["fits"]:
         return f"{head}: does not fit: {row['needed_gb']:.0f} GB"
     lines = [head, *(f"  {name:32} {in_words(x, ' tokens/s', 1)}" for name, x in row["tokens_per_s"].items())]
@@ -739,11 +744,9 @@ def bench_shapes(pairs: list[str], batches: list[int], contexts: list[int], scri
     for pair in pairs:
         for context in contexts:
             for batch in batches:
-                row = newest(FILE, what="shapes", pair=pair, batch=batch, context=context, share=script.share,
-                             visit=script.visit, new_tokens=tokens, n=rounds, threads=torch.get_num_threads(),
-                             dtype=dtype,
-                            device_name=device_name(device))
-                if row is None or "peak_gflop_per_s" not in row:  # an older floor was of bytes alone
+                row = known(rounds, device, dtype, what="shapes", pair=pair, batch=batch, context=context,
+                            share=script.share, visit=script.visit, new_tokens=tokens)
+                if row is None:
                     row = shapes_row(pair, batch, context, script, tokens, rounds, device, dtype)
                     append_row(FILE, *[row] * row["fits"])  # what did not fit may fit another time
                 print(show_shapes(row), flush=True)

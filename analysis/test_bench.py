@@ -177,6 +177,11 @@ def test_a_cell_is_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == first
     assert first.count("does not fit") == 0
     assert "simulated ceiling" in first
+    assert f"visits of 2, {row['machine']}, float32" in first
+    monkeypatch.setattr(bench, "machine", lambda device: "another processor")
+    bench.main()  # what one machine took is no time of another's
+    assert "visits of 2, another processor, float32" in capsys.readouterr().out
+    assert len((tmp_path / "bench.jsonl").read_text().splitlines()) == 2
     assert bench.show_shapes(row | {"fits": False, "needed_gb": 81.2}).endswith("does not fit: 81 GB")
 
 

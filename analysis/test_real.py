@@ -292,6 +292,7 @@ def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path,
                        ([*fit, RESULTS / "latency.json", "--ratio", 5], 0), ([*fit, path], 2),
                        ([*fit, RESULTS / "real" / "labels.json"], 2),
                        ([*fit, RESULTS / "real" / "latency.json"], 2),
+                       ([RESULTS / "frontier.jsonl"], 2), ([RESULTS / "real" / "clock.jsonl"], 2),
                        ([path, "--ratio", 5], 2), ([*fit, RESULTS / "latency.json", "--ratio", 0], 2)):
         monkeypatch.setattr(sys, "argv", ["real", *map(str, argv)])
         if code:
@@ -310,6 +311,7 @@ def test_the_command_prints_the_tables_of_what_analysis_answers_writes(tmp_path,
     assert err.count("expected a file of analysis.latency") == 2
     assert "latency.json is of bfloat16: expected that of the answers, float32" in err
     assert err.count("expected numbers above 0") == 2
+    assert err.count("expected the rows of analysis.answers (it has other ones only)") == 2
     models = load_latency()
     slower = answers.with_ratio(models, 5)
     assert slower[1].decode(0) == pytest.approx(5 * models[0].decode(0)) and slower[0] is models[0]

@@ -3,6 +3,7 @@
 Bad input is told in one sentence that names the argument, its value and what is expected, before any work.
 """
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
@@ -73,7 +74,8 @@ def check_scores(name: str, scores, logits: torch.Tensor) -> None:
 
 def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
     """One seed per row: an integer gives row i one made from (seed, i), a list is taken as it is, None draws
-    from torch's generator. ValueError for what is neither."""
+    from torch's generator. ValueError for what is neither. What is sampled follows from a seed's lowest 32
+    bits, all that torch's generator on the CPU takes."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     if isinstance(seed, Integral):
@@ -134,8 +136,9 @@ def listed(prompts: Sequence, attention_mask) -> list[list[int]]:
     return [list(ids) for ids in prompts]
 
 
-def end_tokens(eos_token_id, models: Sequence) -> list[int]:
-    """The tokens that end an answer: those given, else every EOS of either model."""
+def end_tokens(eos_token_id, models: Sequence, vocab: float = math.inf) -> list[int]:
+    """The tokens that end an answer: those given, else every EOS of either model. ValueError for what is no
+    token, or lies beyond the `vocab` logits that both models have."""
     own = [model.generation_config.eos_token_id for model in models]
     given = own if eos_token_id is None else [eos_token_id]
     try:
@@ -146,6 +149,10 @@ def end_tokens(eos_token_id, models: Sequence) -> list[int]:
     if not all(type(token) is int for token in tokens):
         raise ValueError(f"eos_token_id={eos_token_id!r}: expected a token id or several, or None for those "
                          "of the models")
+    if max(tokens, default=0) >= vocab:
+        whose = "given" if eos_token_id is not None else "a model's own"
+        raise ValueError(f"eos_token_id={max(tokens)}, {whose}: nothing would ever end with it, expected "
+                         f"tokens below {vocab}, the logits that both models have")
     return tokens
 
 
@@ -176,19 +183,30 @@ def check_padding(input_ids, attention_mask, prompts: list[list[int]], lms: Sequ
                          "and an attention_mask")
 
 
+def check_context(what: str, name: str, model, length: int) -> None:
+    """ValueError where rows of `length` tokens, which `what` asks for, exceed a model's context."""
+    config = getattr(model, "config", None)
+    context = config and getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context and length > context:
+        raise ValueError(f"{what} to {length} tokens: the context of {name} is {context}")
+
+
 def check_fits(name: str, lm, prompts: list[list[int]], slots: int, length: int) -> None:
-    """ValueError where rows of up to `length` tokens exceed a cache, a model's context or its vocabulary."""
-    context = getattr(lm.model.config.get_text_config(decoder=True), "max_position_embeddings",
-                      None) or length
+    """ValueError where rows of up to `length` tokens exceed a cache, a model's context or its vocabulary, and
+    for numbers of another dtype than the cache's."""
     lowest, highest = min(map(min, prompts)), max(map(max, prompts))
     if not lm.layers:
         raise ValueError(f"the CachedLM given as {name} is closed")
     if slots > lm.batch_size or length > lm.max_len:
         raise ValueError(f"input_ids needs {slots} rows of {length} tokens: the CachedLM given as {name} "
                          f"holds {lm.batch_size} of {lm.max_len}")
-    if length > context:
-        raise ValueError(f"max_new_tokens brings the longest row to {length} tokens: the context of {name} "
-                         f"is {context}")
+    check_context("max_new_tokens brings the longest row", name, lm.model, length)
+    if lm.model.dtype != lm.dtype:
+        raise ValueError(f"the CachedLM given as {name} was made for {lm.dtype}: its model is in "
+                         f"{lm.model.dtype} now")
+    if torch.is_autocast_enabled(lm.inputs.device.type):
+        raise ValueError(f"stitch under torch.autocast: expected {name} in the dtype that is wanted, as "
+                         "from_pretrained(..., dtype=...) loads it")
     if lowest < 0 or highest >= lm.vocab:
         raise ValueError(f"input_ids ranges from {lowest} to {highest}: {name} knows tokens 0 to "
                          f"{lm.vocab - 1}")

@@ -244,10 +244,14 @@ def check_question(question: Question) -> None:
     if not all({"role", "content"} <= m.keys() for m in question) or question[-1]["role"] == "assistant":
         raise ValueError(f"question={question!r}: expected messages with a role and a content, the last of "
                          "which is to be answered")
+    if not all(isinstance(m["content"], str | None) for m in question) or question[-1]["content"] is None:
+        raise ValueError(f"question={question!r}: expected a text as the content of a message, not its parts")
 
 
 def check_prompting(tokenizer, questions: Sequence[Question], system: str | None, template: dict) -> None:
     """ValueError for what the chat template, or a tokenizer without one, would ignore."""
+    if not questions:
+        raise ValueError("questions=(): expected one or more")
     for question in questions:
         check_question(question)
     if not tokenizer.chat_template:
@@ -295,4 +299,6 @@ def encode(tokenizer, *questions: Question, system: str | None = None, instructi
     else:
         texts = [chat[-1]["content"] for chat in chats]
     rows = [tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids for text in texts]
-    return left_padded(rows, tokenizer.pad_token_id or 0)  # many tokenizers have none; the mask hides it
+    # Many tokenizers have no padding token. The mask hides it, but not from who decodes the sequences.
+    pads = [pad for pad in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if pad is not None]
+    return left_padded(rows, pads[0])

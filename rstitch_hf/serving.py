@@ -43,6 +43,8 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
         raise ValueError(f"{type(module).__name__} has a soft cap or sinks: expected "
                          "attn_implementation='eager', not 'sdpa'")
+    if attention_mask is not None and attention_mask.shape[1] > 1:
+        raise ValueError(f"{type(module).__name__} has a mask for each head: expected one for all of them")
     if (parts := PACKED.get()) is None:
         return attend(query, key, value, attention_mask, scaling).contiguous(), None
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
@@ -74,10 +76,14 @@ def attention_of(config) -> str:
 
 
 # Of all causal models of transformers 5.23 that take position_ids, those that differ from a full recompute
-# all the same.
+# all the same. Doge's attention makes masks of its own, for each head.
 MISPLACED = frozenset((
-    "gpt_neo moshi roberta roberta-prelayernorm camembert data2vec-text xlm-roberta xlm-roberta-xl "
+    "doge gpt_neo moshi roberta roberta-prelayernorm camembert data2vec-text xlm-roberta xlm-roberta-xl "
     "xmod").split())
+
+
+# Those that are decoders only where their config says is_decoder=True.
+ENCODERS = frozenset("bert bert-generation big_bird electra ernie megatron-bert rembert roc_bert".split())
 
 
 @lru_cache(maxsize=None)
@@ -157,6 +163,8 @@ def check_servable(model, max_len: int, name: str = "model") -> None:
     attention = config._attn_implementation
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: expected a decoder-only model")
+    if config.model_type in ENCODERS and not config.is_decoder:
+        raise ValueError(f"{name} has is_decoder=False, every token sees those behind it: expected a decoder")
     if (getattr(model, "_is_stateful", False) or kinds) and not recurrent:
         kept, tested = ", ".join(sorted(kinds)) or "state-space", ", ".join(sorted(CHUNKED | STEPWISE))
         raise ValueError(f"{name} keeps a state that is not one key and value per token ({kept}) and was not "

@@ -24,7 +24,8 @@ def processor() -> str:
 
 def machine(device: str) -> str:
     """Of rows that hang on rounding: the processor, or the GPU's name."""
-    return processor() if device == "cpu" else torch.cuda.get_device_name(device)
+    cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else processor()
 
 
 def commit() -> str | None:

@@ -705,6 +705,8 @@ def frontier_verdicts(claims: list[tuple[str, str, str, str]], frontier: list[di
     share = next(r["llm_share"] for r in frontier if r["name"] == "tau 0.02")
     out = [line(*claim[:2], claim[2:], found) for claim, found in zip((low, middle), of_llm)]
     random = real_finding(methods, "tau=0.02", "random")
+    if random:  # the real pair's share is another one
+        random = f"{random[0]}, {100 * real.llm_share(methods['tau=0.02']):.0f} % LLM", random[1]
     out.append(share_claim(runs, "R-Stitch", "random", share, "not compared", random))
     policies = [c for c in claims if c[0].startswith("R-Stitch+, ") and c[0].endswith("fixed rules, %")]
     chosen = [c for c in policies if "kappa0.35" in c[0]] or policies

@@ -60,7 +60,7 @@ def worlds(rows: Iterable[dict]) -> list[dict[str, list[dict]]]:
     router's name tells its net."""
     found: dict[str, dict[str, dict[tuple, dict]]] = {}
     for row in rows:
-        if row["what"] == "answer":
+        if row.get("what") == "answer":
             methods = found.setdefault(repr([row.get(name) for name in WORLD]), {})
             name = row["method"] + (BY + row["net"] if "net" in row else "")
             methods.setdefault(name, {}).setdefault((row["problem"], row["sample"]), row)
@@ -330,7 +330,7 @@ def fixed_rules(methods: dict[str, list[dict]], name: str) -> list[str]:
 
 def nets_ms(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
     """By trained net, how long a decision of each of its parts takes, as it was timed last."""
-    return {row["net"]: row["ms"] for row in rows if row["what"] == "net"}
+    return {row["net"]: row["ms"] for row in rows if row.get("what") == "net"}
 
 
 def speeds_table(methods: dict[str, list[dict]], ms: Callable[[dict], float],
@@ -408,7 +408,14 @@ def main() -> None:
         parser.error(f"--vocab={args.vocab}: expected 2 or more")
     if args.ratio and not (args.latency and all(0 < ratio < math.inf for ratio in args.ratio)):
         parser.error(f"--ratio {' '.join(map(str, args.ratio))}: expected numbers above 0, and --latency")
-    rows, costs = read_rows(args.file), {}
+    try:
+        rows = read_rows(args.file)
+        kinds = {row.get("what") if isinstance(row, dict) else None for row in rows}
+        if rows and "answer" not in kinds:
+            raise ValueError("it has other ones only")
+    except ValueError as error:
+        parser.error(f"{args.file}: expected the rows of analysis.answers ({error})")
+    costs = {}
     if args.latency:
         from analysis.answers import milliseconds, with_ratio  # needs torch
         from analysis.instruments.task import load_latency
