@@ -1024,9 +1024,12 @@ def next_model(rows: list[Row], last: int, in_a_row: int) -> int:
 SHARED = 16  # tokens that sequences begin with alike, from which on copying them pays
 
 
-def common(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences begin with alike: by halves, since comparing two slices is fast."""
-    low, high = 0, min(len(a), len(b))
+def common(a: list[int], b: list[int], least: int = 0) -> int:
+    """How many tokens two sequences begin with alike, 0 for fewer than `least`; by halves, for to compare two
+    slices is fast."""
+    low, high = least, min(len(a), len(b))
+    if low > high or a[:low] != b[:low]:
+        return 0
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
@@ -1042,8 +1045,8 @@ def take_over(row: Row, lm: CachedLM, held: list[Row | None], known: int = 0) ->
     if lm.stepwise:  # would read token by token what follows a copy
         return False
     head = row.ids[:-1]
-    found = [(min(common(head, other.ids), lm.cursor[slot]), slot) for slot, other in enumerate(held)
-             if other not in (None, row) and lm.cursor[slot]]
+    found = [(min(common(head, other.ids, known + SHARED), lm.cursor[slot]), slot)
+             for slot, other in enumerate(held) if other not in (None, row) and lm.cursor[slot]]
     n, source = max(((n, slot) for n, slot in found if not lm.recurrent or n == lm.cursor[slot]),
                     default=(0, 0))
     if n < known + SHARED:
@@ -1066,8 +1069,7 @@ def share(rows: list[Row], lm: CachedLM, held: list[Row | None]) -> None:
     for i, row in enumerate(rows):
         cuts: dict[int, list[int]] = {}  # by length, the slots that copy so much
         for head, other in zip(heads[i + 1:], rows[i + 1:]):
-            n = common(heads[i], head)
-            if n >= lm.cursor[other.slot] + SHARED:
+            if n := common(heads[i], head, lm.cursor[other.slot] + SHARED):
                 cuts.setdefault(n, []).append(other.slot)
         # A recurrent layer can be copied only as it is, so its row stops wherever another parts from it.
         for n in sorted(cuts, reverse=not lm.recurrent):

@@ -917,6 +917,7 @@ def test_a_finished_rows_slot_goes_to_the_next_prompt():
 def test_common_beginnings(a, b):
     n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     assert rstitch.common(a, b) == n
+    assert [rstitch.common(a, b, least) for least in range(n + 3)] == [n] * (n + 1) + [0, 0]
 
 
 def test_what_prompts_begin_with_alike_is_read_once():
