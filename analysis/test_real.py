@@ -49,6 +49,16 @@ def test_figures_of_a_method_by_hand():
     assert 2 <= x["tokens"][1] <= 4 <= x["tokens"][2] <= 6
 
 
+def test_trained_routers_are_held_against_the_llm_and_policies_against_each_other():
+    nets = [row("policy", i, letter == "1", net=net) for net, right in (("a", "110"), ("b", "010"))
+            for i, letter in enumerate(right)]
+    lines = real.differences_table(real.worlds(rights("llm", "111") + nets)[0]).splitlines()
+    points = {line.split("  ")[0]: re.split(r"  +", line)[1].split()[0] for line in lines}
+    # of three problems the LLM solves all, a policy two and the other one of these
+    assert points["LLM alone - policy by a"] == "+33.3" and points["LLM alone - policy by b"] == "+66.7"
+    assert points["policy by a - policy by b"] == "+33.3"
+
+
 def test_samples_of_a_problem_stay_together():
     """Two problems, all samples of one right and of the other wrong: an interval from 0 to 1, however many
     samples there are."""

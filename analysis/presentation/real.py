@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -265,13 +266,14 @@ def decided(name: str, x: tuple[float, float, float, int] | None) -> str:
 
 def differences_table(methods: dict[str, list[dict]]) -> str:
     """Right answers of one method minus another's, in points, on all problems that both answered and without
-    those seen before."""
+    those seen before: COMPARISONS, trained routers against the LLM alone, and policies against each other."""
+    runs, policies = runs_of_nets(methods), [name for name in methods if name.startswith("policy")]
     lines = [("right answers, points", "all problems", "n", f"without the first {SEEN}", "n",
               "on all problems")]
-    for a, b in COMPARISONS:
+    for a, b in (*COMPARISONS, *(("llm", run) for run in runs), *combinations(policies, 2)):
         all_of, unseen = (difference(methods, a, b, first) for first in (0, SEEN))
         cells = [(signed(x[:3]), str(x[3])) if x else (MISSING, "0") for x in (all_of, unseen)]
-        lines.append((f"{NAMES[a]} - {NAMES[b]}", *cells[0], *cells[1], decided(a, all_of)))
+        lines.append((f"{NAMES.get(a, a)} - {NAMES.get(b, b)}", *cells[0], *cells[1], decided(a, all_of)))
     return table(lines)
 
 
