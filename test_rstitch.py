@@ -920,6 +920,14 @@ def test_common_beginnings(a, b):
     assert [rstitch.common(a, b, least) for least in range(n + 3)] == [n] * (n + 1) + [0, 0]
 
 
+def test_what_a_row_has_copied_is_not_taken_from_another_that_has_less_of_it():
+    model, stem, other = tiny("Llama", 2), prompts([100], seed=3)[0][0].tolist(), prompts([50], seed=4)[0][0]
+    rows = [stem + [5], stem[:40] + [1] + other.tolist() + [6], stem[:80] + [0, 7]]
+    result = stitch(model, model, rows, LLMOnly(), max_new_tokens=1, eos_token_id=[])
+    # the first reads all of its 101, the second 52 beyond the 40 that it copies, the third 2 beyond its 80
+    assert result.n_read == (0, 101 + 52 + 2)
+
+
 def test_what_prompts_begin_with_alike_is_read_once():
     model = tiny("Llama", 2)
     stem = prompts([100], seed=3)[0][0].tolist()
@@ -1113,6 +1121,18 @@ def test_draws_do_not_hang_on_the_default_dtype_of_torch(dtype):
         assert sampled() == plain
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_actions_do_not_hang_on_the_default_dtype_of_torch(monkeypatch):
+    """In bfloat16 0.4999 would be 0.5, which is not below the probability of 0.5."""
+    monkeypatch.setattr(rstitch, "uniforms", lambda seed, seeds, positions, model: [0.4999] * len(seeds))
+    router = rstitch.PolicyRouter(rstitch.Policy(32, width=8, start=0.5), 0.0, 0.0, seed=3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        stitch(tiny("Qwen2", 1), tiny("Llama", 2), [[5, 6]], router, max_new_tokens=9, eos_token_id=[])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert router.decisions and all(d.action.all() for d in router.decisions)
 
 
 def test_autocast_is_refused_naming_the_remedy():

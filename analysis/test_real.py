@@ -52,11 +52,13 @@ def test_figures_of_a_method_by_hand():
 def test_trained_routers_are_held_against_the_llm_and_policies_against_each_other():
     nets = [row("policy", i, letter == "1", net=net) for net, right in (("a", "110"), ("b", "010"))
             for i, letter in enumerate(right)]
+    nets += [one | {"net": "c"} for one in rights("r2r", "111")]
     lines = real.differences_table(real.worlds(rights("llm", "111") + nets)[0]).splitlines()
     points = {line.split("  ")[0]: re.split(r"  +", line)[1].split()[0] for line in lines}
     # of three problems the LLM solves all, a policy two and the other one of these
     assert points["LLM alone - policy by a"] == "+33.3" and points["LLM alone - policy by b"] == "+66.7"
-    assert points["policy by a - policy by b"] == "+33.3"
+    assert points["policy by a - policy by b"] == "+33.3" and points["LLM alone - r2r by c"] == "+0.0"
+    assert not any("r2r" in line and "policy" in line for line in points)
 
 
 def test_samples_of_a_problem_stay_together():
