@@ -865,7 +865,8 @@ class CachedLM:
         column is the last token of every row. A pad repeats the row's first token at that token's position:
         it computes and writes what the token itself does, so it needs no column of its own. With recurrent
         layers, to which it would be one more token, rows that differ in length read one after the other. More
-        than CHUNK tokens, pads included, take several calls, of fewer rows, or of fewer tokens of one row."""
+        than CHUNK tokens, pads included, take several calls, of fewer rows, or of fewer tokens of one row;
+        not of one row of a stepwise model, which would read what follows its first call token by token."""
         assert self.layers and len(set(rows)) == len(rows) == len(tokens) and all(tokens), (rows, tokens)
         ends = [self.cursor[row] + len(line) for row, line in zip(rows, tokens)]
         assert max(ends) <= self.max_len, f"a row would hold {max(ends)} of {self.max_len} tokens"
@@ -877,7 +878,6 @@ class CachedLM:
                                                    uniform and uniform[part])]
                      for part in (some, half)]  # clones: a graph's next replay overwrites its results
             return Output(*map(torch.cat, zip(*parts)))
-        # But not of a stepwise model, which would read what follows the first chunk token by token.
         while len(rows) == 1 and len(tokens[0]) > CHUNK and not self.stepwise:
             self.read_together(rows, [tokens[0][:CHUNK]], self.vocab, GREEDY, None)
             tokens = [tokens[0][CHUNK:]]
@@ -1275,12 +1275,11 @@ def measure_latency(model, points: Sequence[tuple[int, int]], repeats: int = 5) 
     if isinstance(model, CachedLM) and model.max_len < longest:
         raise ValueError(f"points reach {longest} tokens: the CachedLM given as model holds rows of "
                          f"{model.max_len}")
-    check_context("points bring a row", "model", model.model if isinstance(model, CachedLM) else model,
-                  longest)
     if isinstance(model, CachedLM) and model.graphs and model.batch_size > 1:
         raise ValueError(f"the CachedLM given as model has graphs of {model.batch_size} rows, which all take "
                          "part in a step: expected one row")
     with nullcontext(model) if isinstance(model, CachedLM) else closing(CachedLM(model, 1, longest)) as lm:
+        check_context("points bring a row", "model", lm.model, longest)
         router, samples = EntropyRouter(), []
         for n_inf, n_kv in list(points) * repeats:
             for _ in range(2):

@@ -33,7 +33,7 @@ from transformers import DynamicCache
 
 import rstitch
 from analysis.instruments.checkpoints import CHECKPOINTS
-from analysis.instruments.judges import ENCODED, JUDGES, Case, build_judge, context_of
+from analysis.instruments.judges import ENCODED, JUDGES, Case, build_judge
 from analysis.instruments.options import add_options, given, option
 from analysis.instruments.pool import parallel_map
 from analysis.instruments.problems import question, read_problems, split_of
@@ -47,7 +47,7 @@ from analysis.pocket.domain import problems
 from rstitch import fingerprint
 from rstitch_hf.loading import left_padded, load_tokenizer
 from rstitch_hf.ranks import rank, start
-from rstitch_hf.serving import cache_keyword, device_of
+from rstitch_hf.serving import cache_keyword, context_of, device_of
 
 FOLDER = CHECKPOINTS / "labels"
 # problems of the pocket domain, as shares of --n

@@ -9,6 +9,8 @@ from numbers import Integral, Real
 
 import torch
 
+from rstitch_hf.serving import context_of
+
 
 def check_count(name: str, value, least: int = 1) -> None:
     """ValueError unless value is an integer, `least` or more."""
@@ -185,9 +187,7 @@ def check_padding(input_ids, attention_mask, prompts: list[list[int]], lms: Sequ
 
 def check_context(what: str, name: str, model, length: int) -> None:
     """ValueError where rows of `length` tokens, which `what` asks for, exceed a model's context."""
-    config = getattr(model, "config", None)
-    context = config and getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context and length > context:
+    if length > (context := context_of(model)):
         raise ValueError(f"{what} to {length} tokens: the context of {name} is {context}")
 
 

@@ -124,6 +124,11 @@ def device_of(model) -> torch.device:
     return model.device if place is None else torch.device(place)
 
 
+def context_of(model) -> float:
+    """Tokens that a model can read."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
 def weight_of(module) -> torch.Tensor:
     """A layer's weight, from where accelerate keeps it, and whole where ranks hold parts."""
     if hasattr(module.weight, "full_tensor"):

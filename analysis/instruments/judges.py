@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 import rstitch
 from analysis.instruments.grading import final_answer, same
 from rstitch_hf.loading import load_model, load_tokenizer
+from rstitch_hf.serving import context_of
 
 
 class Case(NamedTuple):
@@ -104,12 +105,6 @@ class Sentences:
         hidden = self.model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"][..., None]
         return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
-
-
-def context_of(model) -> float:
-    """Tokens that a model can read."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings",
-                   None) or float("inf")
 
 
 class LMJudge:
