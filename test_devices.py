@@ -179,12 +179,9 @@ def test_an_llm_over_two_processes_equals_one_process(split, family):
 @pytest.mark.parametrize("argv, message", [
     (["question"], "python rstitch.py without --tp is for one process, 2 were started"),
     (["--tp", "--llm", "{folder}/odd", "--slm", "{folder}/odd", "question"],
-     "has num_key_value_heads=1: expected a number of ranks that divides it, got 2"),
-    (["--tp", "--llm", "{folder}/none", "--slm", "{folder}/none", "question"],
-     "cannot be split by --tp: transformers has no tensor parallel plan for gpt2")])
+     "has num_key_value_heads=1: expected a number of ranks that divides it, got 2")])
 def test_a_wrong_launch_ends_in_one_sentence(tmp_path, argv, message):
     saved(tmp_path, "odd", 1, num_key_value_heads=1)
-    saved(tmp_path, "none", 1, family="GPT-2")
     status, _, errors = ended(torchrun(2, "rstitch.py", *(word.format(folder=tmp_path) for word in argv)), 60)
     assert status and errors.count(message) == 1, errors
 
@@ -208,14 +205,15 @@ def test_one_process_is_not_split(capsys):
     assert "--tp splits the LLM over several processes: expected torchrun" in capsys.readouterr().err
 
 
-def test_the_command_over_two_processes_prints_one_answer(tmp_path):
+def test_the_command_over_two_processes_prints_one_answer(tmp_path, capsys):
     for name, seed in (("slm", 1), ("llm", 2)):
         saved(tmp_path, name, seed)
     pair = ["--slm", str(tmp_path / "slm"), "--llm", str(tmp_path / "llm"), "--router", "random", "--p",
             "0.5", "--max-new-tokens", "9", "--device", "cpu", "What is 2 + 3?"]
     status, split, errors = ended(torchrun(2, "rstitch.py", "--tp", *pair), 100)
-    other, alone, _ = ended(torchrun(1, "rstitch.py", *pair), 100)
-    assert status == other == 0, errors
+    assert status == 0, errors
+    command.main(pair)
+    alone = capsys.readouterr().out
     assert split.rsplit(", ", 2)[0] == alone.rsplit(", ", 2)[0] and "9 tokens" in split
 
 

@@ -194,13 +194,12 @@ def test_the_figures_of_the_readme_are_the_committed_ones():
              "R2R": "r2r=0.4174 by ce4dc9c6bf7d",
              "R-Stitch, tau 0.02, visits of one token": "tau=0.02,back=1"}
     rows = table(README, "## What came of it")
-    models = load_latency(figures.results("real/latency.json"))
+    ms = partial(milliseconds, models=load_latency(figures.results("real/latency.json")), nets_ms=nets)
+    llm = real.priced(methods["llm"], ms)
     assert len(rows) == 7
     for method, n, right, share, speed in rows:
         answers = methods[real.resolve(methods, names[method])]
-        ms = partial(milliseconds, models=models, nets_ms=nets)
-        fitted = real.speed(*(real.priced(found, ms) for found in (answers, methods["llm"])))
-        assert speed == with_interval(fitted[:3], " x", 2), method
+        assert speed == with_interval(real.speed(real.priced(answers, ms), llm)[:3], " x", 2), method
         x = real.figures_of(answers)
         assert (right, share) == (real.percent(x["right"]), f"{100 * x['llm_share'][0]:.1f}"), method
         assert int(n.replace(",", "")) == len(real.by_problem(answers)), method

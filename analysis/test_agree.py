@@ -1,8 +1,6 @@
 """Judges held against each other: by hand, and on labels of the pocket pair."""
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -36,8 +34,8 @@ def test_judges_of_the_pocket_pairs_labels(labelled, tmp_path, monkeypatch):
     assert len(said["statement"]) > 20
     for (i, t), same in said["statement"].items():
         assert letters[same] == train[i]["labels"][t]
-    whole = label.make_labels(dataclasses.replace(FAST, judge="answer"), TODO, tmp_path / "whole")
-    whole = [row for row in whole if row["split"] == "router-train"]
+    todo = [row for row in TODO if row["split"] == "router-train"]
+    whole = label.make_labels(dataclasses.replace(FAST, judge="answer"), todo, tmp_path / "whole")
     assert all(letters[same] == whole[i]["labels"][t] for (i, t), same in said["answer"].items())
     monkeypatch.setattr(agree, "verdicts", None)
     assert agree.run(FAST, folder, ["answer", "statement"], 1000, 0, tmp_path / "agree.jsonl") == said
@@ -64,11 +62,12 @@ def test_what_a_reader_is_shown_and_says(labelled, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("options, told", [
     (["--out", "x"], "expected branches of router-train"), (["--n", "0"], "--n"), ([], "--out is missing")])
-def test_what_cannot_be_compared_is_told_first(options, told, tmp_path):
+def test_what_cannot_be_compared_is_told_first(options, told, tmp_path, monkeypatch, capsys):
     none = tmp_path / "none"
-    out = subprocess.run([sys.executable, "-m", "analysis.agree", "--labels", str(none), *options],
-                         capture_output=True, text=True)
-    assert out.returncode == 2 and told in out.stderr and not none.exists()
+    monkeypatch.setattr("sys.argv", ["agree", "--labels", str(none), *options])
+    with pytest.raises(SystemExit, match="2"):
+        agree.main()
+    assert told in capsys.readouterr().err and not none.exists()
 
 
 def test_the_results_page_has_what_the_committed_verdicts_say():

@@ -1,7 +1,4 @@
 """Answers timed side by side: what is timed is what was asked for, a kill loses one, ratios by hand."""
-import subprocess
-import sys
-
 import pytest
 
 from analysis import answers, clock
@@ -66,6 +63,9 @@ def test_the_results_page_shows_the_committed_times():
     (["--methods", "slow"], "--methods slow: expected"),
     (["--methods", "llm", "llm"], "expected each once"),
     (["--n", "0"], "--n"), ([], "--out is missing")])
-def test_what_cannot_be_timed_is_told_first(options, told):
-    out = subprocess.run([sys.executable, "-m", "analysis.clock", *options], capture_output=True, text=True)
-    assert out.returncode == 2 and told in out.stderr
+def test_what_cannot_be_timed_is_told_first(options, told, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["clock", *options])
+    monkeypatch.setattr(Task, "load", None)  # nothing is loaded
+    with pytest.raises(SystemExit, match="2"):
+        clock.main()
+    assert told in capsys.readouterr().err

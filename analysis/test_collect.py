@@ -12,7 +12,7 @@ from analysis.instruments.task import Task
 from analysis.pocket.domain import problems
 from analysis.pocket.weights import load_pocket
 
-FAST = collect.Settings(sampled=2, samples=2, continuations=2, continued=1, block=2, every=7)
+FAST = collect.Settings(sampled=2, samples=2, continuations=2, continued=1, block=2, every=13)
 
 
 def test_interventions_equal_generate(tmp_path):
@@ -29,7 +29,7 @@ def test_interventions_equal_generate(tmp_path):
         assert bool(r["right"]) == (r["llm"] and not r["slm"]) and len(r["right"]) in (0, len(answer) + 1)
         for t, letter in enumerate(r["right"]):
             if letter == "-":
-                assert t % 7 and t != len(answer)
+                assert t % FAST.every and t != len(answer)
             else:
                 ids = torch.cat([prompt, torch.tensor([answer[:t]], dtype=torch.long)], 1)
                 done = ids if t == len(answer) else llm.generate(ids, max_new_tokens=320, do_sample=False)

@@ -176,8 +176,9 @@ def test_the_comparison_runs_resumes_and_shows(tmp_path, pocket, monkeypatch):
                                                      "policies"),
                          "R-Stitch": compare.FAMILIES["R-Stitch"]})
     monkeypatch.setattr(compare, "SHARES", (0.1, 0.5))
-    again = lambda: compare.run(Task(out=str(tmp_path)), n_calibration=4, n_test=4, n_live=2, n_timed=2,
-                                judge="statement", workers=1)  # noqa: E731
+    task = Task(out=str(tmp_path), max_new_tokens=120)
+    again = lambda: compare.run(task, n_calibration=4, n_test=4, n_live=2, n_timed=2, judge="statement",
+                                workers=1)  # noqa: E731
     rows = again()
     assert {(r["kind"], r["family"]) for r in rows} >= {("calibration", "R2R"), ("test", "random"),
                                                         ("test", "SLM alone"), ("test", "control"),

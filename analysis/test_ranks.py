@@ -1,14 +1,18 @@
 """Work that is shared by the processes of torchrun: the same rows as by one process."""
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from analysis import answers, collect
 from analysis.instruments.rows import append_row, read_rows
 from analysis.instruments.runs import Rows, part_of, parts_of, run_stage
 from conftest import torchrun
@@ -38,12 +42,19 @@ def process_of_rank(launcher: int, rank: int) -> int:
                 if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{pid}/environ").read_text())
 
 
+def printed(module, *arguments) -> str:
+    """What a command prints in this process, which is no rank."""
+    with patch.object(sys, "argv", list(map(str, arguments))), redirect_stdout(io.StringIO()) as out:
+        module.main()
+    return out.getvalue()
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The files of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    answered = finished(torchrun(1, *ANSWERS, folder / "a.jsonl"))
-    return folder, answered, finished(torchrun(1, *COLLECT, folder))
+    answered = printed(answers, *ANSWERS[1:], folder / "a.jsonl")
+    return folder, answered, printed(collect, *COLLECT[1:], folder)
 
 
 def test_two_ranks_leave_the_rows_of_one_process_and_print_them_once(alone, tmp_path):

@@ -22,6 +22,8 @@ from analysis.pocket.domain import (
 from test_rstitch import DEVICES
 
 FAST = train_policy.Config(prompts=3, rollouts=2, iterations=3, dev_every=1, dev=4, width=8, minibatches=2)
+# Without the gate answers that the limit cuts off differ in what they earn, too.
+SHORT, CUT = dict(max_new_tokens=80), dict(gate=False)
 
 
 LABELS = dict(net="r2r", warm=True, credit="branch", rollouts=1, forks=4, hand_back=True, tau=0.0005,
@@ -47,37 +49,40 @@ def labels(tmp_path_factory, pocket):
     return folder
 
 
-@pytest.mark.parametrize("options, saves", [({}, ["last", 2]), (dict(hand_back=True), ["best", 2]),
-                                            (LABELS, ["last", 1]), (LABELS, ["best", 2]),
-                                            (OFFLINE, ["last", 3])])
+@pytest.mark.parametrize("options, kills", [(CUT, [("last", 2)]),
+                                            (CUT | dict(hand_back=True), [("best", 1), ("last", 3)]),
+                                            (CUT | LABELS, [("last", 3), ("best", 2)]),
+                                            (OFFLINE, [("last", 3)])])
 def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket, monkeypatch, little, labels,
-                                                               options, saves):
+                                                               options, kills):
     """Killed before a checkpoint is written; `last` follows its row of the log, `best` precedes it."""
     config = dataclasses.replace(FAST, **options)
-    warm = [-1] if config.warm else []
-    rows = read_labels(labels, None, Task()) if config.credit == "labels" else None
-    train_policy.train(config, timed(tmp_path), tmp_path / "whole", rows)
-    saved, calls = train_policy.save_checkpoint, []
+    warm, task = [-1] if config.warm else [], timed(tmp_path, **(SHORT if options is not OFFLINE else {}))
+    rows = read_labels(labels, None, task) if config.credit == "labels" else None
+    train_policy.train(config, task, tmp_path / "whole", rows)
+    timeless = lambda folder: [{k: v for k, v in row.items() if k != "seconds"}
+                               for row in read_rows(folder / "log.jsonl")]  # noqa: E731
+    whole, saved = timeless(tmp_path / "whole"), train_policy.save_checkpoint
+    assert [row["iteration"] for row in whole] == [*warm, 0, 1, 2]
+    for which, nth in kills:
+        parts, calls = tmp_path / f"{which} {nth}", []
 
-    def killed(path, *args):
-        calls.append(path.stem)
-        if path.stem == saves[0] and calls.count(saves[0]) == saves[1]:
-            raise KeyboardInterrupt
-        saved(path, *args)
+        def killed(path, *args):
+            calls.append(path.stem)
+            if path.stem == which and calls.count(which) == nth:
+                raise KeyboardInterrupt
+            saved(path, *args)
 
-    monkeypatch.setattr(train_policy, "save_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train_policy.train(config, timed(tmp_path), tmp_path / "parts", rows)
-    monkeypatch.setattr(train_policy, "save_checkpoint", saved)
-    assert len(read_rows(tmp_path / "parts" / "log.jsonl")) < 4
-    train_policy.train(config, timed(tmp_path), tmp_path / "parts", rows)
-    for name in ("last.safetensors", "best.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-    timeless = lambda name: [{k: v for k, v in row.items() if k != "seconds"}
-                             for row in read_rows(tmp_path / name / "log.jsonl")]  # noqa: E731
-    assert timeless("whole") == timeless("parts")
-    assert [row["iteration"] for row in timeless("parts")] == [*warm, 0, 1, 2]
-    untrained, trained = (train_policy.build_policies(config, timed(tmp_path)) for _ in range(2))
+        monkeypatch.setattr(train_policy, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy.train(config, task, parts, rows)
+        monkeypatch.setattr(train_policy, "save_checkpoint", saved)
+        assert len(read_rows(parts / "log.jsonl")) < 4
+        train_policy.train(config, task, parts, rows)
+        for name in ("last.safetensors", "best.safetensors"):
+            assert (tmp_path / "whole" / name).read_bytes() == (parts / name).read_bytes()
+        assert timeless(parts) == whole
+    untrained, trained = (train_policy.build_policies(config, task) for _ in range(2))
     assert train_policy.load_checkpoint(tmp_path / "whole" / "last.safetensors", trained) == 3
     moved = {name: not torch.equal(p, q)
              for (name, p), q in zip(trained.named_parameters(), untrained.parameters())}
@@ -85,7 +90,7 @@ def test_an_interrupted_policy_run_equals_an_uninterrupted_one(tmp_path, pocket,
     assert all(any(moved[name] for name in moved if name.startswith(part)) for part in trained)
     with pytest.raises(ValueError,
                        match="whole holds .* other config: expected {'kappa': 0.35}, got {'kappa': 0.9}"):
-        train_policy.train(dataclasses.replace(config, kappa=0.9), timed(tmp_path), tmp_path / "whole", rows)
+        train_policy.train(dataclasses.replace(config, kappa=0.9), task, tmp_path / "whole", rows)
 
 
 def test_a_warm_start_is_r2rs_net_at_the_class_weight_that_earns_most(tmp_path, pocket, monkeypatch, little):
@@ -93,7 +98,7 @@ def test_a_warm_start_is_r2rs_net_at_the_class_weight_that_earns_most(tmp_path, 
     tried the bias takes the one that earns more, and no other weight moves. Nothing is learned from rewards
     where there is no iteration."""
     monkeypatch.setattr(train_policy, "COARSE", {"call": (-2.0, 4.0), "back": (0.0,)})
-    task, config = timed(tmp_path), train_policy.Config(**LABELS, iterations=0, dev=4)
+    task, config = timed(tmp_path, **SHORT), train_policy.Config(**LABELS, **CUT, iterations=0, dev=4)
     policies = train_policy.train(config, task, tmp_path / "run")
     weights = rstitch.weights_of(task.path("router"), "router.safetensors")
     own = {name: p.detach() for name, p in policies["call"].named_parameters()}
@@ -134,8 +139,9 @@ def at_limits(policies, config, limits: dict[str, float]) -> rstitch.PolicyRoute
 def test_a_policy_takes_the_thresholds_that_calibration_set(tmp_path, pocket, monkeypatch, little):
     """Those that earned most; a threshold that is given, and sampling, do without them."""
     monkeypatch.setattr(train_policy, "FINE", {"call": (-1.0, 1.0), "back": (-2.0, 2.0)})
-    task = timed(tmp_path)
-    config = train_policy.Config(**LABELS, iterations=0, dev=4, calibrate=True, calibration=5, nets=True)
+    task = timed(tmp_path, **SHORT)
+    config = train_policy.Config(**LABELS, **CUT, iterations=0, dev=4, calibrate=True, calibration=5,
+                                 nets=True)
     policies = train_policy.train(config, task, tmp_path / "run")
     train_policy.export(config, task, policies, tmp_path / "run", tmp_path / "out")
     made = json.loads((tmp_path / "out" / "made.json").read_text())
@@ -453,8 +459,8 @@ def test_a_policy_that_labels_have_taught_is_calibrated_and_written(tmp_path, po
 
 def test_thresholds_that_share_a_batch_earn_what_they_do_alone(tmp_path, pocket, monkeypatch):
     """Two blocks of limits; a run that was killed in the midst of writing one computes that one again."""
-    task = timed(tmp_path, rows=4)
-    config, price = train_policy.Config(tau=0.0005, hand_back=True), train_policy.Price(0.001, MODELS_MS, 128)
+    task, config = timed(tmp_path, rows=4, **SHORT), train_policy.Config(tau=0.0005, hand_back=True)
+    price = train_policy.Price(0.001, MODELS_MS, 128, **CUT)
     policies, todo = train_policy.build_policies(config, task), task.split("dev", 4)
     generator = torch.Generator().manual_seed(0)
     for net in policies.values():
