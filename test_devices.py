@@ -179,9 +179,12 @@ def test_an_llm_over_two_processes_equals_one_process(split, family):
 @pytest.mark.parametrize("argv, message", [
     (["question"], "python rstitch.py without --tp is for one process, 2 were started"),
     (["--tp", "--llm", "{folder}/odd", "--slm", "{folder}/odd", "question"],
-     "has num_key_value_heads=1: expected a number of ranks that divides it, got 2")])
+     "has num_key_value_heads=1: expected a number of ranks that divides it, got 2"),
+    (["--tp", "--llm", "{folder}/none", "--slm", "{folder}/none", "question"],
+     "cannot be split by --tp: transformers has no tensor parallel plan for gpt2")])
 def test_a_wrong_launch_ends_in_one_sentence(tmp_path, argv, message):
     saved(tmp_path, "odd", 1, num_key_value_heads=1)
+    saved(tmp_path, "none", 1, family="GPT-2")
     status, _, errors = ended(torchrun(2, "rstitch.py", *(word.format(folder=tmp_path) for word in argv)), 60)
     assert status and errors.count(message) == 1, errors
 

@@ -12,7 +12,7 @@ from analysis.instruments.task import Task
 from analysis.pocket.domain import problems
 from analysis.pocket.weights import load_pocket
 
-FAST = collect.Settings(sampled=2, samples=2, continuations=2, continued=1, block=2, every=13)
+FAST = collect.Settings(sampled=2, samples=2, continuations=2, continued=1, block=2, every=7)
 
 
 def test_interventions_equal_generate(tmp_path):

@@ -44,7 +44,7 @@ class Otherwise:
 
 
 def test_a_branch_is_the_answer_that_differs_in_one_decision(pocket):
-    """Every fifth decision of three answers, both nets': the branch of the action that was taken is the
+    """Every third decision of three answers, both nets': the branch of the action that was taken is the
     answer itself, the other that of a router which decides otherwise there; all forward passes alike, what
     they read included, and so their fitted latency."""
     task = Task(rows=5, max_new_tokens=60)
@@ -56,8 +56,8 @@ def test_a_branch_is_the_answer_that_differs_in_one_decision(pocket):
     limit = 0.0005 * np.log(128)
     forks = [Fork(i, call.position, call.model, ())
              for i, s in enumerate(solved) for call in s["calls"]
-             if call.model == rstitch.LLM or call.entropy > limit][::5]
-    assert {fork.model for fork in forks} == {0, 1} and len(forks) > 12
+             if call.model == rstitch.LLM or call.entropy > limit][::3]
+    assert {fork.model for fork in forks} == {0, 1} and len(forks) > 20
     differ = 0
     for fork, pair in zip(forks, branches(task, todo, solved, forks, router)):
         calls = solved[fork.row]["calls"]
@@ -71,7 +71,7 @@ def test_a_branch_is_the_answer_that_differs_in_one_decision(pocket):
             assert [c[:5] + c[6:] for c in got["calls"]] == [c[:5] + c[6:] for c in expected["calls"]]
             assert (got["correct"], got["text"]) == (expected["correct"], expected["text"])
         differ += other["calls"] != solved[fork.row]["calls"]
-    assert differ > 6
+    assert differ > 10
 
 
 def test_recounting_gives_back_what_stitch_counted(pocket):

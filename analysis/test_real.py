@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import rstitch
 from analysis import answers
-from analysis.answers import milliseconds
 from analysis.instruments.rows import RESULTS, read_rows
 from analysis.instruments.stats import difference, signed, with_interval
 from analysis.instruments.task import Task, load_latency
@@ -341,28 +340,29 @@ def test_the_page_shows_the_committed_answers_in_float32():
     """Each line's n, right answers, shares, tokens and speed, beside the LLM's on the same problems; what
     stands below of the policy that labels have taught."""
     rows = read_rows(RESULTS / "real" / "answers_float32.jsonl")
-    methods, taught = real.world_of(rows), "policy by 19d9469b05a1"
+    methods, taught, start = real.world_of(rows), "policy by 19d9469b05a1", "policy by 62572a0b1aa8"
     page = (RESULTS / "real" / "README.md").read_text().split("\n## float32")[1]
-    ms = partial(milliseconds, models=load_latency(RESULTS / "real" / "latency_float32.json"),
+    ms = partial(answers.milliseconds, models=load_latency(RESULTS / "real" / "latency_float32.json"),
                  nets_ms=real.nets_ms(rows))
-    prices = {name: real.priced(methods[name], ms) for name in ("llm", "slm", taught)}
+    prices = {method: real.priced(found, ms) for method, found in methods.items()}
     names = {"LLM alone": "llm", "SLM alone": "slm", "R-Stitch, tau 0.02": "tau=0.02",
              "random calls, the same share": "random", "R-Stitch+, learnt from labels": taught,
-             "R-Stitch+, from labels, no rewards": "policy by 62572a0b1aa8"}
+             "R-Stitch+, from labels, no rewards": start}
     lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     shown = {cells[0]: cells for cells in lines if cells[0] in names}
     assert shown.keys() == names.keys()
     for name, n, right, share, tokens, cut, speed in shown.values():
         method = real.resolve(methods, names[name])
-        x, own = real.figures_of(methods[method]), prices.get(method) or real.priced(methods[method], ms)
-        assert (n, right) == (str(len(own)), real.percent(x["right"])), name
+        x = real.figures_of(methods[method])
+        assert (n, right) == (str(len(prices[method])), real.percent(x["right"])), name
         assert share in (real.percent(x["llm_share"]), f"{100 * x['llm_share'][0]:.3g}"), name
         assert (tokens, cut) == (f"{x['tokens'][0]:.0f}", f"{100 * x['cut_off'][0]:.1f}"), name
-        fitted = real.speed(own, prices["llm"])[:3]
-        assert speed in (with_interval(fitted, " x", 2), "1.00 x" if method == "llm" else None), name
+        fitted = with_interval(real.speed(prices[method], prices["llm"])[:3], " x", 2)
+        assert speed == ("1.00 x" if method == "llm" else fitted), name
     text = " ".join(page.split())
     lost, unseen = (real.difference(methods, "llm", taught, first)[:3] for first in (0, real.SEEN))
     assert f"minus learnt is {signed(lost, unit=' points')}, without the first 64 {signed(unseen)}" in text
+    assert f"is {signed(real.difference(methods, taught, start)[:3], unit=' points')} (n = 128)" in text
     mix = real.saved(methods, prices, taught)
     assert "{:.1f} % less time than a mix of both models that is right as often [{:.1f}, {:.1f}]".format(
         *mix) in text
