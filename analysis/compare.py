@@ -80,7 +80,7 @@ SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3)
 WANTED = {"share": (0.05, 0.1, 0.2), "latency": (1.5, 2.0, 4.0)}
 # family, LLM share
 TIMED = (("R2R", 0.1), ("R2R", 0.2), ("R-Stitch", 0.15), ("R-Stitch", 0.3), ("R-Stitch+", 0.04))
-N_TEST, N_LIVE, N_TIMED = 1000, 300, 100
+N_TEST, N_TIMED = 1000, 100
 
 
 def gap(logits: torch.Tensor) -> torch.Tensor:
@@ -551,7 +551,7 @@ def main() -> None:
     add = parser.add_argument
     add("--n", type=int, default=N_TEST, help="test problems (default: %(default)s)")
     add("--calibration", type=int, default=N_CALIBRATION, help="calibration problems (default: %(default)s)")
-    add("--live", type=int, default=N_LIVE,
+    add("--live", type=int, default=N_TEST,
         help="of the test problems, how many with live labels and with speculative decoding; 0 for none "
              "(default: %(default)s)")
     add("--wall-clock", type=int, default=N_TIMED,

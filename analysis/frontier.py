@@ -146,8 +146,7 @@ def timed_row(task: Task, names: list[str], n: int) -> dict:
 def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
     """Compute what frontier.jsonl lacks, a row at a time: fixed rules, policies, policies with their logits
     calibrated, random switching at the share of the policies, wall-clock; the last three, where names end in
-    seeds, for those (wall-clock for one of each recipe). Rows of other weights, problems or latencies are
-    passed over."""
+    seeds, for those. Rows of other weights, problems or latencies are passed over."""
     path, n = task.needed("out") / "frontier.jsonl", len(task.split("test", n))
     policies = sorted(file.parent.name
                       for file in task.path("policies").glob("*/made.json")) if task.path("policies") else []
@@ -158,9 +157,8 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
                                                            for kind in ORDER if kind != "fixed"
                                                            for name in policies}
     seeded = [name for name in policies if "-seed" in name] or policies
-    timed = [name for name in seeded if name.endswith("-seed0")] or seeded
     marks["wall-clock", "wall-clock"] = digest_of(task, also=f"{n_wall}"
-                                                  + "".join(marks["policy", name] for name in timed))
+                                                  + "".join(marks["policy", name] for name in seeded))
 
     ms: dict[str, dict] = {}  # of a decision of each net, by policy
     store = Rows(path, lambda row: (row["kind"], row["name"]),
@@ -190,7 +188,7 @@ def run(task: Task, n: int, n_wall: int, workers: int) -> list[dict]:
         points = np.array([(r["accuracy"], r["latency_ms"]) for r in best])
         on_hull = [r["name"] for r, point in zip(best, points)
                    if abs(frontier_gap(tuple(point), points, mixtures=True)) < 1e-9]
-        names = list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *timed]))
+        names = list(dict.fromkeys(["SLM alone", "LLM alone", *on_hull, *seeded]))
         rows = store.fill({("wall-clock", "wall-clock"): (timed_row, task, names, n_wall)}, 1, "wall-clock")
     return list(rows.values())
 
@@ -243,22 +241,25 @@ def by_clock(wall: dict, rows: list[dict], name: str) -> np.ndarray:
     return np.array([(o[0], ms) for o, ms in zip(right, wall["ms"][name])], float)
 
 
-def gap_by_clock(rows: list[dict], name: str) -> str:
-    """Gap of a policy against the fixed rules that were timed beside it, mixtures too."""
+def gap_by_clock(rows: list[dict], names: list[str]) -> str:
+    """Mean gap of policies (seeds of one recipe) against the fixed rules that were timed beside
+    them, mixtures too."""
     wall = next((r for r in rows if r["kind"] == "wall-clock"), None)
-    if wall is None or name not in wall["ms"]:
+    if wall is None or not set(names) <= wall["ms"].keys():
         return ""
     rules = [by_clock(wall, rows, rule) for rule in wall["ms"] if rule in FIXED]
-    gap = gap_with_interval(by_clock(wall, rows, name)[None], np.array(rules), mixtures=True)
+    gap = gap_with_interval(np.array([by_clock(wall, rows, name) for name in names]), np.array(rules),
+                            mixtures=True)
     return signed([100 * x for x in gap])
 
 
-def recipes(rows: list[dict]) -> str:
-    """R-Stitch+ by kappa, mean over seeds, as the results page has it."""
+def recipes(rows: list[dict], compared: list[dict]) -> str:
+    """R-Stitch+ by kappa, mean over seeds, and what labels at every token would win, made while running as
+    analysis.compare does, as the results page has it."""
     by = {(r["kind"], r["name"]): r for r in rows}
     fixed = outcomes_of([r for r in rows if r["kind"] == "fixed"])
     lines = ["| | right, % | LLM, % | tokens | fitted ms | more right than random, pp | gap, % [95 %] | "
-             "against mixtures too | by the clock, seed 0, mixtures too |",
+             "against mixtures too | by the clock, mixtures too |",
              "|---|---|---|---|---|---|---|---|---|"]
     for kind, recipe, title in (
             ("policy", "labels-kappa", "from labels"), ("policy", "kappa", "as in the paper"),
@@ -280,8 +281,16 @@ def recipes(rows: list[dict]) -> str:
                      *(f"{np.mean([scale * r[k] for r in seeds]):.1f}"
                        for k, scale in (("llm_share", 100), ("tokens", 1), ("latency_ms", 1))),
                      signed([np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))]) if lead
-                     else "", *gaps, gap_by_clock(rows, seeds[0]["name"]) if kind == "policy" else ""]
+                     else "", *gaps,
+                     gap_by_clock(rows, [r["name"] for r in seeds]) if kind == "policy" else ""]
             lines.append(f"| {title}, kappa {kappa} | " + " | ".join(cells) + " |")
+    for live in [r for r in compared if r["kind"] == "live labels"][-1:]:
+        n = min(live["n"], fixed.shape[1])
+        gaps = [signed([100 * x for x in gap_with_interval(outcomes_of([live], n), fixed[:, :n], mixtures)])
+                for mixtures in (False, True)]
+        cells = [f"{100 * live['accuracy']:.1f}", f"{100 * live['llm_share']:.1f}", f"{live['tokens']:.1f}",
+                 f"{live['latency_ms']:.1f}", "", *gaps, ""]
+        lines.append("| labels at every token, time to make them not counted | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -348,11 +357,11 @@ def main() -> None:
         parser.error(str(error))
     print(show(rows))
     if {f"kappa{kappa}-seed0" for kappa in KAPPAS} <= {r["name"] for r in rows}:
+        compared = read_rows(task.needed("out") / "compare.jsonl")
         print("\nR-Stitch+ by kappa, mean over seeds (higher gap is better; problems drawn anew, seeds as "
-              "they are):", recipes(rows),
+              "they are):", recipes(rows, compared),
               "Ablations, one seed each (intervals over problems; they say nothing about other seeds):",
-              ablations(rows), against_r2r(rows, read_rows(task.needed("out") / "compare.jsonl")),
-              sep="\n\n")
+              ablations(rows), against_r2r(rows, compared), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -73,22 +73,34 @@ def rows_with(**outcomes) -> list[dict]:
 
 
 def test_recipes_and_their_gaps_by_fit_and_by_clock():
-    """Fixed rules at 50 % in 100 ms and 100 % in 300 ms, so that mixtures have 75 % in 200 ms. The policy, 75
-    % right: fitted 150 ms, a gap of 1 - 150 / 200 = 25 %; without mixtures the frontier is the same line. By
-    the clock all take 10 ms more but the LLM, 50 more: 75 % in (110 + 350) / 2 = 230, 1 - 160 / 230 = 30.4
-    %."""
+    """Fixed rules at 50 % in 100 ms and 100 % in 300 ms, so that mixtures have 75 % in 200 ms. The policies,
+    75 % right: fitted 150 and 170 ms, gaps of 1 - 150 / 200 = 25 and 15 %, 20 % on average; without mixtures
+    the frontier is the same line. By the clock all take 10 ms more but the LLM, 50 more: 75 % in
+    (110 + 350) / 2 = 230, 1 - 160 / 230 = 30.4 and 1 - 180 / 230 = 21.7 %, 26.1 % on average. Labels at every
+    token: all right in 120 ms, 1 - 120 / 300 = 60 %."""
     small, large = [[1, 9, 0, 100.0], [0, 9, 0, 100.0]] * 4, [[1, 9, 9, 300.0]] * 8
-    ours = [[1, 9, 1, 150.0], [1, 9, 1, 150.0], [1, 9, 1, 150.0], [0, 9, 1, 150.0]] * 2
-    rows = rows_with(SLM_alone=small, LLM_alone=large, **{"labels-kappa0.1-seed0": ours})
+    ours = [[[1, 9, 1, ms], [1, 9, 1, ms], [1, 9, 1, ms], [0, 9, 1, ms]] * 2 for ms in (150.0, 170.0)]
+    names = ["labels-kappa0.1-seed0", "labels-kappa0.1-seed1"]
+    rows = rows_with(SLM_alone=small, LLM_alone=large, **dict(zip(names, ours)))
     wall = {"kind": "wall-clock", "name": "wall-clock",
-            "ms": {"SLM alone": [110.0] * 8, "LLM alone": [350.0] * 8, "labels-kappa0.1-seed0": [160.0] * 8}}
-    line = next(x for x in frontier.recipes([*rows, wall]).splitlines() if x.startswith("| from labels"))
-    cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[:5] == ["from labels, kappa 0.1", "75.0", "10.0", "9.0", "150.0"]
+            "ms": {"SLM alone": [110.0] * 8, "LLM alone": [350.0] * 8, names[0]: [160.0] * 8,
+                   names[1]: [180.0] * 8}}
+    live = {"kind": "live labels", "n": 8, "accuracy": 1.0, "llm_share": 0.05, "tokens": 9.0,
+            "latency_ms": 120.0, "outcomes": [[1, 9, 1, 120.0]] * 8}
+    older = live | {"n": 3, "latency_ms": 90.0, "outcomes": [[1, 9, 1, 90.0]] * 3}
+    text = frontier.recipes([*rows, wall], [older, live, {"kind": "router times"}])
+    cells, labels = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
+                     if line.startswith(("| from labels", "| labels")))
+    assert cells[:5] == ["from labels, kappa 0.1", "75.0, 75.0", "10.0", "9.0", "160.0"]
     assert cells[5].startswith("+12.5 ")  # random calls are right once less often, of 8
-    assert cells[6].startswith("+25.0 [") and cells[7].startswith("+25.0 [")
-    assert cells[8].startswith("+30.4 [")
-    assert frontier.gap_by_clock(rows, "labels-kappa0.1-seed0") == ""  # nothing was timed
+    assert cells[6].startswith("+20.0 [") and cells[7].startswith("+20.0 [")
+    assert cells[8].startswith("+26.1 [")
+    assert labels[1:5] == ["100.0", "5.0", "9.0", "120.0"] and labels[5] == labels[8] == ""
+    assert labels[6] == labels[7] == "+60.0 [+60.0, +60.0]"
+    assert len(labels) == len(cells) == 9
+    assert frontier.gap_by_clock(rows, names) == ""  # nothing was timed
+    del wall["ms"][names[1]]
+    assert frontier.gap_by_clock([*rows, wall], names) == ""  # one seed only was
 
 
 def test_the_gap_against_r2r_has_the_time_of_its_net():

@@ -44,7 +44,8 @@ def test_the_readme_and_the_results_page_show_the_committed_figures():
     assert len({r["tau"] for r in rows if r.get("method") == "R-Stitch"}) >= 12
     assert report.sweep(rows) in page
     rows = list({(r["kind"], r["name"]): r for r in read_rows(report.RESULTS / "frontier.jsonl")}.values())
-    assert frontier.recipes(rows) in page and frontier.ablations(rows) in page
+    compared = read_rows(report.RESULTS / "compare.jsonl")
+    assert frontier.recipes(rows, compared) in page and frontier.ablations(rows) in page
     assert textwrap.indent(demo.show(json.loads((report.RESULTS / "table.json").read_text())),
                            "    ") in (report.RESULTS.parent.parent / "SERVING.md").read_text()
 
