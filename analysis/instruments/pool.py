@@ -1,11 +1,22 @@
 """Work in several processes, or in this one."""
 import multiprocessing
 import os
+import threading
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 
 from analysis.instruments.provenance import COMMIT
+
+
+def end_with_parent() -> None:
+    """Ends this worker as soon as the process that wants its result is gone, killed for instance: else it
+    would work on to the end of its job, beside the run that goes on."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def make_pool(workers: int, *preload: str) -> Executor:
@@ -19,7 +30,7 @@ def make_pool(workers: int, *preload: str) -> Executor:
                                           if "forkserver" in multiprocessing.get_all_start_methods()
                                           else "spawn")
     context.set_forkserver_preload(list(preload))
-    return ProcessPoolExecutor(workers, mp_context=context)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
 
 
 @contextmanager
