@@ -363,9 +363,13 @@ def test_the_page_shows_the_committed_answers_in_float32():
     lost, unseen = (real.difference(methods, "llm", taught, first)[:3] for first in (0, real.SEEN))
     assert f"minus learnt is {signed(lost, unit=' points')}, without the first 64 {signed(unseen)}" in text
     assert f"is {signed(real.difference(methods, taught, start)[:3], unit=' points')} (n = 128)" in text
-    mix = real.saved(methods, prices, taught)
+    mix, of_all = (real.saved(methods, prices, taught, others)
+                   for others in (("slm", "llm"), real.fixed_rules(methods, taught)))
     assert "{:.1f} % less time than a mix of both models that is right as often [{:.1f}, {:.1f}]".format(
         *mix) in text
+    assert "{:.1f} % less time than a mix as right [{:.1f}, {:.1f}]".format(*of_all) in text
+    better, also = (real.difference(methods, taught, "tau=0.02", first)[:3] for first in (0, real.SEEN))
+    assert f"minus tau 0.02 is {signed(better, unit=' points')}, without the first 64 {signed(also)}" in text
 
 
 def test_needs_no_torch_and_no_pictures():
