@@ -313,5 +313,5 @@ def test_tables_show_what_the_limit_cut_off(capsys):
         r |= {"finished": 0.25} if r["family"] in ("LLM alone", "live labels", "R-Stitch") else {}
     text = compare.show(rows, (1, 1), lambda threshold: 0.0)
     assert columns_of(text, "cut off, %", 1) == {"LLM alone": "75.0"}
-    chosen = sum(r["kind"] == "chosen" for r in rows)
-    assert text.count(" % right, 75.0 % cut off") == 1 + chosen > 1
+    once = {kind: sum(r["kind"] == kind for r in rows) for kind in ("live labels", "chosen")}
+    assert all(once.values()) and text.count(" % right, 75.0 % cut off") == sum(once.values())
