@@ -249,6 +249,12 @@ def timed_gaps(rows: list[dict], names: list[str]) -> list[str]:
     return [signed([100 * x for x in gap]) for gap in gaps]
 
 
+def gaps_of(outcomes: np.ndarray, others: np.ndarray) -> list[str]:
+    """Mean gap of some methods against the frontier of others, without and with mixtures."""
+    return [signed([100 * x for x in gap_with_interval(outcomes, others, mixtures)])
+            for mixtures in (False, True)]
+
+
 def recipes(rows: list[dict], compared: list[dict]) -> str:
     """R-Stitch+ by kappa, mean over seeds, and what labels at every token would win, made while running as
     analysis.compare does, as the results page has it."""
@@ -267,9 +273,6 @@ def recipes(rows: list[dict], compared: list[dict]) -> str:
                      and name.startswith(f"{recipe}{kappa}-seed")]
             if not seeds:
                 continue
-            outcomes = outcomes_of(seeds)
-            gaps = [signed([100 * x for x in gap_with_interval(outcomes, fixed, mixtures)])
-                    for mixtures in (False, True)]
             lead = [np.array(r["outcomes"], float)[:, 0] - np.array(by["random", r["name"]]["outcomes"],
                                                                     float)[:, 0]
                     for r in seeds if kind == "policy"]
@@ -277,15 +280,13 @@ def recipes(rows: list[dict], compared: list[dict]) -> str:
                      *(f"{np.mean([scale * r[k] for r in seeds]):.1f}"
                        for k, scale in (("llm_share", 100), ("tokens", 1), ("latency_ms", 1))),
                      signed([np.mean(lead) * 100, *bootstrap(np.mean, 100 * np.mean(lead, 0))]) if lead
-                     else "", *gaps,
+                     else "", *gaps_of(outcomes_of(seeds), fixed),
                      *(timed_gaps(rows, [r["name"] for r in seeds]) if kind == "policy" else ["", ""])]
             lines.append(f"| {title}, kappa {kappa} | " + " | ".join(cells) + " |")
     for live in [r for r in compared if r["kind"] == "live labels"][-1:]:
         n = min(live["n"], fixed.shape[1])
-        gaps = [signed([100 * x for x in gap_with_interval(outcomes_of([live], n), fixed[:, :n], mixtures)])
-                for mixtures in (False, True)]
         cells = [f"{100 * live['accuracy']:.1f}", f"{100 * live['llm_share']:.1f}", f"{live['tokens']:.1f}",
-                 f"{live['latency_ms']:.1f}", "", *gaps, "", ""]
+                 f"{live['latency_ms']:.1f}", "", *gaps_of(outcomes_of([live], n), fixed[:, :n]), "", ""]
         lines.append("| labels at every token, time to make them not counted | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -307,10 +308,8 @@ def against_r2r(rows: list[dict], compared: list[dict]) -> str:
         seeds = [r for r in rows
                  if r["kind"] == "policy" and r["name"].startswith(f"labels-kappa{kappa}-seed")]
         if seeds:
-            gaps = [gap_with_interval(outcomes_of(seeds, n), frontier, mixtures)
-                    for mixtures in (False, True)]
             lines.append(f"| from labels, kappa {kappa} | "
-                         + " | ".join(signed([100 * x for x in gap]) for gap in gaps) + " |")
+                         + " | ".join(gaps_of(outcomes_of(seeds, n), frontier)) + " |")
     head = ["| | gap against R2R, % [95 %] | mixtures too |", "|---|---|---|"]
     return "\n".join(head + lines) if lines else ""
 
